@@ -1,0 +1,3 @@
+"""Video recognition with spatiotemporal semantic tokens."""
+
+__version__ = "0.1.0"
