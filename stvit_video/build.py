@@ -1,0 +1,140 @@
+"""The only place where settings become objects."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .config import Config, ConfigError, DataConfig
+from .data.annotations import Row, Rows, mirrored_classes, read_rows
+from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader
+from .data.demo import prepare_demo
+from .data.transforms import Normalise, TestTransform, TrainTransform
+from .data.views import Sampling, TestViews, TrainViews
+from .engine import distributed
+from .models.zoo import create_model
+
+
+def build_model(config: Config, num_classes: int) -> nn.Module:
+    """The model with random weights. Raises ConfigError where sizes do not fit."""
+    try:
+        return create_model(
+            config.model.name,
+            num_classes=num_classes,
+            num_frames=config.data.num_frames,
+            image_size=config.data.image_size,
+            **config.model.sizes(),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model: {error}") from None
+
+
+def build_normalise(data: DataConfig) -> Normalise:
+    return Normalise(data.mean, data.std)
+
+
+def read_split(
+    config: Config, split: str, class_names: Sequence[str] | None = None
+) -> tuple[Rows, list[str]]:
+    """The rows of `data.train`, `data.val` or `data.test`, and the class names by id.
+
+    class_names: names that decide the ids, from the training list or a checkpoint. Without them they come
+    from `data.class_names`, the list itself, or the numbers 0..K-1.
+    Raises ConfigError or ListError.
+    """
+    data = config.data
+    path = getattr(data, split) or (data.val if split == "test" else None)
+    if path is None:
+        raise ConfigError(f"data.{split} is not set: a list file or a folder of class folders")
+    if data.preset == "demo":
+        _prepare_demo(Path(path).parent)
+    if class_names is None and data.class_names is not None:
+        class_names = _read_names(data.class_names)
+    rows = read_rows(path, root=data.root, labels=data.labels, class_names=class_names)
+    if not rows:
+        raise ConfigError(f"data.{split}={path}: no videos in it")
+    names = class_names or rows.class_names
+    if names is None:
+        highest = max((row.label for row in rows if row.label is not None), default=0)
+        names = [str(i) for i in range(data.num_classes or highest + 1)]
+    if data.num_classes not in (None, len(names)):
+        raise ConfigError(f"data.num_classes={data.num_classes}, but there are {len(names)} class names")
+    for row in rows:
+        if row.label is not None and row.label >= len(names):
+            raise ConfigError(f"{path}: label {row.label} of {row.path}: must be below {len(names)}")
+    return rows, list(names)
+
+
+def _prepare_demo(root: Path) -> None:
+    if distributed.is_main():
+        prepare_demo(root)
+    distributed.barrier()
+
+
+def _read_names(path: str) -> list[str]:
+    try:
+        names = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.class_names={path}: not readable ({error})") from None
+    return [name.strip() for name in names if name.strip()]
+
+
+def build_sampling(data: DataConfig) -> Sampling:
+    return Sampling(data.sampling, data.num_frames, data.stride, data.target_fps)
+
+
+def build_test_views(config: Config, clips: int, crops: int) -> TestViews:
+    transform = TestTransform(
+        config.data.image_size, crops=crops, crop_ratio=config.eval.crop_ratio
+    )
+    return TestViews(build_sampling(config.data), transform, clips)
+
+
+def build_train_loader(
+    config: Config, rows: Sequence[Row], class_names: Sequence[str], device: torch.device
+) -> DataLoader:
+    data = config.data
+    unlabelled = next((row.path for row in rows if row.label is None), None)
+    if unlabelled is not None:
+        raise ConfigError(f"data.train={data.train}: {unlabelled} has no label to train on")
+    transform = TrainTransform(
+        data.image_size,
+        scale=data.scale,
+        ratio=data.ratio,
+        rand_augment=data.rand_augment,
+        flip=data.flip,
+        twins=mirrored_classes(class_names) if data.flip == "swap" else None,
+    )
+    views = TrainViews(build_sampling(data), transform, data.repeats)
+    dataset = VideoDataset(
+        rows, views, decoder=data.decoder, seed=config.seed, substitute=True
+    )
+    sampler = TrainSampler(
+        len(rows),
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world=distributed.world(),
+    )
+    return _loader(config, dataset, sampler, config.train.batch_size, device)
+
+
+def build_test_loader(
+    config: Config, rows: Sequence[Row], device: torch.device, *, clips: int, crops: int
+) -> DataLoader:
+    views = build_test_views(config, clips, crops)
+    dataset = VideoDataset(rows, views, decoder=config.data.decoder, seed=config.seed)
+    sampler = TestSampler(len(rows), rank=distributed.rank(), world=distributed.world())
+    return _loader(config, dataset, sampler, config.eval.batch_size, device)
+
+
+def _loader(config, dataset, sampler, batch_size: int, device: torch.device) -> DataLoader:
+    return make_loader(
+        dataset,
+        sampler,
+        batch_size=batch_size,
+        workers=config.data.workers,
+        pin_memory=device.type == "cuda",
+    )

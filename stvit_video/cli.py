@@ -1,0 +1,259 @@
+"""The commands: train, test, predict. What `tools/` and the installed scripts call."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+from . import build
+from .config import Config, ConfigError, make_parser, parse, resolve, to_dict
+from .data.decode import VIDEO_SUFFIXES, DecodeError
+from .engine import checkpoint as checkpoints
+from .engine import distributed
+from .engine.evaluate import evaluate, write_report
+from .engine.train import fit
+from .errors import InputError
+from .models.zoo import multiply_adds
+from .recognizer import Recognizer, load_model
+
+
+def command(function):
+    """A command that tells what its user got wrong in one line and exits with code 2."""
+
+    def run(args: Sequence[str] | None = None) -> None:
+        try:
+            function(sys.argv[1:] if args is None else args)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        finally:
+            distributed.stop()
+
+    run.__doc__ = function.__doc__
+    run.__name__ = function.__name__
+    return run
+
+
+@command
+def train(args: Sequence[str]) -> None:
+    """Train a model, and validate it with one view as it goes."""
+    parser = make_parser(train.__doc__)
+    parser.add_argument("--resume", action="store_true", help="Continue output/last.pt.")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Start anew although output holds a run."
+    )
+    config, flags = parse(parser, args)
+    config = resolve(config)
+    device = distributed.start(config.device)
+    output = Path(config.output)
+    last = output / "last.pt"
+    resume = checkpoints.load(last) if flags.resume else None
+    if last.exists() and not (flags.resume or flags.overwrite):
+        raise ConfigError(f"output={output} holds a run: --resume continues it, --overwrite discards it")
+
+    rows, class_names = build.read_split(config, "train")
+    _check_resume(resume, config, class_names, last)
+    torch.manual_seed(config.seed)
+    model = build.build_model(config, len(class_names)).to(device)
+    normalise = build.build_normalise(config.data).to(device)
+    train_loader = build.build_train_loader(config, rows, class_names, device)
+    val_loader = None
+    if config.data.val is not None:
+        val_rows, _ = build.read_split(config, "val", class_names)
+        val_loader = build.build_test_loader(config, val_rows, device, clips=1, crops=1)
+
+    details = {"class_names": class_names, "config": to_dict(config)}
+    if distributed.is_main():
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.yaml").write_text(yaml.safe_dump(details["config"], sort_keys=False))
+        print(_describe(config, model, class_names))
+        print(f"training on {len(rows)} videos x {config.data.repeats} clips", end="")
+        print("" if val_loader is None else f", validating on {len(val_loader.dataset)}")
+    distributed.barrier()
+    best = fit(
+        model,
+        normalise,
+        train_loader,
+        val_loader,
+        config.train,
+        num_classes=len(class_names),
+        view_batch=config.eval.view_batch,
+        output=output,
+        seed=config.seed,
+        resume=resume,
+        details=details,
+    )
+    if distributed.is_main():
+        print(f"checkpoints: {best} and {last}\ncurves:      {output / 'curves.png'}")
+
+
+@command
+def test(args: Sequence[str]) -> None:
+    """Score a checkpoint: every video once, softmax averaged over its views.
+
+    The checkpoint says which model, sampling, image size and normalisation; the settings say which list and
+    views, and where the report goes.
+    """
+    parser = make_parser(test.__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="Which to score.")
+    config, flags = parse(parser, args)
+    started = time.perf_counter()
+    own, class_names, model = load_model(flags.checkpoint)
+    config = _with_checkpoint(resolve(config), own, args)
+    device = distributed.start(config.device)
+    rows, _ = build.read_split(config, "test", class_names)
+    views = {"clips": config.eval.clips, "crops": config.eval.crops}
+    loader = build.build_test_loader(config, rows, device, **views)
+    if distributed.is_main():
+        print(_describe(config, model, class_names))
+        print(f"scoring {len(rows)} videos x {views['clips']} clips x {views['crops']} crops")
+    bf16 = device.type == "cuda" if config.train.bf16 is None else config.train.bf16
+    scores = evaluate(
+        model.to(device),
+        build.build_normalise(config.data).to(device),
+        loader,
+        num_classes=len(class_names),
+        view_batch=config.eval.view_batch,
+        bf16=bf16,
+    )
+    if not distributed.is_main():
+        return
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    report = write_report(
+        output,
+        scores,
+        rows,
+        class_names,
+        views=views,
+        checkpoint=str(flags.checkpoint),
+        started=started,
+    )
+    _print_report(report, output)
+
+
+@command
+def predict(args: Sequence[str]) -> None:
+    """Print the five best classes of each video, with names and scores."""
+    parser = argparse.ArgumentParser(description=predict.__doc__, allow_abbrev=False)
+    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, or folders of files")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="which model")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: CUDA where there is one")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line and video")
+    parser.add_argument("--features", metavar="FILE.npz", help="also save pooled features here")
+    options = parser.parse_args(args)
+    recognize = Recognizer(options.checkpoint, device=options.device)
+    paths = [path for name in options.videos for path in _videos(Path(name))]
+    features, failed = {}, 0
+    for path in tqdm(paths, unit="video", disable=len(paths) < 10):
+        try:
+            guesses = recognize(path)
+            if options.features:
+                features[str(path)] = recognize.features(path).cpu().numpy()
+        except DecodeError as error:
+            failed += 1
+            print(f"error: {error}", file=sys.stderr)
+            if options.json:
+                print(json.dumps({"path": str(path), "error": str(error)}))
+            continue
+        if options.json:
+            found = [{"name": g.name, "score": round(g.score, 6)} for g in guesses]
+            print(json.dumps({"path": str(path), "predictions": found}))
+        else:
+            print(path)
+            for guess in guesses:
+                print(f"  {guess.score:7.2%}  {guess.name}")
+    if options.features:
+        np.savez(options.features, **features)
+    if failed:
+        sys.exit(1)
+
+
+def _videos(path: Path) -> list[Path]:
+    """A file, a folder of frames (one video), or the videos in a folder."""
+    if not path.is_dir():
+        return [path]
+    videos = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+    return videos or [path]
+
+
+def _check_resume(resume: dict | None, config: Config, class_names: list[str], path: Path) -> None:
+    """A run goes on only with the model and classes that it began with."""
+    if resume is None:
+        return
+    if resume["class_names"] != class_names:
+        raise ConfigError(f"{path}: its class names are not those of data.train={config.data.train}")
+    for group in ("model", "data"):
+        ours = to_dict(config)[group]
+        for key, value in resume["config"][group].items():
+            if ours.get(key) != value and (group, key) not in (("data", "workers"), ("data", "root")):
+                raise ConfigError(
+                    f"{path}: began with {group}.{key}={value}, cannot go on with {ours.get(key)}"
+                )
+
+
+# What a checkpoint decides; the rest of `data` and all of `eval` is the scorer's.
+_DATA_OF_CHECKPOINT = (
+    "num_frames",
+    "stride",
+    "target_fps",
+    "sampling",
+    "image_size",
+    "mean",
+    "std",
+)
+
+
+def _with_checkpoint(config: Config, own: Config, args: Sequence[str]) -> Config:
+    """The scorer's settings with the checkpoint's model, sampling and normalisation.
+
+    A flag on the command line that says otherwise is an error.
+    """
+    flags = {word.removeprefix("--").partition("=")[0] for word in args if word.startswith("--")}
+    decided = [("model", field.name) for field in fields(own.model)]
+    decided += [("data", key) for key in _DATA_OF_CHECKPOINT]
+    for group, key in decided:
+        asked, value = (getattr(getattr(c, group), key) for c in (config, own))
+        if asked != value and f"{group}.{key}" in flags:
+            raise ConfigError(f"--{group}.{key} {asked}: the checkpoint was made with {value}")
+    data = replace(config.data, **{key: getattr(own.data, key) for key in _DATA_OF_CHECKPOINT})
+    return replace(config, model=own.model, data=data)
+
+
+def _describe(config: Config, model: torch.nn.Module, class_names: list[str]) -> str:
+    cost = multiply_adds(
+        model, num_frames=config.data.num_frames, image_size=config.data.image_size
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    return (
+        f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
+        f"a view of {config.data.num_frames}x{config.data.image_size}x{config.data.image_size}, "
+        f"{len(class_names)} classes"
+    )
+
+
+def _print_report(report: dict, output: Path) -> None:
+    views = report["views"]
+    clips, crops = views["clips"], views["crops"]
+    print(f"{report['num_videos']} videos x {clips}x{crops} views, {report['num_failed']} unreadable")
+    if report["top1"] is not None:
+        for key, name in (
+            ("top1", f"top-1 over {clips}x{crops} views"),
+            ("top5", f"top-5 over {clips}x{crops} views"),
+            ("mean_class_accuracy", "mean class accuracy"),
+            ("per_clip_top1", "top-1 of single views"),
+        ):
+            print(f"  {name:<24} {report[key]:7.2%}")
+    for name in ("report.json", "predictions.csv", "confusion.png"):
+        if (output / name).exists():
+            print(f"{name + ':':<16} {output / name}")

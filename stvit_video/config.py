@@ -1,0 +1,319 @@
+"""Every setting, typed, with its meaning; read from YAML and the command line, checked by name.
+
+An unknown key stops with its place and the nearest known one. A preset carries what belongs to a data set
+(sampling, flip, views, normalisation), and contradicting it is an error.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from .engine.train import TrainConfig
+from .errors import InputError, nearest
+
+Three = tuple[int, int, int]
+Auto = Literal["auto"]
+Colour = tuple[float, float, float]
+
+
+class ConfigError(InputError):
+    """A setting that is unknown, malformed or contradictory: names the key, its value and the rule."""
+
+
+@dataclass
+class ModelConfig:
+    """The model: a name of `stvit_video.list_models()` and its sizes; `auto` is what the name says."""
+
+    name: str = "stvit_small_patch16_224"
+    """Which model."""
+    patch_size: Three | Auto = "auto"
+    """Frames, height and width of a tubelet, e.g. [2, 16, 16]."""
+    embed_dim: int | Auto = "auto"
+    """Width of the tokens."""
+    depth: int | Auto = "auto"
+    """Number of layers."""
+    num_heads: int | Auto = "auto"
+    """Attention heads; divides embed_dim."""
+    mlp_ratio: float | Auto = "auto"
+    """Width of a layer's hidden layer over embed_dim."""
+    pos_embed: Literal["learned", "sincos"] | Auto = "auto"
+    """Position table: learned, or VideoMAE's fixed sine-cosine."""
+    semantic_tokens: Three | None | Auto = "auto"
+    """How many semantic tokens (time, height, width); null: the dense backbone."""
+    base_depth: int | Auto = "auto"
+    """Layers on all patches, before the semantic ones."""
+    semantic_layers: int | Auto = "auto"
+    """Layers that make the semantic tokens."""
+    pool: Literal["max", "avg"] | Auto = "auto"
+    """How the semantic tokens start."""
+    centres: bool | Auto = "auto"
+    """Learn G, a vector per semantic token, added before the second semantic layer."""
+    drop_path: float | Auto = "auto"
+    """Stochastic depth: rate of the last layer, rising linearly from 0."""
+    layer_scale: float | None | Auto = "auto"
+    """Initial layer scale from base_depth on; null: none."""
+    checkpointing: bool | Auto = "auto"
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def sizes(self) -> dict[str, Any]:
+        """The sizes that were set, for `create_model`."""
+        sizes = dataclasses.asdict(self)
+        del sizes["name"]
+        return {key: value for key, value in sizes.items() if value != "auto"}
+
+
+@dataclass
+class DataConfig:
+    """The data: lists, which frames, which pixels."""
+
+    preset: Literal["custom", "kinetics", "ssv2", "imagenet", "demo"] = "custom"
+    """Carries sampling, flip, mean, std and views of a data set; custom leaves them free."""
+    train: str | None = None
+    """Training list: any format of the field, or a folder of class folders."""
+    val: str | None = None
+    """Validation list, looked at every train.eval_every epochs with one view."""
+    test: str | None = None
+    """Test list; null: the validation list."""
+    root: str | None = None
+    """Folder that the lists' paths are relative to."""
+    labels: str | None = None
+    """Something-Something's labels json; null: found beside the list."""
+    class_names: str | None = None
+    """File with one class name a line, for lists that hold numbers only."""
+    num_classes: int | None = None
+    """Number of classes; null: by the class names, else the highest training label + 1."""
+    decoder: Literal["av", "decord"] = "av"
+    """Which library decodes videos."""
+    num_frames: int = 16
+    """Frames of a clip; 1 is image mode."""
+    stride: int = 4
+    """Dense sampling: every stride-th frame."""
+    target_fps: float | None = None
+    """Frame rate at which stride counts; null: each video's own."""
+    sampling: Literal["dense", "uniform", "middle"] | None = None
+    """dense: every stride-th frame; uniform: one of each of num_frames segments; middle: the centre."""
+    image_size: int = 224
+    """Height and width of a clip in pixels."""
+    mean: Colour | None = None
+    """Normalisation: RGB mean, of values from 0 to 1."""
+    std: Colour | None = None
+    """Normalisation: RGB standard deviation."""
+    flip: Literal["none", "all", "swap"] | None = None
+    """Mirror half of the training clips: never, always, or with the left/right twin's label."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Random resized crop: share of the area, from and to."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Random resized crop: aspect ratio, from and to."""
+    rand_augment: tuple[int, int] | None = None
+    """RandAugment: number of operations and magnitude (of 10); null: none."""
+    repeats: int = 1
+    """Random clips of each decoded training video (repeated augmentation)."""
+    workers: int = 2
+    """Loader processes a rank."""
+
+
+@dataclass
+class EvalConfig:
+    """Scoring: each video once, softmax averaged over clips x crops views."""
+
+    clips: int | None = None
+    """Clips of a video, spread from its first frame to its last; null: the preset's."""
+    crops: int | None = None
+    """Crops of a clip along its longer side; null: the preset's."""
+    crop_ratio: float | None = None
+    """data.image_size over the resized short side; null: the preset's."""
+    batch_size: int = 4
+    """Videos that a rank loads at a time."""
+    view_batch: int = 16
+    """Views that go through the model at a time."""
+
+
+@dataclass
+class Config:
+    output: str = "runs/default"
+    """Folder for checkpoints, logs, reports and pictures."""
+    seed: int = 0
+    """The run is a function of its settings and this."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: CUDA where there is one."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What belongs to a data set. The first flip is the default, the others are allowed too."""
+
+    sampling: str
+    flips: tuple[str, ...]
+    clips: int
+    crops: int
+    crop_ratio: float = 1.0
+    mean: Colour = (0.485, 0.456, 0.406)
+    std: Colour = (0.229, 0.224, 0.225)
+
+
+PRESETS = {
+    "custom": Preset("dense", ("none", "all", "swap"), clips=5, crops=3),
+    "kinetics": Preset("dense", ("all", "none"), clips=5, crops=3),
+    "ssv2": Preset("uniform", ("none", "swap"), clips=2, crops=3),
+    "imagenet": Preset("middle", ("all", "none"), clips=1, crops=1, crop_ratio=0.875),
+    "demo": Preset("dense", ("none", "swap"), clips=2, crops=3),
+}
+
+
+def resolve(config: Config) -> Config:
+    """The same settings with the preset's filled in. Raises ConfigError on a contradiction."""
+    name = config.data.preset
+    preset = PRESETS[name]
+    data, views = {}, {}
+    for group, found, keys in (
+        ("data", data, ("sampling", "mean", "std")),
+        ("eval", views, ("clips", "crops", "crop_ratio")),
+    ):
+        for key in keys:
+            value, own = getattr(getattr(config, group), key), getattr(preset, key)
+            if value not in (None, own) and name != "custom":
+                _contradiction(f"{group}.{key}", value, name, own)
+            found[key] = own if value is None else value
+    data["flip"] = config.data.flip or preset.flips[0]
+    if data["flip"] not in preset.flips:
+        _contradiction("data.flip", data["flip"], name, " or ".join(preset.flips))
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **data),
+        eval=dataclasses.replace(config.eval, **views),
+    )
+    for key in POSITIVE:
+        group, _, leaf = key.partition(".")
+        value = getattr(getattr(config, group), leaf)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{key}={value}: must be positive")
+    if not 0 < config.eval.crop_ratio <= 1:
+        raise ConfigError(f"eval.crop_ratio={config.eval.crop_ratio}: must lie in (0, 1]")
+    return config
+
+
+POSITIVE = (
+    "data.num_classes data.num_frames data.stride data.target_fps data.image_size data.repeats "
+    "eval.clips eval.crops eval.batch_size eval.view_batch "
+    "train.epochs train.batch_size train.accumulate train.eval_every train.lr_per"
+).split()
+
+
+def _contradiction(key: str, value, preset: str, allowed) -> None:
+    raise ConfigError(
+        f"{key}={value} contradicts data.preset={preset}, which has {allowed} "
+        "(data.preset=custom leaves it free)"
+    )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested values, as a checkpoint and `config.yaml` hold them."""
+    return _plain(dataclasses.asdict(config))
+
+
+def from_dict(values: dict[str, Any], source: str) -> Config:
+    """What `to_dict` gave, checked like any other input. `source` names it in errors."""
+    parser = make_parser("")
+    _check_keys(values, parser, source)
+    try:
+        return _instantiate(parser, parser.parse_object(values))
+    except ArgumentError as error:
+        raise ConfigError(f"{source}: {_one_line(error)}") from None
+
+
+def make_parser(description: str) -> ArgumentParser:
+    """A parser with a flag for every key of `Config`, and `--cfg FILE`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        description=description, exit_on_error=False, allow_abbrev=False, default_meta=False
+    )
+    parser.add_argument("--cfg", action="config", metavar="FILE", help="Settings in YAML.")
+    parser.add_class_arguments(Config, instantiate=False)
+    return parser
+
+
+def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespace]:
+    """Command line -> Config, and the namespace with whatever else the parser knows.
+
+    Raises ConfigError naming the file or the command line, the key, and the nearest known key.
+    """
+    known = _known_keys(parser)
+    files = []
+    for i, word in enumerate(args):
+        key, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and key not in known | {"help", "print_config"}:
+            raise ConfigError(f"command line: unknown key {key}{nearest(key, known)}")
+        if word == "--cfg" or word.startswith("--cfg="):
+            files.append(value if equals else (args[i + 1] if i + 1 < len(args) else ""))
+    for file in files:
+        _check_file(parser, file)
+    try:
+        namespace = parser.parse_args(args)
+    except ArgumentError as error:
+        raise ConfigError(f"command line: {_one_line(error)}") from None
+    return _instantiate(parser, namespace), namespace
+
+
+def _check_file(parser: ArgumentParser, path: str) -> None:
+    try:
+        with open(path) as file:
+            values = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not a readable YAML file: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: {values!r} is not a mapping of keys to values")
+    _check_keys(values, parser, path)
+    try:
+        parser.parse_object(values)
+    except ArgumentError as error:
+        raise ConfigError(f"{path}: {_one_line(error)}") from None
+
+
+def _check_keys(values: dict[str, Any], parser: ArgumentParser, source: str) -> None:
+    known = _known_keys(parser)
+    for key in _flat_keys(values):
+        if key not in known:
+            raise ConfigError(f"{source}: unknown key {key}{nearest(key, known)}")
+
+
+def _flat_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in values.items():
+        key = f"{prefix}{key}"
+        keys += _flat_keys(value, key + ".") if isinstance(value, dict) else [key]
+    return keys
+
+
+def _known_keys(parser: ArgumentParser) -> set[str]:
+    groups = {"model", "data", "train", "eval"}
+    return {action.dest for action in parser._actions} - groups - {"help", "print_config"}
+
+
+def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Config:
+    values = namespace.clone(with_meta=False)
+    groups = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
+    return Config(
+        output=values.output,
+        seed=values.seed,
+        device=values.device,
+        **{name: kind(**vars(values[name])) for name, kind in groups.items()},
+    )
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,155 @@
+"""Rows become batches: samples by (epoch, index), each with its own seed; collate, samplers, loader."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .annotations import Row
+from .decode import DecodeError, open_video
+from .views import TestViews, TrainViews
+
+
+class Sample(NamedTuple):
+    """One video's views: clips uint8 (V, 3, T, H, W), labels (V,); and what could not be read."""
+
+    index: int
+    clips: Tensor | None
+    labels: Tensor | None
+    failures: list[tuple[str, str]]  # (path, cause)
+
+
+@dataclass
+class Batch:
+    """B videos: indices (B,), clips uint8 (B, V, 3, T, H, W), labels (B, V), and unreadable files."""
+
+    indices: Tensor
+    clips: Tensor | None
+    labels: Tensor | None
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
+
+    def pin_memory(self):
+        if self.clips is not None:
+            self.clips, self.labels = self.clips.pin_memory(), self.labels.pin_memory()
+        return self
+
+
+class VideoDataset(Dataset):
+    """Item (epoch, index) -> Sample. All randomness of an item comes from (seed, epoch, index).
+
+    substitute: in training, the next row stands in for an unreadable one, and the failure is told. In
+        scoring nothing stands in: a sample without clips is the failure.
+    A row without a label has label -1.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        views: TrainViews | TestViews,
+        *,
+        decoder: str = "av",
+        seed: int = 0,
+        substitute: bool = False,
+    ):
+        self.rows, self.views, self.decoder = rows, views, decoder
+        self.seed, self.substitute = seed, substitute
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        epoch, index = item
+        failures = []
+        candidates = len(self) if self.substitute else 1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed_seed(self.seed, epoch, index))
+            for step in range(candidates):
+                row = self.rows[(index + step) % len(self)]
+                try:
+                    return Sample(index, *self._read(row), failures)
+                except DecodeError as error:
+                    failures.append((row.path, str(error)))
+        return Sample(index, None, None, failures)
+
+    def _read(self, row: Row) -> tuple[Tensor, Tensor]:
+        with open_video(row.path, self.decoder) as video:
+            if row.num_frames is not None and video.num_frames < row.num_frames:
+                raise DecodeError(
+                    f"{row.path}: the list says {row.num_frames} frames, there are {video.num_frames}"
+                )
+            return self.views(video, -1 if row.label is None else row.label)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    read = [s for s in samples if s.clips is not None]
+    return Batch(
+        indices=torch.tensor([s.index for s in read], dtype=torch.long),
+        clips=torch.stack([s.clips for s in read]) if read else None,
+        labels=torch.stack([s.labels for s in read]) if read else None,
+        failures=[failure for s in samples for failure in s.failures],
+        failed=[s.index for s in samples if s.clips is None],
+    )
+
+
+class TrainSampler(Sampler):
+    """(epoch, index) in an order that (seed, epoch) shuffles; each rank its share, in whole batches.
+
+    The last, incomplete round of batches over all ranks is dropped, as is usual in training; a set smaller
+    than one round is repeated up to one.
+    """
+
+    def __init__(self, length: int, *, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world = rank, world
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return max(self.length // (self.batch_size * self.world), 1) * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        order = [order[i % self.length] for i in range(len(self) * self.world)]
+        return ((self.epoch, index) for index in order[self.rank :: self.world])
+
+
+class TestSampler(Sampler):
+    """Every index once over all ranks: rank r has r, r + world, ... Nothing is padded or repeated."""
+
+    def __init__(self, length: int, *, rank: int = 0, world: int = 1):
+        self.indices = range(length)[rank::world]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((0, index) for index in self.indices)
+
+
+def make_loader(
+    dataset: VideoDataset, sampler: Sampler, *, batch_size: int, workers: int, pin_memory: bool
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        worker_init_fn=_one_thread,
+    )
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One well-mixed 63-bit seed of several numbers (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

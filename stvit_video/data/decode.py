@@ -1,0 +1,345 @@
+"""The pixels a file holds: open_video(path).read([0, 8, 16]) -> uint8 (3, 3, H, W), RGB, upright.
+
+Frame i is the i-th frame that a decode of the whole file shows, whatever else is asked for and in
+whatever order. What cannot be read raises DecodeError; no other frame takes its place.
+"""
+
+import bisect
+import contextlib
+import operator
+import os
+import re
+import stat
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, Self
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from ..errors import InputError, nearest
+
+VIDEO_SUFFIXES = frozenset((
+    ".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg",
+    ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
+))  # fmt: skip
+IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+DECODERS = ("av", "decord")
+
+# Codecs with packets that show nothing: alternate references (VP8), vops not coded (MPEG-4).
+HIDING_CODECS = frozenset(("vp8", "mpeg4"))
+# Containers where a seek ends at the key frame asked for; elsewhere it may end at the start.
+SEEKABLE = frozenset(("avi", "matroska", "mov", "mpegts"))
+HIGHEST_RATE = 480  # frames/s; more (1000, 90000) is the clock of the container, not a rate
+
+
+class DecodeError(InputError):
+    """A file, or a frame of it, that cannot be read; one line: the file, the frame, the cause."""
+
+
+class Video(Protocol):
+    """What open_video returns; a with block closes it."""
+
+    num_frames: int
+    fps: float  # frames/s, 0.0: unknown
+
+    def read(self, indices: Sequence[int]) -> Tensor: ...  # uint8 (len(indices), 3, H, W), RGB
+
+    def close(self) -> None:
+        """Give back what is held: nothing, where a file is open only while it is read."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_video(path: str | os.PathLike[str], decoder: str = "av") -> Video:
+    """Open a video file, a folder of frames, or an image: a video of one frame.
+
+    decoder: what reads video files, "av" (exact) or "decord" (as it counts and seeks).
+    Raises DecodeError for what cannot be opened, InputError for an unknown or absent decoder.
+    """
+    if decoder not in DECODERS:
+        raise InputError(f"unknown decoder {decoder!r}{nearest(decoder, DECODERS)}")
+    path = Path(path)
+    try:
+        found = path.stat()
+        folder = stat.S_ISDIR(found.st_mode)
+        files = sorted(filter(_is_image, path.iterdir() if folder else [path]), key=_natural)
+    except FileNotFoundError:
+        raise DecodeError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DecodeError(f"{path}: {_cause(error)}") from error
+    if folder:
+        return FrameFolder(path, files)
+    if not stat.S_ISREG(found.st_mode):  # to open a pipe is to wait for its writer
+        raise DecodeError(f"{path}: not a regular file")
+    if not found.st_size:
+        raise DecodeError(f"{path}: empty file")
+    if files:
+        return FrameFolder(path, files)
+    return AvVideo(path) if decoder == "av" else DecordVideo(path)
+
+
+class _Frames(Video):
+    """What the kinds of video share; each adds `_decode`."""
+
+    path: Path
+    fps = 0.0
+
+    def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
+        """Rising indices, each once -> (index, uint8 (H, W, 3)) for each, in any order."""
+        raise NotImplementedError
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Indices in any order, also repeated -> uint8 (len(indices), 3, H, W), channels last.
+
+        Raises IndexError for an index outside 0..num_frames-1, ValueError for none at all,
+        DecodeError for a frame that cannot be read or differs in size from another.
+        """
+        order = [operator.index(index) for index in indices]
+        if not order:
+            raise ValueError(f"{self.path}: no frame asked for")
+        places: dict[int, list[int]] = {}
+        for place, index in enumerate(order):
+            if not 0 <= index < self.num_frames:
+                raise IndexError(f"{self.path}: frame {index} is not in 0..{self.num_frames - 1}")
+            places.setdefault(index, []).append(place)
+        clip = None
+        # closing: after an error the file is closed now, not when its traceback is dropped
+        with contextlib.closing(self._decode(sorted(places))) as frames:
+            for index, frame in frames:
+                clip = np.empty((len(order), *frame.shape), np.uint8) if clip is None else clip
+                if frame.shape != clip.shape[1:]:
+                    (h, w), (height, width) = frame.shape[:2], clip.shape[1:3]
+                    raise self._error(
+                        index, f"its size is {w}x{h}, that of others {width}x{height}"
+                    )
+                clip[places[index]] = frame
+        return torch.from_numpy(clip).permute(0, 3, 1, 2)
+
+    def _error(self, index: int, cause: str) -> DecodeError:
+        return DecodeError(f"{self.path}: frame {index} of {self.num_frames}: {cause}")
+
+
+class FrameFolder(_Frames):
+    """Image files in natural order, img_2 before img_10, at an unknown rate."""
+
+    def __init__(self, path: Path, files: list[Path]):
+        if not files:
+            raise DecodeError(f"{path}: a folder without images")
+        self.path, self.files, self.num_frames = path, files, len(files)
+        names = [re.fullmatch(r"(.*?)(\d+)(\.\w+)", file.name) for file in files]
+        if all(names) and len({name.group(1, 3) for name in names}) == 1:
+            numbers = {int(name[2]) for name in names}
+            missing = set(range(min(numbers), max(numbers))) - numbers
+            if missing:  # all later frames would come too early
+                raise DecodeError(
+                    f"{path}: frame {min(missing)} is missing, "
+                    f"{len(missing)} in all between {min(numbers)} and {max(numbers)}"
+                )
+
+    def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
+        for index in wanted:
+            try:
+                with Image.open(self.files[index]) as image:
+                    pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                raise self._error(index, f"{self.files[index].name}: {_cause(error)}") from error
+            yield index, pixels
+
+
+class AvVideo(_Frames):
+    """A video file, read by PyAV; of several video streams the one that players show.
+
+    The packets are listed without decoding them. In a regular file each shows one frame, known by
+    its timestamp, so that reading may begin at a key frame. In any other file the frames are
+    counted by decoding them all, and known by their place in that order.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self._open() as (container, stream):
+            packets = [
+                (packet.pts, packet.dts, packet.is_keyframe, packet.is_discard, packet.is_corrupt)
+                for packet in container.demux(stream)
+                if packet.size
+            ]
+            rate, unit = stream.average_rate, stream.time_base
+            hides = stream.codec_context.name in HIDING_CODECS
+            reorders = stream.codec_context.has_b_frames
+            kind = container.format.name.partition(",")[0]
+        times = [pts for pts, *_ in packets]
+        shown = [pts for pts, _, _, discard, _ in packets if not discard]
+        self._index: dict[int, int] = {}  # timestamp -> frame; empty: known by place
+        self._keys: list[tuple[int, int]] = []  # (frame, where to seek to) of the key frames
+        if (
+            shown
+            and not hides
+            and None not in times
+            and len(set(shown)) == len(shown)
+            and not any(corrupt for *_, corrupt in packets)
+            # frames in front of the first key frame refer to what is not there, and do not come out
+            and packets[0][2]
+            and times[0] == min(times)
+            # AVI stores no times: they are made up, in the order of decoding
+            and not (reorders and times == sorted(times))
+        ):
+            shown.sort()
+            self._index = {pts: index for index, pts in enumerate(shown)}
+            # A seek in Matroska goes by pts, elsewhere by dts; in MP4 by dts plus what the first
+            # frame shown has between the two, as an edit list moves both.
+            leads = (pts - dts for pts, dts, _, discard, _ in packets if not discard)
+            lead = next(leads) if kind == "mov" else 0
+            self._keys = sorted(
+                (bisect.bisect_left(shown, pts), pts if kind == "matroska" else dts + lead)
+                for pts, dts, key, *_ in packets
+                if key and kind in SEEKABLE and dts is not None
+            )
+        self.num_frames = len(self._index) or self._count()
+        self.fps = float(rate or 0)
+        if not 0 < self.fps <= HIGHEST_RATE:
+            known = [pts for pts in shown if pts is not None]
+            span = (max(known) - min(known)) * unit if known else 0
+            self.fps = float((self.num_frames - 1) / span) if span else 0.0
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+        try:
+            # "file:" as a name may hold a colon; "ignore" as a title need not be UTF-8
+            with av.open(f"file:{self.path}", metadata_errors="ignore") as container:
+                cover = av.stream.Disposition.attached_pic
+                streams = [s for s in container.streams.video if not s.disposition & cover]
+                best = container.streams.best("video")
+                if not streams:
+                    raise DecodeError(f"{self.path}: no video stream")
+                stream = best if best in streams else streams[0]
+                if stream.codec_context is None:
+                    raise DecodeError(f"{self.path}: no decoder for the video stream")
+                stream.thread_type = "AUTO"
+                stream.codec_context.thread_count = _threads()
+                yield container, stream
+        except (av.FFmpegError, OSError) as error:
+            raise DecodeError(f"{self.path}: {_cause(error)}") from error
+
+    def _count(self) -> int:
+        count = 0
+        with self._open() as (container, stream):
+            try:
+                for _ in container.decode(stream):
+                    count += 1
+            except av.FFmpegError as error:
+                raise DecodeError(f"{self.path}: frame {count}: {_cause(error)}") from error
+        if not count:
+            raise DecodeError(f"{self.path}: the video stream holds no frame")
+        return count
+
+    def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
+        # [(where to seek to, None: decode on, the frames from there on)]
+        runs: list[tuple[int | None, list[int]]] = [(None, [])]
+        after = 0  # the frame that comes next when decoding on
+        for index in wanted:
+            key = bisect.bisect_right(self._keys, index, key=operator.itemgetter(0)) - 1
+            if key >= 0 and self._keys[key][0] > after:
+                runs.append((self._keys[key][1], []))
+            runs[-1][1].append(index)
+            after = index + 1
+        missing = yield from self._pass([run for run in runs if run[1]])
+        # A key frame may be no place to begin at (intra refresh), a seek may end beyond it: what
+        # does not come out after seeks is read again from the start of the file.
+        if missing and len(runs) > 1:
+            missing = yield from self._pass([(None, sorted(missing))])
+        for index, cause in sorted(missing.items()):
+            raise self._error(index, cause)
+
+    def _pass(
+        self, runs: list[tuple[int | None, list[int]]]
+    ) -> Generator[tuple[int, np.ndarray], None, dict[int, str]]:
+        """Yield what comes out in one pass over the file, return the rest: index -> cause."""
+        missing: dict[int, str] = {}
+        with self._open() as (container, stream):
+            rgb = VideoReformatter()
+            for start, run in runs:
+                pending, cause, broken = set(run), "the decoder gives no such frame", False
+                try:
+                    if start is not None:
+                        container.seek(start, stream=stream)
+                    for place, frame in enumerate(container.decode(stream)):
+                        if start is not None and place == 0 and not frame.key_frame:
+                            break  # a key frame to the container only: it lacks what it refers to
+                        broken = frame.is_corrupt or (broken and not frame.key_frame)
+                        index = self._index.get(frame.pts) if self._index else place
+                        if index not in pending:
+                            continue
+                        pending.remove(index)
+                        if broken:
+                            missing[index] = "corrupt, or decoded from a corrupt frame"
+                        else:
+                            # Plain swscale, by the matrix and range that the file names: the very
+                            # levels of decord. Threads would cost more here than they save.
+                            pixels = rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                            yield index, np.rot90(pixels, round(frame.rotation / 90))
+                        if not pending:
+                            break
+                except av.FFmpegError as error:
+                    cause = _cause(error)
+                missing |= dict.fromkeys(pending, cause)
+        return missing
+
+
+class DecordVideo(_Frames):
+    """A video file, read by decord: it may count too many frames, and repeat some for others."""
+
+    def __init__(self, path: Path):
+        try:
+            import decord
+        except ImportError as error:
+            raise InputError("decoder 'decord' is absent: pip install decord") from error
+        self.path, self._decord = path, decord
+        try:
+            self._reader = decord.VideoReader(str(path), num_threads=_threads())
+        except (decord.DECORDError, RuntimeError, AssertionError) as error:
+            raise DecodeError(f"{path}: {_cause(error)}") from error
+        self.num_frames, self.fps = len(self._reader), float(self._reader.get_avg_fps())
+
+    def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
+        try:
+            with self._decord.bridge.use_torch():  # whatever bridge others have set
+                frames = self._reader.get_batch(wanted).numpy()
+        except self._decord.DECORDError as error:
+            raise self._error(wanted[0], f"or one after it: {_cause(error)}") from error
+        yield from zip(wanted, frames, strict=True)
+
+    def close(self) -> None:
+        self._reader = None
+
+
+def _is_image(path: Path) -> bool:
+    # "." begins what macOS leaves beside files on foreign disks: ._img_1.jpg
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def _natural(path: Path) -> list[str | int]:
+    parts: list[str | int] = re.split(r"(\d+)", path.name)
+    parts[1::2] = map(int, parts[1::2])
+    return parts
+
+
+def _threads() -> int:
+    """Decoder threads, 0: as many as the decoder likes; one in each worker of a loader.
+
+    With av.logging.set_level these threads log through Python and may block for good: leave it off.
+    """
+    return 0 if get_worker_info() is None else 1
+
+
+def _cause(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.partition("\n")[0]

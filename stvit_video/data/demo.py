@@ -1,0 +1,148 @@
+"""The embedded data set: short clips in which only motion tells the class, as real mp4 files.
+
+A set of nested shapes over a textured background moves left, right, up or down, grows, shrinks, turns left
+or turns right. In every class position, size and angle are spread alike in every single frame: the
+position wraps around the picture, the angle around the circle, and as the shapes grow the outermost fades
+while a new one is born in their middle. So one frame alone says nothing of the class, and a class played
+backwards is its opposite.
+"""
+
+import json
+import multiprocessing
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import InputError
+
+CLASSES = (
+    "grow",
+    "move_down",
+    "move_left",
+    "move_right",
+    "move_up",
+    "shrink",
+    "turn_left",
+    "turn_right",
+)
+SHAPES = ("cross", "disc", "flower", "square", "star", "triangle")
+WIDTH, HEIGHT, FPS = 64, 48, 16
+ROOM = 22  # pixels: the middle of a shape stays within this central square
+RADII = (10.0, 22.0)  # the smallest and the largest in pixels: where growing starts anew
+ENCODER = {"crf": "18", "preset": "veryfast", "threads": "1"}
+SETTINGS = {"version": 2, "train": 1600, "test": 320, "seed": 0}
+
+
+def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
+    """Render the demo set to `root`/{train,test}/<class>/<number>_<shape>.mp4, once; returns `root`.
+
+    Made beside `root` and renamed, so that a broken-off rendering leaves nothing half-done. A folder at
+    `root` that is not a rendering of ours is never replaced.
+    """
+    root = Path(root)
+    marker = root / "demo.json"
+    if marker.exists() and json.loads(marker.read_text()) == SETTINGS:
+        return root
+    if root.exists() and not marker.exists():
+        raise InputError(f"{root} exists and was not made by the demo renderer: not replaced")
+    part = root.with_name(root.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    jobs = [(part, split, i) for split in ("train", "test") for i in range(SETTINGS[split])]
+    for split in ("train", "test"):
+        for name in CLASSES:
+            (part / split / name).mkdir(parents=True)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        done = pool.imap_unordered(_render_job, jobs, chunksize=16)
+        for _ in tqdm(done, total=len(jobs), desc=f"rendering {root}", unit="clip"):
+            pass
+    (part / "demo.json").write_text(json.dumps(SETTINGS))
+    shutil.rmtree(root, ignore_errors=True)
+    part.rename(root)
+    return root
+
+
+def _render_job(job: tuple[Path, str, int]) -> None:
+    folder, split, index = job
+    rng = np.random.default_rng((SETTINGS["seed"], ("train", "test").index(split), index))
+    name, shape = CLASSES[index % len(CLASSES)], SHAPES[rng.integers(len(SHAPES))]
+    write_mp4(folder / split / name / f"{index:05d}_{shape}.mp4", render(name, shape, rng))
+
+
+def write_mp4(path: str | Path, frames: np.ndarray, fps: int = FPS) -> None:
+    """Encode uint8 frames (T, H, W, 3) as H.264, reproducibly (one thread)."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options=ENCODER)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = Fraction(1, fps)
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def render(name: str, shape: str, rng: np.random.Generator) -> np.ndarray:
+    """One clip of a class: uint8 (T, HEIGHT, WIDTH, 3), 20 to 28 frames."""
+    frames = int(rng.integers(20, 29))
+    t = np.arange(frames, dtype=np.float32)[:, None, None] * float(rng.uniform(0.7, 1.3))
+    # a state at t = 0 that is spread alike in every class, and the one thing that changes
+    x, y, angle, size = (float(rng.uniform(0, end)) for end in (ROOM, ROOM, 2 * np.pi, 1))
+    x = x + t * {"move_left": -1.2, "move_right": 1.2}.get(name, 0)
+    y = y + t * {"move_up": -1.2, "move_down": 1.2}.get(name, 0)
+    angle = angle + t * {"turn_left": -0.15, "turn_right": 0.15}.get(name, 0)
+    size = size + t * {"shrink": -0.035, "grow": 0.035}.get(name, 0)
+
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32)
+    dx = columns - (WIDTH - ROOM) / 2 - x % ROOM  # (T, H, W)
+    dy = rows - (HEIGHT - ROOM) / 2 - y % ROOM
+    cos, sin = np.cos(angle), np.sin(angle)  # rows grow downwards: a growing angle turns right
+    along, across = (cos * dx + sin * dy) / 1.2, (cos * dy - sin * dx) / 0.8
+    distance = np.hypot(along, across) + 0.01
+    radius = RADII[0] * (RADII[1] / RADII[0]) ** (size % 1)
+    cover = np.clip((radius * _outline(shape, np.arctan2(across, along)) - distance) + 0.5, 0, 1)
+    head = np.clip(along - 0.1 * radius + 0.5, 0, 1)  # one end in ink, the other in the second colour
+
+    back = rng.uniform(0, 255, 3)
+    ink, second = (_contrasting(back, rng) for _ in range(2))
+    back = back + rng.uniform(10, 40) * _noise(rng)[..., None] * rng.uniform(0.3, 1, 3)
+    back, ink, second = (np.float32(colour) for colour in (back, ink, second))
+    image = back + cover[..., None] * (second + head[..., None] * (ink - second) - back)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def _contrasting(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    while True:
+        other = rng.uniform(0, 255, 3)
+        if np.abs(other - colour).sum() > 220:
+            return other
+
+
+def _noise(rng: np.random.Generator) -> np.ndarray:
+    """A smooth random field (HEIGHT, WIDTH) within about -1..1: a few waves."""
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    waves = rng.uniform(-0.4, 0.4, (5, 2))
+    return sum(np.sin(a * rows + b * columns + rng.uniform(0, 6)) for a, b in waves) / 3
+
+
+def _outline(shape: str, angle: np.ndarray) -> np.ndarray:
+    """How far the shape of radius 1 reaches in each direction."""
+    match shape:
+        case "disc":
+            return np.full_like(angle, 0.9)
+        case "square":
+            return 0.75 / np.maximum(np.abs(np.cos(angle)), np.abs(np.sin(angle)))
+        case "triangle":
+            third = 2 * np.pi / 3
+            return 0.5 / np.cos((angle + third / 2) % third - third / 2)
+        case "cross":
+            quarter = np.abs((angle + np.pi / 4) % (np.pi / 2) - np.pi / 4)
+            return np.minimum(0.95 / np.cos(quarter), 0.35 / np.sin(np.maximum(quarter, 0.01)))
+        case "star":
+            fifth = np.abs((angle / (0.4 * np.pi)) % 1 - 0.5) * 2
+            return 0.45 + 0.55 * fifth**1.5
+        case "flower":
+            return 0.72 + 0.28 * np.cos(3 * angle)
+

@@ -1,0 +1,47 @@
+"""Which frames: integers in, integers out. No file is opened here.
+
+A clip's place in its video is a number `at` from 0 to 1: 0 is the earliest clip, which starts at the first
+frame, and 1 the latest, which ends at the last. Training draws it; scoring spreads it: `test_positions`.
+"""
+
+from collections.abc import Sequence
+
+
+def test_positions(clips: int) -> list[float]:
+    """Where `clips` test clips lie: the centre for one, else evenly from the first to the last."""
+    return [0.5] if clips == 1 else [i / (clips - 1) for i in range(clips)]
+
+
+def dense(total: int, num_frames: int, stride: float, at: float) -> list[int]:
+    """`num_frames` indices, every `stride`-th (e.g. 16x4), of a video of `total` frames.
+
+    The span is round((num_frames - 1) * stride) + 1 frames; its start is one of the total - span + 1
+    possible ones, `at` of the way, each equally likely for a uniform `at`. A video shorter than the
+    span is read from its start, and its last frame fills up (as in SlowFast and VideoMAE).
+
+    >>> dense(10, 3, 2, at=0.0), dense(10, 3, 2, at=1.0), dense(3, 3, 2, at=0.7)
+    ([0, 2, 4], [5, 7, 9], [0, 2, 2])
+    """
+    offsets = [round(i * stride) for i in range(num_frames)]
+    starts = max(total - offsets[-1], 1)
+    start = min(int(at * starts), starts - 1)
+    return [min(start + offset, total - 1) for offset in offsets]
+
+
+def segments(total: int, num_frames: int, at: float | Sequence[float]) -> list[int]:
+    """One frame from each of `num_frames` equal segments of a video (Something-Something's sampling).
+
+    `at` says where in its segment each frame lies: one number for all, or one for each. Segment i is
+    frames floor(i * total / n) to floor((i + 1) * total / n) - 1, at least one; so a video of fewer than
+    `num_frames` frames repeats frames, in order.
+
+    >>> segments(8, 4, 0.0), segments(8, 4, 1.0), segments(2, 4, 0.5)
+    ([0, 2, 4, 6], [1, 3, 5, 7], [0, 0, 1, 1])
+    """
+    places = [at] * num_frames if isinstance(at, int | float) else at
+    frames = []
+    for i, place in enumerate(places):
+        first, end = i * total // num_frames, (i + 1) * total // num_frames
+        length = max(end - first, 1)
+        frames.append(first + min(int(place * length), length - 1))
+    return frames

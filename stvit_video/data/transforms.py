@@ -1,0 +1,122 @@
+"""Which pixels, on torchvision.transforms.v2: one set of random parameters a clip, uint8 in and out."""
+
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+
+Clip = Tensor  # uint8 (T, 3, H, W)
+
+
+class TrainTransform:
+    """Random resized crop, RandAugment, flip: uint8 (T, 3, H, W), label -> ((T, 3, S, S), label).
+
+    scale: range of the crop's share of the area; ratio: range of its aspect ratio.
+    rand_augment: (number of operations, magnitude of 10), None for none. The field's recipes name timm's
+        `rand-m7-n4-mstd0.5-inc1`; torchvision's is nearest to it, without the noise on the magnitude,
+        with each operation always applied (timm: half of the time), and here after the crop.
+    flip: "none", "all", or "swap": mirror the clip and take the left/right twin's label.
+    twins: class id -> class id of its mirror image, needed for "swap".
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (0.75, 4 / 3),
+        rand_augment: tuple[int, int] | None = None,
+        flip: str = "none",
+        twins: list[int] | None = None,
+    ):
+        self.crop = v2.RandomResizedCrop(size, scale=scale, ratio=ratio, antialias=True)
+        self.augment = None
+        if rand_augment is not None:
+            operations, magnitude = rand_augment
+            self.augment = v2.RandAugment(
+                operations,
+                magnitude,
+                num_magnitude_bins=11,
+                interpolation=InterpolationMode.BILINEAR,
+            )
+        self.flip, self.twins = flip, twins
+
+    def __call__(self, clip: Clip, label: int) -> tuple[Clip, int]:
+        clip = self.crop(tv_tensors.Video(clip))
+        if self.augment is not None:
+            clip = self.augment(clip)
+        if self.flip != "none" and torch.rand(()) < 0.5:
+            clip = v2.functional.horizontal_flip(clip)
+            label = self.twins[label] if self.flip == "swap" else label
+        return clip.as_subclass(Tensor), label
+
+
+class TestTransform:
+    """Short side to `size / crop_ratio`, then `crops` squares of `size` along the longer side.
+
+    One crop is the centre; several are spread from the left (top) end to the right (bottom) end.
+    uint8 (T, 3, H, W) -> list of `crops` uint8 (T, 3, S, S), left to right or top to bottom.
+    """
+
+    def __init__(self, size: int, *, crops: int = 1, crop_ratio: float = 1.0):
+        self.size, self.crops = size, crops
+        self.resize = v2.Resize(round(size / crop_ratio), antialias=True)
+
+    def __call__(self, clip: Clip) -> list[Clip]:
+        clip = self.resize(clip)
+        rows, columns = (length - self.size for length in clip.shape[-2:])
+        places = [0.5] if self.crops == 1 else [i / (self.crops - 1) for i in range(self.crops)]
+        out = []
+        for place in places:
+            down, right = (place, 0.5) if rows > columns else (0.5, place)
+            top, left = int(down * rows + 0.5), int(right * columns + 0.5)
+            out.append(clip[..., top : top + self.size, left : left + self.size])
+        return out
+
+
+class Normalise(nn.Module):
+    """uint8 (..., 3, T, H, W) -> float32, (x / 255 - mean) / std by channel; runs on the device."""
+
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]):
+        super().__init__()
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1, 1), persistent=False)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return (clips.float() - self.mean) / self.std
+
+
+class Mix:
+    """Random erasing of each clip, then mixup or cutmix of the batch; after normalisation.
+
+    Float (B, 3, T, H, W), labels (B,) -> clips, targets: (B, K) with rows that sum to 1 where labels were
+    mixed, else the labels. Erasing draws one box a clip, the same in all its frames, filled with noise;
+    mixup and cutmix take turns at random.
+
+    erasing: share of the clips; mixup, cutmix: alpha of the Beta distribution, 0 for none.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        erasing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+    ):
+        self.erase = v2.RandomErasing(p=erasing, scale=(0.02, 1 / 3), value="random")
+        self.mixes = []
+        if mixup:
+            self.mixes.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+        if cutmix:
+            self.mixes.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+
+    def __call__(self, clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        clips = clips.transpose(1, 2)  # v2 works on (..., T, 3, H, W)
+        if self.erase.p:
+            clips = torch.stack([self.erase(clip) for clip in clips])
+        if self.mixes:
+            mix = self.mixes[torch.randint(len(self.mixes), ()).item()]
+            clips, labels = mix(tv_tensors.Video(clips), labels)
+            clips = clips.as_subclass(Tensor)
+        return clips.transpose(1, 2), labels

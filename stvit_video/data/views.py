@@ -1,0 +1,85 @@
+"""From one video to its clips, decoded once. Training views are random, test views are spread."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import sampling
+from .decode import Video
+from .transforms import TestTransform, TrainTransform
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames make a clip.
+
+    kind: "dense" (every `stride`-th frame, from anywhere), "uniform" (one frame from each of `num_frames`
+        segments of the whole video) or "middle" (dense, and always the centre).
+    target_fps: if set and the video's rate is known, `stride` counts frames at this rate, whatever the
+        video's own.
+    """
+
+    kind: str
+    num_frames: int
+    stride: int = 1
+    target_fps: float | None = None
+
+    def test(self, video: Video, at: float) -> list[int]:
+        """Frame indices of the clip at `at`, from 0 (starts at the first frame) to 1 (ends at the last)."""
+        if self.kind == "uniform":
+            return sampling.segments(video.num_frames, self.num_frames, at)
+        stride = self.stride
+        if self.target_fps and video.fps:
+            stride = self.stride * video.fps / self.target_fps
+        return sampling.dense(
+            video.num_frames, self.num_frames, stride, 0.5 if self.kind == "middle" else at
+        )
+
+    def train(self, video: Video) -> list[int]:
+        """Frame indices of a random clip (torch's global generator)."""
+        if self.kind == "uniform":
+            places = torch.rand(self.num_frames).tolist()
+            return sampling.segments(video.num_frames, self.num_frames, places)
+        return self.test(video, torch.rand(()).item())
+
+
+@dataclass(frozen=True)
+class TrainViews:
+    """`repeats` random clips of one decoded video (repeated augmentation)."""
+
+    sampling: Sampling
+    transform: TrainTransform
+    repeats: int = 1
+
+    def __call__(self, video: Video, label: int) -> tuple[Tensor, Tensor]:
+        """-> clips uint8 (V, 3, T, H, W), labels (V,): mirroring may change a label."""
+        indices = [self.sampling.train(video) for _ in range(self.repeats)]
+        frames, clips = read_once(video, indices)
+        clips, labels = zip(*(self.transform(frames[clip], label) for clip in clips), strict=True)
+        return torch.stack(clips).transpose(1, 2), torch.tensor(labels)
+
+
+@dataclass(frozen=True)
+class TestViews:
+    """`clips` x `crops` views of one decoded video; view index = clip * crops + crop."""
+
+    sampling: Sampling
+    transform: TestTransform
+    clips: int = 1
+
+    def __call__(self, video: Video, label: int) -> tuple[Tensor, Tensor]:
+        """-> clips uint8 (V, 3, T, H, W), labels (V,)."""
+        indices = [self.sampling.test(video, at) for at in sampling.test_positions(self.clips)]
+        frames, clips = read_once(video, indices)
+        crops = self.transform(frames)
+        views = [crop[clip] for clip in clips for crop in crops]
+        return torch.stack(views).transpose(1, 2), torch.full((len(views),), label)
+
+
+def read_once(video: Video, clips: Sequence[list[int]]) -> tuple[Tensor, list[list[int]]]:
+    """Every frame that some clip needs, read once (N, 3, H, W), and each clip's places among them."""
+    needed = sorted(set().union(*clips))
+    place = {frame: i for i, frame in enumerate(needed)}
+    return video.read(needed), [[place[frame] for frame in clip] for clip in clips]

@@ -1,0 +1,40 @@
+"""What a run leaves to be read while it goes on: `log.jsonl` and TensorBoard events."""
+
+import json
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from . import distributed
+
+
+class RunLog:
+    """Entries of a kind ("step" or "epoch") with figures; written by the main process only.
+
+    A resumed run drops the entries of the epochs that it runs anew.
+    """
+
+    def __init__(self, output: Path, *, epochs_done: int):
+        self.path = output / "log.jsonl"
+        self.events = None
+        if distributed.is_main():
+            kept = []
+            if epochs_done and self.path.exists():
+                entries = [json.loads(line) for line in self.path.read_text().splitlines()]
+                kept = [entry for entry in entries if entry["at"] <= epochs_done]
+            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            self.events = SummaryWriter(output / "tensorboard", purge_step=None)
+
+    def write(self, kind: str, *, step: int, at: float, **figures: float | None) -> None:
+        """`step`: updates so far; `at`: epochs so far, as a fraction."""
+        if self.events is None:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, "at": at, **figures}) + "\n")
+        for name, value in figures.items():
+            if value is not None:
+                self.events.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        if self.events is not None:
+            self.events.close()

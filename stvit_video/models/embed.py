@@ -1,0 +1,60 @@
+"""From pixels to a grid of tokens: tubelet embedding and position tables."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+Size3 = tuple[int, int, int]
+
+
+class PatchEmbed(nn.Module):
+    """Tubelets of (frames, height, width) pixels, each projected to one token.
+
+    The weight has a convolution's shape (C, 3, t, h, w), as checkpoints have it; it is applied as one
+    matrix product, which every device and exporter handles well.
+    """
+
+    def __init__(self, clip_size: Size3, patch_size: Size3, dim: int):
+        super().__init__()
+        if len(patch_size) != 3:
+            raise ValueError(f"patch_size={patch_size} must be (frames, height, width)")
+        axes = ("frames (num_frames)", "rows (image_size)", "columns (image_size)")
+        for axis, size, patch in zip(axes, clip_size, patch_size, strict=True):
+            if size < 1 or patch < 1 or size % patch:
+                raise ValueError(
+                    f"clip of {size} {axis} does not divide into tubelets of {patch} "
+                    f"(patch_size={patch_size})"
+                )
+        self.clip_size, self.patch_size = clip_size, patch_size
+        self.grid = tuple(size // patch for size, patch in zip(clip_size, patch_size, strict=True))
+        self.proj = nn.Conv3d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W), or (B, 3, H, W) where T is 1 -> grid (B, t, h, w, C)."""
+        if x.ndim == 4:
+            x = x.unsqueeze(2)
+        if x.ndim != 5 or x.shape[1:] != (3, *self.clip_size):
+            frames, rows, columns = self.clip_size
+            raise ValueError(
+                f"input of shape {tuple(x.shape)}, but the model takes (B, 3, {frames}, {rows}, "
+                f"{columns}) (num_frames={frames}, image_size={(rows, columns)})"
+            )
+        pt, ph, pw = self.patch_size
+        x = rearrange(
+            x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw
+        )
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def sincos_table(grid: Size3, dim: int) -> Tensor:
+    """Fixed sine-cosine positions over the flattened token index: (1, t, h, w, C).
+
+    Feature j of position p is sin or cos (j even or odd) of p / 10000^(2 (j // 2) / C): VideoMAE's
+    table, which its checkpoints do not hold.
+    """
+    position = torch.arange(grid[0] * grid[1] * grid[2], dtype=torch.float64)
+    feature = torch.arange(dim)
+    angle = position[:, None] / 10000 ** (2 * (feature // 2) / dim)
+    table = torch.where(feature % 2 == 0, angle.sin(), angle.cos())
+    return table.float().view(1, *grid, dim)

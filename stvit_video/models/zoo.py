@@ -1,0 +1,111 @@
+"""Models by name: a constructor, its sizes, and the names of the sizes a caller may change."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import nearest
+from . import baselines
+from .vit import VideoViT
+
+
+class Entry(NamedTuple):
+    build: Callable[..., nn.Module]
+    defaults: dict
+    sizes: frozenset[str]
+
+
+_COMMON = {"num_classes", "num_frames", "image_size"}
+_SEMANTIC = {"semantic_tokens", "base_depth", "semantic_layers", "pool", "centres"}
+
+
+def _sizes(build: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(build).parameters) - _COMMON
+
+
+def _vit_family() -> dict[str, Entry]:
+    models = {}
+    for size, embed_dim, depth, num_heads, base_depth in (
+        ("tiny", 192, 12, 3, 4),
+        ("small", 384, 12, 6, 4),
+        ("base", 768, 12, 12, 4),
+        ("large", 1024, 24, 16, 8),
+    ):
+        dense = {
+            "patch_size": (2, 16, 16),
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+        }
+        semantic = {"semantic_tokens": (8, 4, 4), "base_depth": base_depth}
+        sizes = _sizes(VideoViT)
+        models[f"vit_{size}_patch16_224"] = Entry(VideoViT, dense, sizes - _SEMANTIC)
+        models[f"stvit_{size}_patch16_224"] = Entry(VideoViT, dense | semantic, sizes)
+    return models
+
+
+MODELS: dict[str, Entry] = _vit_family() | {
+    build.__name__: Entry(build, {}, _sizes(build))
+    for build in (
+        baselines.ptv_mvit_base_16x4,
+        baselines.ptv_slowfast_r50,
+        baselines.ptv_x3d_m,
+    )
+}
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` knows."""
+    return sorted(MODELS)
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    num_frames: int = 16,
+    image_size: int | tuple[int, int] = 224,
+    **sizes,
+) -> nn.Module:
+    """A model with random weights that takes (B, 3, T, H, W) and gives logits (B, num_classes).
+
+    `num_frames=1` is image mode: (B, 3, H, W) is taken too, and default tubelets and semantic tokens
+    span one frame: patch_size (1, 16, 16), semantic_tokens (1, 4, 4).
+
+    sizes: what else to change, by the names of `VideoViT`'s arguments (`embed_dim`, `depth`,
+        `semantic_tokens`, ...). `semantic_tokens=None` makes an STViT its dense backbone.
+    Raises ValueError for an unknown model or sizes that do not fit each other; TypeError for an unknown
+        size; both with the nearest known one.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}{nearest(name, MODELS)}")
+    build, defaults, known = MODELS[name]
+    for size in sizes:
+        if size not in known:
+            raise TypeError(f"{name} takes no size {size!r}{nearest(size, known)}")
+    if num_frames == 1:
+        defaults = {k: (1, *v[1:]) if isinstance(v, tuple) else v for k, v in defaults.items()}
+    return build(
+        num_classes=num_classes,
+        num_frames=num_frames,
+        image_size=image_size,
+        **defaults | sizes,
+    )
+
+
+def multiply_adds(model: nn.Module, *, num_frames: int, image_size: int) -> int:
+    """Multiply-adds of one view in evaluation mode: half of what torch's flop counter counts.
+
+    Runs on the meta device: shapes only, in no time and memory.
+    """
+    model = copy.deepcopy(model).to("meta").eval()
+    clip = torch.empty(1, 3, num_frames, image_size, image_size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(clip)
+    return counter.get_total_flops() // 2
+

@@ -1,0 +1,83 @@
+"""A checkpoint and a video -> names and scores."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .build import build_model, build_normalise, build_test_views
+from .config import Config, from_dict
+from .data.decode import open_video
+from .engine import checkpoint
+from .engine.evaluate import view_scores
+from .errors import InputError
+
+
+class Guess(NamedTuple):
+    name: str
+    score: float
+
+
+def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
+    """A checkpoint's settings, class names and model (its averaged weights, where it has them).
+
+    Raises CheckpointError or ConfigError.
+    """
+    values = checkpoint.load(path)
+    config = from_dict(values["config"], str(path))
+    model = build_model(config, len(values["class_names"]))
+    model.load_state_dict(values["model"] if values["ema"] is None else values["ema"])
+    return config, values["class_names"], model.eval()
+
+
+class Recognizer:
+    """Says what happens in a video.
+
+    >>> recognize = Recognizer("best.pt")
+    >>> recognize("video.mp4")[0]
+    Guess(name='move_left', score=0.98)
+
+    checkpoint: alone says which model, sampling, views, normalisation and class names.
+    clips, crops: other views than the checkpoint's.
+    device: "cpu", "cuda", ...; by default CUDA where there is one.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        clips: int | None = None,
+        crops: int | None = None,
+        device: str | None = None,
+    ):
+        self.config, self.class_names, self.model = load_model(checkpoint)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(device)
+        self.normalise = build_normalise(self.config.data).to(device)
+        settings = self.config.eval
+        self.views = build_test_views(self.config, clips or settings.clips, crops or settings.crops)
+
+    def __call__(self, path: str | Path, top: int = 5) -> list[Guess]:
+        """The `top` best classes of one video, best first. Raises DecodeError."""
+        views = view_scores(
+            self.model, self.normalise, self._clips(path), view_batch=self.config.eval.view_batch
+        )
+        scores = views[0].double().mean(0)
+        order = scores.argsort(descending=True, stable=True)[:top].tolist()
+        return [Guess(self.class_names[i], scores[i].item()) for i in order]
+
+    @torch.no_grad()
+    def features(self, path: str | Path) -> Tensor:
+        """What the head sees, averaged over the views: float32 (C,). Raises DecodeError."""
+        if not hasattr(self.model, "pooled_features"):
+            raise InputError(f"{self.config.model.name} has no pooled_features")
+        clips = self._clips(path)[0].to(self.normalise.mean.device)
+        chunks = clips.split(self.config.eval.view_batch)
+        return torch.cat(
+            [self.model.pooled_features(self.normalise(chunk)) for chunk in chunks]
+        ).mean(0)
+
+    def _clips(self, path: str | Path) -> Tensor:
+        with open_video(path, self.config.data.decoder) as video:
+            return self.views(video, -1)[0].unsqueeze(0)

@@ -1,0 +1,155 @@
+import dataclasses
+
+import pytest
+import torch
+import yaml
+
+from stvit_video import build
+from stvit_video.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    from_dict,
+    make_parser,
+    parse,
+    resolve,
+    to_dict,
+)
+
+
+def read(*args):
+    return parse(make_parser("test"), args)[0]
+
+
+@pytest.fixture
+def settings(tmp_path):
+    def write(text):
+        path = tmp_path / "settings.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_the_command_line_overrides_the_file(settings):
+    file = settings("model: {embed_dim: 96, semantic_tokens: [4, 2, 2]}\ntrain: {lr: 5e-4}\n")
+    config = read("--cfg", file, "--train.lr", "1e-3", "--data.rand_augment=[2, 7]")
+    assert config.model.embed_dim == 96
+    assert config.model.sizes() == {"embed_dim": 96, "semantic_tokens": (4, 2, 2)}
+    assert config.train.lr == 1e-3
+    assert config.data.rand_augment == (2, 7)
+    assert read("--model.semantic_tokens", "null").model.sizes() == {"semantic_tokens": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("train: {lrr: 3}", ["settings.yaml", "train.lrr", "train.lr"]),
+        ("trian: {lr: 3}", ["settings.yaml", "trian.lr", "train.lr"]),
+        ("train: {lr: fast}", ["settings.yaml", "train.lr", "fast"]),
+        ("- a list", ["settings.yaml", "mapping"]),
+        ("train: [", ["settings.yaml", "YAML"]),
+        ("data: {decoder: gstreamer}", ["settings.yaml", "data.decoder", "gstreamer"]),
+        ("model: {class_path: os.system}", ["settings.yaml", "model.class_path"]),
+    ],
+)
+def test_errors_in_a_file_name_file_and_key(settings, text, parts):
+    with pytest.raises(ConfigError) as error:
+        read("--cfg", settings(text))
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--train.lrr", "3"], ["command line", "train.lrr", "train.lr"]),
+        (["--train.epochs", "many"], ["command line", "train.epochs", "many"]),
+        (["--cfg", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--cfg"], ["YAML"]),
+    ],
+)
+def test_errors_on_the_command_line(args, parts):
+    with pytest.raises(ConfigError) as error:
+        read(*args)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_help_tells_every_key(capsys):
+    with pytest.raises(SystemExit):
+        read("--help")
+    text = capsys.readouterr().out
+    for group in dataclasses.fields(Config):
+        kind = group.default_factory
+        for field in [] if kind is dataclasses.MISSING else dataclasses.fields(kind):
+            assert f"--{group.name}.{field.name} " in text
+    assert "Largest norm of the gradient" in " ".join(text.split())
+
+
+def test_presets_fill_in_what_is_not_set():
+    config = resolve(Config(data=DataConfig(preset="ssv2")))
+    assert (config.data.sampling, config.data.flip) == ("uniform", "none")
+    assert (config.eval.clips, config.eval.crops) == (2, 3)
+    config = resolve(Config(data=DataConfig(preset="kinetics")))
+    assert (config.data.sampling, config.data.flip) == ("dense", "all")
+    assert config.data.mean == (0.485, 0.456, 0.406)
+    assert resolve(config) == config
+
+
+@pytest.mark.parametrize(
+    ("data", "views"),
+    [
+        ({"preset": "ssv2", "flip": "all"}, {}),
+        ({"preset": "ssv2", "sampling": "dense"}, {}),
+        ({"preset": "kinetics", "flip": "swap"}, {}),
+        ({"preset": "kinetics", "mean": (0.45, 0.45, 0.45)}, {}),
+        ({"preset": "kinetics"}, {"clips": 10}),
+    ],
+)
+def test_contradicting_a_preset_is_an_error(data, views):
+    with pytest.raises(ConfigError, match="contradicts data.preset"):
+        resolve(Config(data=DataConfig(**data), eval=EvalConfig(**views)))
+    resolve(Config(data=DataConfig(**data | {"preset": "custom"}), eval=EvalConfig(**views)))
+
+
+def test_ssv2_may_swap():
+    assert resolve(Config(data=DataConfig(preset="ssv2", flip="swap"))).data.flip == "swap"
+
+
+def test_values_that_make_no_sense():
+    with pytest.raises(ConfigError, match="train.batch_size=0: must be positive"):
+        resolve(read("--train.batch_size", "0"))
+
+
+def test_settings_survive_a_checkpoint(tmp_path):
+    config = resolve(read("--data.preset", "kinetics", "--model.patch_size", "[2, 8, 8]"))
+    torch.save(to_dict(config), tmp_path / "config.pt")
+    assert from_dict(torch.load(tmp_path / "config.pt", weights_only=True), "it") == config
+    assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config))), "it") == config
+    with pytest.raises(ConfigError, match=r"old.pt: unknown key model.widht"):
+        from_dict({"model": {"widht": 3}}, "old.pt")
+
+
+def test_sizes_that_do_not_fit_name_the_model():
+    with pytest.raises(ConfigError, match=r"model: .*15 frames.*tubelets of 2"):
+        build.build_model(read("--data.num_frames", "15"), 3)
+    with pytest.raises(ConfigError, match="model: ptv_x3d_m takes no size 'depth'"):
+        build.build_model(read("--model.name", "ptv_x3d_m", "--model.depth", "3"), 3)
+
+
+def test_class_names_come_from_the_list_and_bound_it(tmp_path):
+    (tmp_path / "list.txt").write_text("a.mp4 0\nb.mp4 4\n")
+    config = resolve(Config(data=DataConfig(train=str(tmp_path / "list.txt"))))
+    assert build.read_split(config, "train")[1] == ["0", "1", "2", "3", "4"]
+    config.data.num_classes = 4
+    with pytest.raises(ConfigError, match=r"label 4 of .*b.mp4: must be below 4"):
+        build.read_split(config, "train")
+    (tmp_path / "names.txt").write_text("one\ntwo\n")
+    config.data.num_classes, config.data.class_names = None, str(tmp_path / "names.txt")
+    with pytest.raises(ValueError, match="list.txt"):
+        build.read_split(config, "train")
+    with pytest.raises(ConfigError, match="data.val is not set"):
+        build.read_split(config, "val")

@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from stvit_video import create_model
+from stvit_video.data.annotations import Row
+from stvit_video.data.transforms import Normalise
+from stvit_video.engine import checkpoint
+from stvit_video.engine.evaluate import Scores, _merge, view_scores
+from stvit_video.engine.optim import make_optimizer, make_schedule, scaled_lr
+from stvit_video.errors import InputError
+
+
+def tiny():
+    return create_model(
+        "stvit_tiny_patch16_224", num_classes=3, num_frames=2, image_size=32, depth=4,
+        embed_dim=12, num_heads=2, base_depth=1, semantic_tokens=(1, 2, 2),
+    )  # fmt: skip
+
+
+def test_layer_decay_reaches_every_layer():
+    model = tiny()
+    optimizer = make_optimizer(
+        model, lr=1.0, betas=(0.9, 0.99), weight_decay=0.1, layer_decay=0.5
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+    scale, decay = {}, {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            scale[names[id(p)]], decay[names[id(p)]] = group["lr_scale"], group["weight_decay"]
+    assert scale["patch_embed.proj.weight"] == scale["pos_embed"] == 0.5**5
+    assert [scale[f"blocks.{i}.mlp.fc1.weight"] for i in range(4)] == [0.5**4, 0.5**3, 0.5**2, 0.5]
+    assert scale["semantic.centres"] == scale["blocks.2.norm1.weight"]
+    assert scale["head.weight"] == scale["fc_norm.weight"] == 1
+    undecayed = {n for n, p in model.named_parameters() if p.ndim == 1}
+    undecayed |= {"pos_embed", "semantic.centres"}
+    assert {name for name, value in decay.items() if value == 0} == undecayed
+
+
+def test_layer_decay_needs_a_model_that_knows_its_layers():
+    with pytest.raises(InputError, match=r"layer_decay=0.75.*group_matcher"):
+        make_optimizer(
+            nn.Linear(2, 2), lr=1.0, betas=(0.9, 0.99), weight_decay=0.1, layer_decay=0.75
+        )
+
+
+def test_schedule_warms_up_and_falls_along_a_cosine():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = make_schedule(optimizer, updates=110, warmup_updates=10, warmup_lr=0.1, min_lr=0.01)
+    rates = [optimizer.param_groups[0]["lr"]]
+    for update in range(1, 111):
+        schedule.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[5] == pytest.approx(0.55)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.505)
+    assert rates[110] == pytest.approx(0.01)
+
+
+def test_learning_rate_follows_the_batch():
+    assert scaled_lr(5e-4, 384, 256) == pytest.approx(7.5e-4)
+
+
+def test_checkpoints_hold_plain_values_and_are_read_without_trust(tmp_path):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, {"model": tiny().state_dict(), "epoch": 3, "class_names": ["a"]})
+    assert checkpoint.load(path)["epoch"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "foreign", "code"])
+def test_bad_checkpoints_are_one_line(tmp_path, damage):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, {"epoch": 3})
+    if damage == "missing":
+        path.unlink()
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif damage == "text":
+        path.write_text("hello")
+    elif damage == "foreign":
+        torch.save({"model": {}}, path)
+    else:
+        torch.save({"format": checkpoint.FORMAT, "f": print}, path)
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        checkpoint.load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def scores():
+    """Four videos of three classes: right, wrong but second, unreadable, without a label."""
+    return Scores(
+        scores=np.array([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1], [0, 0, 0], [0.1, 0.2, 0.7]], np.float32),
+        labels=np.array([0, 1, 1, -1]),
+        views_right=np.array([0.5, 0.25, 0, 0]),
+        failures={2: "gone"},
+    )
+
+
+def test_metrics():
+    s = scores()
+    assert s.predictions.tolist() == [0, 0, -1, 2]
+    found = s.metrics()
+    assert found["top1"] == pytest.approx(1 / 3)
+    assert found["top5"] == pytest.approx(2 / 3)  # the unreadable one is wrong even among all
+    assert found["mean_class_accuracy"] == pytest.approx(1 / 2)
+    assert found["per_clip_top1"] == pytest.approx(1 / 4)
+    assert s.top(2).tolist() == [[0, 1], [0, 1], [0, 1], [2, 1]]
+
+
+def test_without_labels_there_are_no_metrics():
+    s = scores()
+    s.labels[:] = -1
+    assert set(s.metrics().values()) == {None}
+
+
+def test_ties_go_to_the_lower_class():
+    s = Scores(np.full((1, 4), 0.25, np.float32), np.array([3]), np.zeros(1), {})
+    assert s.predictions.tolist() == [0]
+    assert s.top(3).tolist() == [[0, 1, 2]]
+
+
+def test_a_video_scored_twice_or_never_is_an_error():
+    rows = [Row("a", 0), Row("b", 1)]
+    one = (np.ones(3, np.float32), 1.0)
+    assert _merge([({0: one}, {}), ({1: one}, {})], rows, 3).scores.sum() == 6
+    for shares in ([({0: one}, {}), ({0: one}, {})], [({0: one}, {})]):
+        with pytest.raises(RuntimeError, match="2 videos, but"):
+            _merge(shares, rows, 3)
+
+
+@pytest.mark.parametrize("view_batch", [1, 4, 100])
+def test_scores_do_not_depend_on_the_view_batch(view_batch):
+    model, normalise = tiny().eval(), Normalise((0.5,) * 3, (0.2,) * 3)
+    clips = torch.randint(256, (2, 3, 3, 2, 32, 32), dtype=torch.uint8)
+    expected = model(normalise(clips.flatten(0, 1))).softmax(-1).view(2, 3, 3)
+    found = view_scores(model, normalise, clips, view_batch=view_batch)
+    torch.testing.assert_close(found, expected)

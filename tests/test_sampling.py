@@ -1,0 +1,53 @@
+import doctest
+
+import pytest
+
+from stvit_video.data import sampling
+
+
+def test_docstrings():
+    assert doctest.testmod(sampling).failed == 0
+
+
+@pytest.mark.parametrize(("total", "frames", "stride"), [(300, 16, 4), (61, 16, 4), (40, 8, 5)])
+@pytest.mark.parametrize("clips", [2, 5, 10])
+def test_test_clips_reach_from_the_first_frame_to_the_last(total, frames, stride, clips):
+    places = sampling.test_positions(clips)
+    found = [sampling.dense(total, frames, stride, at) for at in places]
+    assert found[0][0] == 0
+    assert found[-1][-1] == total - 1
+    gaps = [b[0] - a[0] for a, b in zip(found, found[1:], strict=False)]
+    assert max(gaps) - min(gaps) <= 1
+    assert all(b - a == stride for clip in found for a, b in zip(clip, clip[1:], strict=False))
+
+
+@pytest.mark.parametrize("clips", [2, 3])
+def test_segments_reach_from_the_first_frame_to_the_last(clips):
+    found = [sampling.segments(37, 8, at) for at in sampling.test_positions(clips)]
+    assert found[0][0] == 0
+    assert found[-1][-1] == 36
+    for clip in found:
+        assert all(i * 37 // 8 <= frame < (i + 1) * 37 // 8 for i, frame in enumerate(clip))
+
+
+def test_one_clip_is_the_centre():
+    assert sampling.test_positions(1) == [0.5]
+    assert sampling.dense(101, 1, 1, 0.5) == [50]
+    assert sampling.dense(301, 16, 4, 0.5) == list(range(120, 184, 4))
+    assert sampling.segments(64, 4, 0.5) == [8, 24, 40, 56]
+
+
+def test_every_start_is_equally_likely():
+    starts = [sampling.dense(20, 4, 3, i / 1100)[0] for i in range(1100)]
+    assert [starts.count(start) for start in range(11)] == [100] * 11
+
+
+def test_short_videos():
+    assert sampling.dense(5, 4, 4, 0.9) == [0, 4, 4, 4]
+    assert sampling.dense(1, 4, 4, 0.0) == [0, 0, 0, 0]
+    assert sampling.segments(3, 8, [0.99] * 8) == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_a_fractional_stride_keeps_the_rate():
+    """A video of 25 frames/s, read as 16x4 at 30 frames/s: every 3.33rd frame."""
+    assert sampling.dense(250, 4, 4 * 25 / 30, 0.0) == [0, 3, 7, 10]

@@ -1,0 +1,72 @@
+"""The house: imports point one way, every recipe builds, every door opens."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stvit_video import build
+from stvit_video.config import make_parser, parse, resolve
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "stvit_video"
+# who may import whom, beside libraries and errors.py
+ALLOWED = {
+    "data": {"data"},
+    "models": {"models"},
+    "engine": {"engine", "data", "models"},
+    "config": {"engine", "data", "models"},
+    "build": {"config", "engine", "data", "models"},
+    "recognizer": {"build", "config", "engine", "data", "models"},
+    "cli": {"recognizer", "build", "config", "engine", "data", "models"},
+    "errors": set(),
+}
+
+
+def imported_parts(path):
+    """The parts of the package that a file imports, by name: `data`, `engine`, `config`, ..."""
+    place = path.relative_to(PACKAGE).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(place[: len(place) - node.level]) if node.level else []
+            base = ["stvit_video", *base] if node.level else []
+            base += node.module.split(".") if node.module else []
+            names = [[*base, alias.name] for alias in node.names]
+        else:
+            continue
+        yield from (name[1] for name in names if name[0] == "stvit_video" and len(name) > 1)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
+def test_imports_point_one_way(path):
+    part = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if part == "__init__":
+        return
+    assert set(imported_parts(path)) <= ALLOWED[part] | {"errors", "__version__"}
+
+
+def test_engine_reads_no_yaml():
+    assert not [p for p in (PACKAGE / "engine").glob("*.py") if "yaml" in p.read_text()]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_builds_its_model_and_data(path):
+    config, _ = parse(make_parser(""), ["--cfg", str(path)])
+    config = resolve(config)
+    build.build_model(config, config.data.num_classes or 8)
+    build.build_normalise(config.data)
+    build.build_test_views(config, config.eval.clips, config.eval.crops)
+    assert path.read_text().startswith("#"), "a recipe begins with its command, cost and result"
+
+
+@pytest.mark.parametrize("tool", ["train_net", "test_net", "predict"])
+def test_every_tool_runs(tool):
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / f"{tool}.py", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint" in done.stdout or "--train.lr" in done.stdout

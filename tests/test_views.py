@@ -1,0 +1,226 @@
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from stvit_video.data import demo, views
+from stvit_video.data.annotations import Row
+from stvit_video.data.dataset import TestSampler as EverySampler
+from stvit_video.data.dataset import TrainSampler, VideoDataset, collate, make_loader
+from stvit_video.data.transforms import Mix, Normalise, TrainTransform
+from stvit_video.data.transforms import TestTransform as CropTransform
+
+Sampling = views.Sampling
+
+
+class Counter:
+    """A video whose frame i is filled with i, and which counts what is read."""
+
+    fps = 30.0
+
+    def __init__(self, num_frames, height=20, width=30):
+        self.num_frames, self.size, self.reads = num_frames, (height, width), []
+
+    def read(self, indices):
+        self.reads.append(list(indices))
+        frames = torch.tensor(indices, dtype=torch.uint8).view(-1, 1, 1, 1)
+        return frames.expand(-1, 3, *self.size).contiguous()
+
+
+def test_test_views_are_clips_times_crops_of_one_decode():
+    video = Counter(40)
+    make = views.TestViews(Sampling("dense", 4, 3), CropTransform(20, crops=3), clips=2)
+    clips, labels = make(video, 7)
+    assert clips.shape == (6, 3, 4, 20, 20)
+    assert clips.dtype == torch.uint8
+    assert labels.tolist() == [7] * 6
+    first, last = [0, 3, 6, 9], [30, 33, 36, 39]
+    assert clips[:, 0, :, 0, 0].tolist() == [first] * 3 + [last] * 3
+    assert video.reads == [first + last]
+
+
+def test_overlapping_clips_read_each_frame_once():
+    video = Counter(10)
+    views.TestViews(Sampling("dense", 4, 2), CropTransform(20), clips=5)(video, 0)
+    assert video.reads == [list(range(10))]
+
+
+def test_crops_lie_left_centre_right_or_top_centre_bottom():
+    wide = torch.arange(30, dtype=torch.uint8).expand(1, 3, 20, 30)
+    columns = [crop[0, 0, 0, 0].item() for crop in CropTransform(20, crops=3)(wide)]
+    assert columns == [0, 5, 10]
+    rows = [crop[0, 0, 0, 0].item() for crop in CropTransform(20, crops=3)(wide.mT)]
+    assert rows == [0, 5, 10]
+    assert [crop[0, 0, 0, 0].item() for crop in CropTransform(20)(wide)] == [5]
+
+
+def test_crop_ratio():
+    frame = torch.zeros(1, 3, 256, 340, dtype=torch.uint8)
+    assert CropTransform(224, crop_ratio=0.875).resize(frame).shape == (1, 3, 256, 340)
+    assert CropTransform(224).resize(frame).shape == (1, 3, 224, 297)
+
+
+def test_target_fps_changes_the_stride():
+    video = Counter(200)
+    video.fps = 15.0
+    assert Sampling("dense", 4, 4, target_fps=30).test(video, 0) == [0, 2, 4, 6]
+    video.fps = 0.0
+    assert Sampling("dense", 4, 4, target_fps=30).test(video, 0) == [0, 4, 8, 12]
+
+
+def test_middle_is_the_middle_frame_in_training_too():
+    assert {Sampling("middle", 1).train(Counter(41))[0] for _ in range(10)} == {20}
+
+
+def test_training_clips_of_one_video_differ_and_are_read_once():
+    video = Counter(200)
+    transform = TrainTransform(16, scale=(0.5, 1.0))
+    clips, labels = views.TrainViews(Sampling("dense", 4, 2), transform, 3)(video, 1)
+    assert clips.shape == (3, 3, 4, 16, 16)
+    assert labels.tolist() == [1, 1, 1]
+    starts = clips[:, 0, 0, 0, 0].tolist()
+    assert len(set(starts)) == 3
+    assert len(video.reads) == 1
+    assert clips[:, 0, :, 5, 5].diff(dim=1).tolist() == [[2, 2, 2]] * 3
+
+
+@pytest.mark.parametrize(("flip", "mirrored_label"), [("all", 0), ("swap", 1), ("none", None)])
+def test_flip(flip, mirrored_label):
+    ramp = torch.arange(16, dtype=torch.uint8).expand(2, 3, 16, 16)
+    transform = TrainTransform(16, scale=(1, 1), ratio=(1, 1), flip=flip, twins=[1, 0, 2])
+    seen = set()
+    for _ in range(40):
+        clip, label = transform(ramp, 0)
+        assert torch.equal(clip, ramp) or torch.equal(clip, ramp.flip(-1))
+        seen.add((not torch.equal(clip, ramp), label))
+    assert seen == ({(False, 0)} if mirrored_label is None else {(False, 0), (True, mirrored_label)})
+
+
+def test_augmentation_is_the_same_in_all_frames():
+    frame = torch.randint(256, (1, 3, 32, 40), dtype=torch.uint8).expand(5, -1, -1, -1)
+    transform = TrainTransform(24, rand_augment=(4, 7), flip="all")
+    for _ in range(10):
+        clip, _ = transform(frame, 0)
+        assert clip.dtype == torch.uint8
+        assert (clip == clip[:1]).all()
+
+
+def test_normalise():
+    clip = torch.randint(256, (2, 3, 4, 5, 6), dtype=torch.uint8)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    out = Normalise(mean, std)(clip)
+    for channel in range(3):
+        expected = (clip[:, channel] / 255 - mean[channel]) / std[channel]
+        torch.testing.assert_close(out[:, channel], expected)
+
+
+def test_mix():
+    clips, labels = torch.randn(6, 3, 4, 8, 8), torch.arange(6)
+    same, hard = Mix(6)(clips, labels)
+    assert torch.equal(same, clips)
+    assert torch.equal(hard, labels)
+    mixed, soft = Mix(6, mixup=0.8)(clips, labels)
+    torch.testing.assert_close(soft.sum(1), torch.ones(6))
+    torch.testing.assert_close(mixed, torch.einsum("bk,kcthw->bcthw", soft, clips))
+    mixed, soft = Mix(6, cutmix=1.0)(clips, labels)
+    own = (mixed == clips).float().mean((1, 2, 3, 4))
+    torch.testing.assert_close(soft.diagonal(), own)
+
+
+def test_erasing_draws_a_box_a_clip_alike_in_its_frames():
+    clips = torch.zeros(8, 3, 4, 16, 16)
+    out, _ = Mix(2, erasing=1.0)(clips, torch.zeros(8, dtype=torch.long))
+    boxes = (out != 0).any(1)
+    assert boxes.flatten(1).any(1).all()
+    assert (boxes == boxes[:, :1]).all()
+    assert len({boxes[i].sum().item() for i in range(8)}) > 1
+
+
+def _rows(demo_root, split="train"):
+    paths = sorted((demo_root / split).glob("*/*.mp4"))
+    return [Row(str(path), demo.CLASSES.index(path.parent.name)) for path in paths]
+
+
+def _train_set(rows, seed=0):
+    transform = TrainTransform(32, rand_augment=(2, 5))
+    return VideoDataset(
+        rows, views.TrainViews(Sampling("dense", 4, 2), transform, 2), seed=seed, substitute=True
+    )
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_index(demo_root):
+    rows = _rows(demo_root)
+    a, b = _train_set(rows), _train_set(rows)
+    torch.rand(3)  # the global state does not matter, and is not touched
+    before = torch.get_rng_state()
+    assert torch.equal(a[1, 2].clips, b[1, 2].clips)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(a[1, 2].clips, a[2, 2].clips)
+    assert not torch.equal(a[1, 2].clips, _train_set(rows, seed=1)[1, 2].clips)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(demo_root):
+    dataset = _train_set(_rows(demo_root))
+    runs = []
+    for workers in (0, 2):
+        sampler = TrainSampler(len(dataset), batch_size=4, seed=3)
+        sampler.epoch = 5
+        loader = make_loader(dataset, sampler, batch_size=4, workers=workers, pin_memory=False)
+        runs.append([batch.clips for batch in loader])
+    assert len(runs[0]) == len(dataset) // 4
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_train_sampler_shares_an_epoch_among_ranks():
+    ranks = [TrainSampler(103, batch_size=5, seed=0, rank=r, world=3) for r in range(3)]
+    shares = [[index for _, index in sampler] for sampler in ranks]
+    assert [len(share) for share in shares] == [30, 30, 30]
+    assert len(set().union(*shares)) == 90
+    ranks[0].epoch = 1
+    assert [index for _, index in ranks[0]] != shares[0]
+
+
+def test_a_set_smaller_than_a_batch_is_repeated():
+    assert [index for _, index in TrainSampler(1, batch_size=3, seed=0)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_test_sampler_gives_every_index_once(world):
+    shares = [[i for _, i in EverySampler(10, rank=r, world=world)] for r in range(world)]
+    assert sorted(sum(shares, [])) == list(range(10))
+
+
+def test_unreadable_training_videos_are_stood_in_for_and_told(demo_root, tmp_path):
+    rows = _rows(demo_root)[:3]
+    bad = tmp_path / "text.mp4"
+    bad.write_text("no video")
+    dataset = _train_set([Row(str(bad), 0), *rows])
+    batch = collate([dataset[0, 0], dataset[0, 2]])
+    assert batch.indices.tolist() == [0, 2]
+    assert batch.labels[0].tolist() == [rows[0].label] * 2
+    assert [path for path, _ in batch.failures] == [str(bad)]
+    assert batch.failed == []
+
+
+def test_nothing_stands_in_for_an_unreadable_test_video(demo_root):
+    rows = [Row("nowhere.mp4", 0), _rows(demo_root)[0]]
+    make = views.TestViews(Sampling("dense", 4, 2), CropTransform(32), clips=1)
+    loader = DataLoader(
+        VideoDataset(rows, make), 2, sampler=EverySampler(2), collate_fn=collate
+    )
+    (batch,) = loader
+    assert batch.indices.tolist() == [1]
+    assert batch.failed == [0]
+    assert "nowhere.mp4" in batch.failures[0][1]
+
+
+def test_a_frame_list_that_says_more_than_there_is(tmp_path):
+    from PIL import Image
+
+    for i in range(3):
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / f"img_{i:05}.png")
+    make = views.TestViews(Sampling("dense", 2, 1), CropTransform(16), clips=1)
+    assert VideoDataset([Row(str(tmp_path), 0, 3)], make)[0, 0].clips is not None
+    sample = VideoDataset([Row(str(tmp_path), 0, 4)], make)[0, 0]
+    assert sample.clips is None
+    assert "4 frames, there are 3" in sample.failures[0][1]
