@@ -86,9 +86,7 @@ def build_sampling(data: DataConfig) -> Sampling:
 
 
 def build_test_views(config: Config, clips: int, crops: int) -> TestViews:
-    transform = TestTransform(
-        config.data.image_size, crops=crops, crop_ratio=config.eval.crop_ratio
-    )
+    transform = TestTransform(config.data.image_size, crops=crops, crop_ratio=config.eval.crop_ratio)
     return TestViews(build_sampling(config.data), transform, clips)
 
 
@@ -108,9 +106,7 @@ def build_train_loader(
         twins=mirrored_classes(class_names) if data.flip == "swap" else None,
     )
     views = TrainViews(build_sampling(data), transform, data.repeats)
-    dataset = VideoDataset(
-        rows, views, decoder=data.decoder, seed=config.seed, substitute=True
-    )
+    dataset = VideoDataset(rows, views, decoder=data.decoder, seed=config.seed, substitute=True)
     sampler = TrainSampler(
         len(rows),
         batch_size=config.train.batch_size,

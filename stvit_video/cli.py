@@ -49,9 +49,7 @@ def train(args: Sequence[str]) -> None:
     """Train a model, and validate it with one view as it goes."""
     parser = make_parser(train.__doc__)
     parser.add_argument("--resume", action="store_true", help="Continue output/last.pt.")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="Start anew although output holds a run."
-    )
+    parser.add_argument("--overwrite", action="store_true", help="Start anew although output holds a run.")
     config, flags = parse(parser, args)
     config = resolve(config)
     device = distributed.start(config.device)
@@ -70,6 +68,8 @@ def train(args: Sequence[str]) -> None:
     val_loader = None
     if config.data.val is not None:
         val_rows, _ = build.read_split(config, "val", class_names)
+        if all(row.label is None for row in val_rows):
+            raise ConfigError(f"data.val={config.data.val} has no labels to validate with")
         val_loader = build.build_test_loader(config, val_rows, device, clips=1, crops=1)
 
     details = {"class_names": class_names, "config": to_dict(config)}
@@ -151,6 +151,7 @@ def predict(args: Sequence[str]) -> None:
     parser.add_argument("--device", help="cpu, cuda, ...; default: CUDA where there is one")
     parser.add_argument("--json", action="store_true", help="one JSON object a line and video")
     parser.add_argument("--features", metavar="FILE.npz", help="also save pooled features here")
+    parser.add_argument("--maps", metavar="FOLDER", help="also draw what the semantic tokens look at")
     options = parser.parse_args(args)
     recognize = Recognizer(options.checkpoint, device=options.device)
     paths = [path for name in options.videos for path in _videos(Path(name))]
@@ -160,6 +161,10 @@ def predict(args: Sequence[str]) -> None:
             guesses = recognize(path)
             if options.features:
                 features[str(path)] = recognize.features(path).cpu().numpy()
+            if options.maps:
+                picture = Path(options.maps, path.with_suffix(".png").name)
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                recognize.draw_semantic_maps(path, picture)
         except DecodeError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
@@ -196,7 +201,10 @@ def _check_resume(resume: dict | None, config: Config, class_names: list[str], p
     for group in ("model", "data"):
         ours = to_dict(config)[group]
         for key, value in resume["config"][group].items():
-            if ours.get(key) != value and (group, key) not in (("data", "workers"), ("data", "root")):
+            if ours.get(key) != value and (group, key) not in (
+                ("data", "workers"),
+                ("data", "root"),
+            ):
                 raise ConfigError(
                     f"{path}: began with {group}.{key}={value}, cannot go on with {ours.get(key)}"
                 )
@@ -231,9 +239,7 @@ def _with_checkpoint(config: Config, own: Config, args: Sequence[str]) -> Config
 
 
 def _describe(config: Config, model: torch.nn.Module, class_names: list[str]) -> str:
-    cost = multiply_adds(
-        model, num_frames=config.data.num_frames, image_size=config.data.image_size
-    )
+    cost = multiply_adds(model, num_frames=config.data.num_frames, image_size=config.data.image_size)
     parameters = sum(p.numel() for p in model.parameters())
     return (
         f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "

@@ -5,7 +5,6 @@ An unknown key stops with its place and the nearest known one. A preset carries 
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -201,11 +200,23 @@ def resolve(config: Config) -> Config:
     return config
 
 
-POSITIVE = (
-    "data.num_classes data.num_frames data.stride data.target_fps data.image_size data.repeats "
-    "eval.clips eval.crops eval.batch_size eval.view_batch "
-    "train.epochs train.batch_size train.accumulate train.eval_every train.lr_per"
-).split()
+POSITIVE = [
+    "data.num_classes",
+    "data.num_frames",
+    "data.stride",
+    "data.target_fps",
+    "data.image_size",
+    "data.repeats",
+    "eval.clips",
+    "eval.crops",
+    "eval.batch_size",
+    "eval.view_batch",
+    "train.epochs",
+    "train.batch_size",
+    "train.accumulate",
+    "train.eval_every",
+    "train.lr_per",
+]
 
 
 def _contradiction(key: str, value, preset: str, allowed) -> None:
@@ -255,7 +266,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespac
         if word == "--cfg" or word.startswith("--cfg="):
             files.append(value if equals else (args[i + 1] if i + 1 < len(args) else ""))
     for file in files:
-        _check_file(parser, file)
+        _check_file(file)
     try:
         namespace = parser.parse_args(args)
     except ArgumentError as error:
@@ -263,7 +274,8 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespac
     return _instantiate(parser, namespace), namespace
 
 
-def _check_file(parser: ArgumentParser, path: str) -> None:
+def _check_file(path: str) -> None:
+    parser = make_parser("")  # without a command's own flags, which are no settings
     try:
         with open(path) as file:
             values = yaml.safe_load(file)

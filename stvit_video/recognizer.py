@@ -11,6 +11,7 @@ from .config import Config, from_dict
 from .data.decode import open_video
 from .engine import checkpoint
 from .engine.evaluate import view_scores
+from .engine.figures import draw_maps
 from .errors import InputError
 
 
@@ -74,9 +75,20 @@ class Recognizer:
             raise InputError(f"{self.config.model.name} has no pooled_features")
         clips = self._clips(path)[0].to(self.normalise.mean.device)
         chunks = clips.split(self.config.eval.view_batch)
-        return torch.cat(
-            [self.model.pooled_features(self.normalise(chunk)) for chunk in chunks]
-        ).mean(0)
+        return torch.cat([self.model.pooled_features(self.normalise(chunk)) for chunk in chunks]).mean(0)
+
+    @torch.no_grad()
+    def draw_semantic_maps(self, path: str | Path, picture: str | Path) -> None:
+        """Draw what the semantic tokens took from the central view of one video. Raises DecodeError."""
+        semantic = getattr(self.model, "semantic", None)
+        if semantic is None:
+            raise InputError(f"{self.config.model.name} has no semantic tokens to draw")
+        with open_video(path, self.config.data.decoder) as video:
+            clip = build_test_views(self.config, 1, 1)(video, -1)[0]  # (1, 3, T, H, W)
+        maps = self.model.semantic_maps(self.normalise(clip.to(self.normalise.mean.device)))[0]
+        step = clip.shape[2] // maps.shape[1]
+        frames = clip[0, :, ::step].permute(1, 2, 3, 0).numpy()
+        draw_maps(frames, maps.unflatten(0, semantic.tokens).cpu().numpy(), Path(picture))
 
     def _clips(self, path: str | Path) -> Tensor:
         with open_video(path, self.config.data.decoder) as video:

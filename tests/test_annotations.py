@@ -66,9 +66,7 @@ def check_error(parts, path, **kwargs):
         '"{}","7"',
     ],
 )
-@pytest.mark.parametrize(
-    "name", ["a.mp4", "a dir/b c.mp4", "x, y,z.mp4", "7 8.mp4", "12 3", "[a] 1.avi"]
-)
+@pytest.mark.parametrize("name", ["a.mp4", "a dir/b c.mp4", "x, y,z.mp4", "7 8.mp4", "12 3", "[a] 1.avi"])
 def test_the_label_is_split_off_from_the_right(write, line, name):
     rows = read_rows(write(line.format(name) + "\nother.mp4 0\n"), root="/videos")
     assert rows == [Row(f"/videos/{name}", 7), Row("/videos/other.mp4", 0)]
@@ -119,9 +117,7 @@ def test_frame_folders_in_quotes(write):
     assert read_rows(write('"/a, b",30,4\n"/c","7","0"')) == [Row("/a, b", 4, 30), Row("/c", 0, 7)]
 
 
-@pytest.mark.parametrize(
-    "text", ["my dir 12 3\nb 1\n", "my dir 12 3\na.mp4 5 6\n", "my dir 12 3\n5 6\n"]
-)
+@pytest.mark.parametrize("text", ["my dir 12 3\nb 1\n", "my dir 12 3\na.mp4 5 6\n", "my dir 12 3\n5 6\n"])
 def test_one_line_that_is_no_frame_folder_makes_a_list_of_paths(write, text):
     assert read_rows(write(text), root="/f")[0] == Row("/f/my dir 12", 3)
 
@@ -187,9 +183,7 @@ def test_kinetics_files_are_found_in_every_spelling(write, tmp_path):
     }
     write.touch(*found.values(), "air drumming/a1_000012_000022.mkv", "a1_000012_000022.mp4")
     names = [*found, "-gone"]
-    path = write(
-        HEADER + "".join(f'"air drumming",{name},12,22,train\n' for name in names), "k.csv"
-    )
+    path = write(HEADER + "".join(f'"air drumming",{name},12,22,train\n' for name in names), "k.csv")
     rows = read_rows(path, root=tmp_path)
     wanted = [*found.values(), "air drumming/-gone_000012_000022.mp4"]
     assert tails(rows, tmp_path) == [(name, 0) for name in wanted]
@@ -198,9 +192,7 @@ def test_kinetics_files_are_found_in_every_spelling(write, tmp_path):
 def test_kinetics_underscores_in_the_csv_and_spaces_on_disk(write, tmp_path):
     write.touch("air drumming/a_000001_000011.mp4")
     path = write(HEADER + "air_drumming,a,1,11,val\n", "k.csv")
-    assert tails(read_rows(path, root=tmp_path), tmp_path) == [
-        ("air drumming/a_000001_000011.mp4", 0)
-    ]
+    assert tails(read_rows(path, root=tmp_path), tmp_path) == [("air drumming/a_000001_000011.mp4", 0)]
 
 
 def test_kinetics_folders_are_listed_once(write, tmp_path, monkeypatch):
@@ -425,9 +417,7 @@ def test_mirrored_words(name, twin):
     assert mirrored_classes([twin, name]) == [1, 0]
 
 
-@pytest.mark.parametrize(
-    "name", ["copyright", "leftover", "bright_light", "left2", "pull_right_out"]
-)
+@pytest.mark.parametrize("name", ["copyright", "leftover", "bright_light", "left2", "pull_right_out"])
 def test_names_without_a_side_are_their_own_mirror(name):
     assert mirrored_classes([name]) == [0]
 

@@ -301,9 +301,7 @@ def test_colours_are_those_that_went_in(tmp_path, pixels, space, full):
         for colour in colours:
             frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), colour), format="rgb24")
             container.mux(
-                stream.encode(
-                    frame.reformat(format=pixels, dst_colorspace=space, dst_color_range=full)
-                )
+                stream.encode(frame.reformat(format=pixels, dst_colorspace=space, dst_color_range=full))
             )
         container.mux(stream.encode(None))
     for decoder in ("av", "decord"):
@@ -324,9 +322,7 @@ def test_the_video_is_read_and_not_its_cover(tmp_path):
         container.mux(cover.encode(image))
         container.mux(cover.encode(None))
         for number in range(5):
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(picture(number), format="rgb24"))
-            )
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number), format="rgb24")))
         container.mux(stream.encode(None))
     assert numbers(open_video(path).read(range(5))) == list(range(5))
 

@@ -130,9 +130,7 @@ def test_a_run_is_not_overwritten_or_resumed_by_accident(trained, tmp_path, caps
 
 def score(trained, output, *more):
     folder, args = trained
-    assert (
-        run(cli.test, *args, f"--checkpoint={folder}/best.pt", f"--output={output}", *more) == 0
-    )
+    assert run(cli.test, *args, f"--checkpoint={folder}/best.pt", f"--output={output}", *more) == 0
     return json.loads((output / "report.json").read_text())
 
 
@@ -168,9 +166,7 @@ def test_the_report_is_what_the_model_says_view_by_view(trained, tmp_path, demo_
     with stvit_video.open_video(row["path"]) as video:
         last = video.num_frames - 7
         frames = video.read([0, 2, 4, 6, *range(last, last + 7, 2)])
-    frames = torch.nn.functional.interpolate(
-        frames, size=(24, 32), mode="bilinear", antialias=True
-    )
+    frames = torch.nn.functional.interpolate(frames, size=(24, 32), mode="bilinear", antialias=True)
     total = 0
     for clip in (frames[:4], frames[4:]):
         for left in (0, 4, 8):
@@ -273,10 +269,8 @@ def test_bad_checkpoints_end_in_one_line(trained, tmp_path, capsys, damage):
 def test_predict(trained, tmp_path, demo_root, capsys):
     folder, _ = trained
     videos = sorted(demo_root.glob("test/*/*.mp4"))[:2]
-    features = tmp_path / "features.npz"
-    code = run(
-        cli.predict, f"--checkpoint={folder}/best.pt", "--json", f"--features={features}", *videos
-    )
+    features, maps = tmp_path / "features.npz", tmp_path / "maps"
+    code = run(cli.predict, f"--checkpoint={folder}/best.pt", "--json", f"--features={features}", f"--maps={maps}", *videos)
     assert code == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [entry["path"] for entry in found] == [str(path) for path in videos]
@@ -286,6 +280,7 @@ def test_predict(trained, tmp_path, demo_root, capsys):
         assert scores == sorted(scores, reverse=True)
     saved = np.load(features)
     assert saved[str(videos[0])].shape == (24,)
+    assert {path.stem for path in maps.iterdir()} == {path.stem for path in videos}
 
     assert run(cli.predict, f"--checkpoint={folder}/best.pt", demo_root / "test") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -21,9 +21,7 @@ def tiny():
 
 def test_layer_decay_reaches_every_layer():
     model = tiny()
-    optimizer = make_optimizer(
-        model, lr=1.0, betas=(0.9, 0.99), weight_decay=0.1, layer_decay=0.5
-    )
+    optimizer = make_optimizer(model, lr=1.0, betas=(0.9, 0.99), weight_decay=0.1, layer_decay=0.5)
     names = {id(p): name for name, p in model.named_parameters()}
     scale, decay = {}, {}
     for group in optimizer.param_groups:
@@ -40,9 +38,7 @@ def test_layer_decay_reaches_every_layer():
 
 def test_layer_decay_needs_a_model_that_knows_its_layers():
     with pytest.raises(InputError, match=r"layer_decay=0.75.*group_matcher"):
-        make_optimizer(
-            nn.Linear(2, 2), lr=1.0, betas=(0.9, 0.99), weight_decay=0.1, layer_decay=0.75
-        )
+        make_optimizer(nn.Linear(2, 2), lr=1.0, betas=(0.9, 0.99), weight_decay=0.1, layer_decay=0.75)
 
 
 def test_schedule_warms_up_and_falls_along_a_cosine():

@@ -1,4 +1,5 @@
 import doctest
+from itertools import pairwise
 
 import pytest
 
@@ -16,9 +17,9 @@ def test_test_clips_reach_from_the_first_frame_to_the_last(total, frames, stride
     found = [sampling.dense(total, frames, stride, at) for at in places]
     assert found[0][0] == 0
     assert found[-1][-1] == total - 1
-    gaps = [b[0] - a[0] for a, b in zip(found, found[1:], strict=False)]
+    gaps = [b[0] - a[0] for a, b in pairwise(found)]
     assert max(gaps) - min(gaps) <= 1
-    assert all(b - a == stride for clip in found for a, b in zip(clip, clip[1:], strict=False))
+    assert all(b - a == stride for clip in found for a, b in pairwise(clip))
 
 
 @pytest.mark.parametrize("clips", [2, 3])

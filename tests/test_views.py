@@ -205,9 +205,7 @@ def test_unreadable_training_videos_are_stood_in_for_and_told(demo_root, tmp_pat
 def test_nothing_stands_in_for_an_unreadable_test_video(demo_root):
     rows = [Row("nowhere.mp4", 0), _rows(demo_root)[0]]
     make = views.TestViews(Sampling("dense", 4, 2), CropTransform(32), clips=1)
-    loader = DataLoader(
-        VideoDataset(rows, make), 2, sampler=EverySampler(2), collate_fn=collate
-    )
+    loader = DataLoader(VideoDataset(rows, make), 2, sampler=EverySampler(2), collate_fn=collate)
     (batch,) = loader
     assert batch.indices.tolist() == [1]
     assert batch.failed == [0]

@@ -162,8 +162,7 @@ def _by_name(entries: Sequence[Entry], names: list[str] | None) -> Rows:
         if given and label is None:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
             raise ListError(
-                f"{where}: found class {name!r}, expected one of {len(names)} class names, "
-                f"nearest {near}"
+                f"{where}: found class {name!r}, expected one of {len(names)} class names, nearest {near}"
             )
         rows.append(Row(file, label))
     return rows

@@ -119,9 +119,7 @@ class _Frames(Video):
                 clip = np.empty((len(order), *frame.shape), np.uint8) if clip is None else clip
                 if frame.shape != clip.shape[1:]:
                     (h, w), (height, width) = frame.shape[:2], clip.shape[1:3]
-                    raise self._error(
-                        index, f"its size is {w}x{h}, that of others {width}x{height}"
-                    )
+                    raise self._error(index, f"its size is {w}x{h}, that of others {width}x{height}")
                 clip[places[index]] = frame
         return torch.from_numpy(clip).permute(0, 3, 1, 2)
 

@@ -34,7 +34,7 @@ WIDTH, HEIGHT, FPS = 64, 48, 16
 ROOM = 22  # pixels: the middle of a shape stays within this central square
 RADII = (10.0, 22.0)  # the smallest and the largest in pixels: where growing starts anew
 ENCODER = {"crf": "18", "preset": "veryfast", "threads": "1"}
-SETTINGS = {"version": 2, "train": 1600, "test": 320, "seed": 0}
+SETTINGS = {"version": 3, "train": 2400, "test": 320, "seed": 0}
 
 
 def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
@@ -55,7 +55,7 @@ def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
     for split in ("train", "test"):
         for name in CLASSES:
             (part / split / name).mkdir(parents=True)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.Pool(workers) as pool:
         done = pool.imap_unordered(_render_job, jobs, chunksize=16)
         for _ in tqdm(done, total=len(jobs), desc=f"rendering {root}", unit="clip"):
             pass
@@ -92,7 +92,7 @@ def render(name: str, shape: str, rng: np.random.Generator) -> np.ndarray:
     x, y, angle, size = (float(rng.uniform(0, end)) for end in (ROOM, ROOM, 2 * np.pi, 1))
     x = x + t * {"move_left": -1.2, "move_right": 1.2}.get(name, 0)
     y = y + t * {"move_up": -1.2, "move_down": 1.2}.get(name, 0)
-    angle = angle + t * {"turn_left": -0.15, "turn_right": 0.15}.get(name, 0)
+    angle = angle + t * {"turn_left": -0.11, "turn_right": 0.11}.get(name, 0)
     size = size + t * {"shrink": -0.035, "grow": 0.035}.get(name, 0)
 
     rows, columns = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32)
@@ -145,4 +145,3 @@ def _outline(shape: str, angle: np.ndarray) -> np.ndarray:
             return 0.45 + 0.55 * fifth**1.5
         case "flower":
             return 0.72 + 0.28 * np.cos(3 * angle)
-

@@ -33,13 +33,16 @@ def load(path: str | Path) -> dict[str, Any]:
 
     Raises CheckpointError.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    if not zipfile.is_zipfile(path):  # the container that torch.save writes, its index at the end
+        raise CheckpointError(f"{path}: truncated, or not a checkpoint")
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        cause = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({cause})") from None
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({cause})") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this toolbox (format {FORMAT!r})")
     return values

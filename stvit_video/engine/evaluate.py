@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ..data.annotations import Row
 from . import distributed
 from .figures import draw_confusion
+from .logs import progress
 
 
 @dataclass
@@ -91,10 +91,7 @@ def evaluate(
     training = model.training
     model.eval()
     share, failures = {}, {}
-    bar = tqdm(
-        loader, desc=title, unit="batch", leave=False, disable=not distributed.is_main(), delay=1
-    )
-    for batch in bar:
+    for batch in progress(loader, desc=title, unit="batch", leave=False):
         failures |= dict(zip(batch.failed, (cause for _, cause in batch.failures), strict=True))
         if batch.clips is None:
             continue

@@ -64,3 +64,35 @@ def draw_confusion(
             axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def draw_maps(frames: np.ndarray, maps: np.ndarray, picture: Path) -> None:
+    """Where semantic tokens look. A column a time slice: its frame, then one row a token of that time.
+
+    frames: uint8 (T, H, W, 3), one of each slice of patches; maps: (t, h, w, T, H', W'), each summing to 1.
+    A token's map is drawn over the frame, brighter where it took more; its share of the slice stands above.
+    """
+    times, (slices, height, width) = maps.shape[0], maps.shape[3:]
+    tokens = maps.reshape(times, -1, slices, height, width)[:, :8]
+    shown = min(slices, 8)
+    columns = [round(i * (slices - 1) / max(shown - 1, 1)) for i in range(shown)]
+    figure, axes = plt.subplots(
+        tokens.shape[1] + 1,
+        shown,
+        figsize=(1.7 * shown, 1.8 * (tokens.shape[1] + 1)),
+        squeeze=False,
+        constrained_layout=True,
+    )
+    for axis, at in zip(axes.T, columns, strict=True):
+        axis[0].imshow(frames[at])
+        axis[0].set_title(f"time {at}, {height * width} patches", fontsize=8)
+        for row, token in enumerate(tokens[at * times // slices], 1):
+            share = token[at] / token.max()
+            heat = np.kron(share, np.ones((frames.shape[1] // height, frames.shape[2] // width)))
+            shade = (0.25 + 0.75 * heat)[..., None]
+            axis[row].imshow((frames[at] * shade).astype(np.uint8))
+            axis[row].set_title(f"token {row}: {token[at].sum():.0%} from here", fontsize=8)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

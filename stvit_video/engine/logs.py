@@ -1,11 +1,19 @@
-"""What a run leaves to be read while it goes on: `log.jsonl` and TensorBoard events."""
+"""What can be read while a run goes on: a progress bar, `log.jsonl` and TensorBoard events."""
 
 import json
+import sys
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from . import distributed
+
+
+def progress(items=None, **options) -> tqdm:
+    """A progress bar of the main process; where nobody watches (a log file), a line now and then."""
+    options |= {"disable": not distributed.is_main(), "dynamic_ncols": True}
+    return tqdm(items, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
 
 
 class RunLog:

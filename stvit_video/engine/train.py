@@ -5,6 +5,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ..data.dataset import Batch, mixed_seed
 from ..data.transforms import Mix
@@ -22,7 +22,7 @@ from ..errors import InputError
 from . import checkpoint, distributed
 from .evaluate import Scores, evaluate
 from .figures import draw_curves
-from .logs import RunLog
+from .logs import RunLog, progress
 from .optim import make_optimizer, make_schedule, scaled_lr
 
 
@@ -166,9 +166,7 @@ def fit(
     log = RunLog(output, epochs_done=run.epoch)
     details = details | {"random": {"seed": seed, "rule": "(seed, update, rank)"}}
     while run.epoch < config.epochs:
-        figures, failures = _epoch(
-            run, normalise, mix, train_loader, config, log, seed=seed, bf16=bf16
-        )
+        figures, failures = _epoch(run, normalise, mix, train_loader, config, log, seed=seed, bf16=bf16)
         run.epoch += 1
         scores = None
         due = run.epoch % config.eval_every == 0 or run.epoch == config.epochs
@@ -210,43 +208,39 @@ def _epoch(
     """One pass over the training list -> its figures, and (path, cause) of what could not be read."""
     loader.sampler.epoch = run.epoch
     run.model.train()
-    bar = tqdm(
-        total=len(loader),
-        desc=f"epoch {run.epoch + 1}/{config.epochs}",
-        unit="batch",
-        disable=not distributed.is_main(),
-    )
+    title = f"epoch {run.epoch + 1}/{config.epochs}"
     losses, failures, clips, waited = [], [], 0, 0.0
     started = ready = time.perf_counter()
-    for i, batch in enumerate(loader):
-        waited += time.perf_counter() - ready
-        failures += batch.failures
-        if batch.failed:
-            raise InputError(f"{len(failures)} videos in a row unreadable, the first: {failures[0][1]}")
-        group = i // config.accumulate * config.accumulate  # the batches of one update start here
-        if i == group:
-            torch.manual_seed(mixed_seed(seed, run.update, distributed.rank()))
-        parts = min(config.accumulate, len(loader) - group)
-        whole = i + 1 == group + parts
-        losses.append(_forward_backward(run, normalise, mix, batch, config, bf16, parts, whole))
-        clips += batch.labels.numel() * distributed.world()
-        if whole:
-            _update(run, config)
-            if run.update % config.log_every == 0 or i + 1 == len(loader):
-                loss, passed = losses[-1].item(), time.perf_counter() - started
-                if not math.isfinite(loss):
-                    raise InputError(
-                        f"the loss is {loss} at update {run.update}: lower train.lr or set train.clip_grad"
+    with progress(total=len(loader), desc=title, unit="batch") as bar:
+        for i, batch in enumerate(loader):
+            waited += time.perf_counter() - ready
+            failures += batch.failures
+            if batch.failed:
+                raise InputError(f"{len(failures)} videos in a row unreadable, the first: {failures[0][1]}")
+            group = i // config.accumulate * config.accumulate  # the batches of one update start here
+            if i == group:
+                torch.manual_seed(mixed_seed(seed, run.update, distributed.rank()))
+            parts = min(config.accumulate, len(loader) - group)
+            whole = i + 1 == group + parts
+            losses.append(_forward_backward(run, normalise, mix, batch, config, bf16, parts, whole))
+            clips += batch.labels.numel() * distributed.world()
+            if whole:
+                _update(run, config)
+                if run.update % config.log_every == 0 or i + 1 == len(loader):
+                    loss, passed = losses[-1].item(), time.perf_counter() - started
+                    if not math.isfinite(loss):
+                        remedy = "lower train.lr or set train.clip_grad"
+                        raise InputError(f"the loss is {loss} at update {run.update}: {remedy}")
+                    at = round(run.epoch + (i + 1) / len(loader), 4)
+                    log.write("step", step=run.update, at=at, loss=loss, lr=_lr(run))
+                    left = passed / (i + 1) * ((config.epochs - run.epoch) * len(loader) - i - 1)
+                    bar.set_postfix_str(
+                        f"loss {loss:.3f}, lr {_lr(run):.1e}, {clips / passed:.0f} clips/s, "
+                        f"data wait {waited / passed:.0%}, training ends in {timedelta(seconds=int(left))}",
+                        refresh=False,
                     )
-                at = round(run.epoch + (i + 1) / len(loader), 4)
-                log.write("step", step=run.update, at=at, loss=loss, lr=_lr(run))
-                bar.set_postfix_str(
-                    f"loss {loss:.3f}, lr {_lr(run):.1e}, {clips / passed:.0f} clips/s, "
-                    f"data wait {waited / passed:.0%}"
-                )
-        bar.update()
-        ready = time.perf_counter()
-    bar.close()
+            bar.update()
+            ready = time.perf_counter()
     seconds = time.perf_counter() - started
     everywhere = distributed.gather((torch.stack(losses).mean().item(), failures))
     failures = [failure for _, part in everywhere for failure in part]
@@ -321,8 +315,7 @@ def _close_epoch(
     log.write("epoch", step=run.update, at=run.epoch, epoch=run.epoch, **figures, **validation)
     if top1 is not None:
         print(
-            f"epoch {run.epoch}: loss {figures['loss']:.4f}, one-view top-1 {top1:.2%}, "
-            f"best {run.best:.2%}"
+            f"epoch {run.epoch}: loss {figures['loss']:.4f}, one-view top-1 {top1:.2%}, best {run.best:.2%}"
         )
     if failures:
         with open(output / "unreadable.csv", "a", newline="") as file:

@@ -48,9 +48,7 @@ class FixedClip(nn.Module):
         return self.net([clip.index_select(2, self.slow_frames), clip])
 
 
-def ptv_mvit_base_16x4(
-    *, num_classes: int, num_frames: int = 16, image_size: int = 224
-) -> nn.Module:
+def ptv_mvit_base_16x4(*, num_classes: int, num_frames: int = 16, image_size: int = 224) -> nn.Module:
     """MViT-B 16x4 (Fan et al. 2021, arXiv 2104.11227): (B, 3, T, H, W) -> logits (B, num_classes).
 
     Only the position embeddings have a shape that depends on ``num_frames`` and ``image_size``.
@@ -63,9 +61,7 @@ def ptv_mvit_base_16x4(
     _check("ptv_mvit_base_16x4", "image_size", image_size, multiple=4)
     from pytorchvideo.models.hub import mvit_base_16x4
 
-    net = mvit_base_16x4(
-        temporal_size=num_frames, spatial_size=image_size, head_num_classes=num_classes
-    )
+    net = mvit_base_16x4(temporal_size=num_frames, spatial_size=image_size, head_num_classes=num_classes)
     return FixedClip(net, num_frames=num_frames, image_size=image_size)
 
 

@@ -41,9 +41,7 @@ class PatchEmbed(nn.Module):
                 f"{columns}) (num_frames={frames}, image_size={(rows, columns)})"
             )
         pt, ph, pw = self.patch_size
-        x = rearrange(
-            x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw
-        )
+        x = rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 

@@ -134,7 +134,11 @@ class VideoViT(nn.Module):
         blocks = [(r"^blocks\.(\d+)", None)]
         if self.semantic is not None:
             blocks.append((r"^semantic\.centres", (self.base_depth + 1,)))
-        return {"stem": r"^(pos_embed|patch_embed)", "blocks": blocks, "head": r"^(fc_norm|head)"}
+        return {
+            "stem": r"^(?:pos_embed|patch_embed)",
+            "blocks": blocks,
+            "head": r"^(?:fc_norm|head)",
+        }
 
 
 def _through(blocks: Iterable[Block], x: Tensor) -> Tensor:

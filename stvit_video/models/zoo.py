@@ -108,4 +108,3 @@ def multiply_adds(model: nn.Module, *, num_frames: int, image_size: int) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(clip)
     return counter.get_total_flops() // 2
-
