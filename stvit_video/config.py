@@ -148,9 +148,9 @@ class Config:
 
 @dataclass(frozen=True)
 class Preset:
-    """What belongs to a data set. The first flip is the default, the others are allowed too."""
+    """What belongs to a data set. The first sampling and flip is the default, others are allowed too."""
 
-    sampling: str
+    samplings: tuple[str, ...]
     flips: tuple[str, ...]
     clips: int
     crops: int
@@ -160,11 +160,11 @@ class Preset:
 
 
 PRESETS = {
-    "custom": Preset("dense", ("none", "all", "swap"), clips=5, crops=3),
-    "kinetics": Preset("dense", ("all", "none"), clips=5, crops=3),
-    "ssv2": Preset("uniform", ("none", "swap"), clips=2, crops=3),
-    "imagenet": Preset("middle", ("all", "none"), clips=1, crops=1, crop_ratio=0.875),
-    "demo": Preset("dense", ("none", "swap"), clips=2, crops=3),
+    "custom": Preset(("dense", "uniform", "middle"), ("none", "all", "swap"), clips=5, crops=3),
+    "kinetics": Preset(("dense",), ("all", "none"), clips=5, crops=3),
+    "ssv2": Preset(("uniform",), ("none", "swap"), clips=2, crops=3),
+    "imagenet": Preset(("middle",), ("all", "none"), clips=1, crops=1, crop_ratio=0.875),
+    "demo": Preset(("dense", "middle"), ("swap", "none"), clips=2, crops=3),
 }
 
 
@@ -174,7 +174,7 @@ def resolve(config: Config) -> Config:
     preset = PRESETS[name]
     data, views = {}, {}
     for group, found, keys in (
-        ("data", data, ("sampling", "mean", "std")),
+        ("data", data, ("mean", "std")),
         ("eval", views, ("clips", "crops", "crop_ratio")),
     ):
         for key in keys:
@@ -182,9 +182,10 @@ def resolve(config: Config) -> Config:
             if value not in (None, own) and name != "custom":
                 _contradiction(f"{group}.{key}", value, name, own)
             found[key] = own if value is None else value
-    data["flip"] = config.data.flip or preset.flips[0]
-    if data["flip"] not in preset.flips:
-        _contradiction("data.flip", data["flip"], name, " or ".join(preset.flips))
+    for key, allowed in (("sampling", preset.samplings), ("flip", preset.flips)):
+        data[key] = getattr(config.data, key) or allowed[0]
+        if data[key] not in allowed:
+            _contradiction(f"data.{key}", data[key], name, " or ".join(allowed))
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, **data),
