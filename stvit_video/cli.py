@@ -193,22 +193,22 @@ def _videos(path: Path) -> list[Path]:
 
 
 def _check_resume(resume: dict | None, config: Config, class_names: list[str], path: Path) -> None:
-    """A run goes on only with the model and classes that it began with."""
+    """A run goes on only as it began: the same classes, model, data and recipe."""
     if resume is None:
         return
     if resume["class_names"] != class_names:
         raise ConfigError(f"{path}: its class names are not those of data.train={config.data.train}")
-    for group in ("model", "data"):
+    for group in ("model", "data", "train"):
         ours = to_dict(config)[group]
         for key, value in resume["config"][group].items():
-            if ours.get(key) != value and (group, key) not in (
-                ("data", "workers"),
-                ("data", "root"),
-            ):
+            if key not in _FREE_TO_CHANGE and ours.get(key) != value:
                 raise ConfigError(
                     f"{path}: began with {group}.{key}={value}, cannot go on with {ours.get(key)}"
                 )
 
+
+# What may differ between the parts of a resumed run: it changes neither model nor updates.
+_FREE_TO_CHANGE = ("root", "val", "test", "workers", "eval_every", "log_every")
 
 # What a checkpoint decides; the rest of `data` and all of `eval` is the scorer's.
 _DATA_OF_CHECKPOINT = (

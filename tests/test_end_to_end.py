@@ -270,7 +270,14 @@ def test_predict(trained, tmp_path, demo_root, capsys):
     folder, _ = trained
     videos = sorted(demo_root.glob("test/*/*.mp4"))[:2]
     features, maps = tmp_path / "features.npz", tmp_path / "maps"
-    code = run(cli.predict, f"--checkpoint={folder}/best.pt", "--json", f"--features={features}", f"--maps={maps}", *videos)
+    code = run(
+        cli.predict,
+        f"--checkpoint={folder}/best.pt",
+        "--json",
+        f"--features={features}",
+        f"--maps={maps}",
+        *videos,
+    )
     assert code == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [entry["path"] for entry in found] == [str(path) for path in videos]

@@ -31,10 +31,10 @@ CLASSES = (
 )
 SHAPES = ("cross", "disc", "flower", "square", "star", "triangle")
 WIDTH, HEIGHT, FPS = 64, 48, 16
-ROOM = 22  # pixels: the middle of a shape stays within this central square
-RADII = (10.0, 22.0)  # the smallest and the largest in pixels: where growing starts anew
+ROOM = 16  # pixels: the middle of a shape stays within this central square
+RADII = (12.0, 23.0)  # the smallest and the largest in pixels: where growing starts anew
 ENCODER = {"crf": "18", "preset": "veryfast", "threads": "1"}
-SETTINGS = {"version": 3, "train": 2400, "test": 320, "seed": 0}
+SETTINGS = {"version": 5, "train": 2400, "test": 320, "seed": 0}
 
 
 def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
@@ -87,7 +87,7 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: int = FPS) -> None:
 def render(name: str, shape: str, rng: np.random.Generator) -> np.ndarray:
     """One clip of a class: uint8 (T, HEIGHT, WIDTH, 3), 20 to 28 frames."""
     frames = int(rng.integers(20, 29))
-    t = np.arange(frames, dtype=np.float32)[:, None, None] * float(rng.uniform(0.7, 1.3))
+    t = np.arange(frames, dtype=np.float32)[:, None, None] * float(rng.uniform(0.8, 1.25))
     # a state at t = 0 that is spread alike in every class, and the one thing that changes
     x, y, angle, size = (float(rng.uniform(0, end)) for end in (ROOM, ROOM, 2 * np.pi, 1))
     x = x + t * {"move_left": -1.2, "move_right": 1.2}.get(name, 0)
