@@ -1,6 +1,7 @@
 """The only place where settings become objects."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader
 from .config import Config, ConfigError, DataConfig
 from .data.annotations import Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader
-from .data.demo import prepare_demo
+from .data.demo import is_demo, prepare_demo
 from .data.transforms import Normalise, TestTransform, TrainTransform
 from .data.views import Sampling, TestViews, TrainViews
 from .engine import distributed
@@ -48,8 +49,10 @@ def read_split(
     path = getattr(data, split) or (data.val if split == "test" else None)
     if path is None:
         raise ConfigError(f"data.{split} is not set: a list file or a folder of class folders")
+    if data.decoder == "decord" and find_spec("decord") is None:
+        raise ConfigError("data.decoder=decord is not installed: pip install decord")
     if data.preset == "demo":
-        _prepare_demo(Path(path).parent)
+        _prepare_demo(Path(path))
     if class_names is None and data.class_names is not None:
         class_names = _read_names(data.class_names)
     rows = read_rows(path, root=data.root, labels=data.labels, class_names=class_names)
@@ -67,18 +70,23 @@ def read_split(
     return rows, list(names)
 
 
-def _prepare_demo(root: Path) -> None:
-    if distributed.is_main():
-        prepare_demo(root)
+def _prepare_demo(path: Path) -> None:
+    """Render the demo set where the list is to be, unless something else lies there."""
+    if distributed.is_main() and (is_demo(path.parent) or not path.exists()):
+        prepare_demo(path.parent)
     distributed.barrier()
 
 
 def _read_names(path: str) -> list[str]:
     try:
-        names = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.class_names={path}: not readable ({error})") from None
-    return [name.strip() for name in names if name.strip()]
+    names = [line.strip() for line in lines if line.strip()]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ConfigError(f"data.class_names={path}: {min(twice)!r} stands there twice")
+    return names
 
 
 def build_sampling(data: DataConfig) -> Sampling:
@@ -97,13 +105,20 @@ def build_train_loader(
     unlabelled = next((row.path for row in rows if row.label is None), None)
     if unlabelled is not None:
         raise ConfigError(f"data.train={data.train}: {unlabelled} has no label to train on")
+    twins = None
+    if data.flip == "swap":
+        twins = mirrored_classes(class_names)
+        if twins == list(range(len(twins))):
+            raise ConfigError(
+                "data.flip=swap: no class name says left or right; a list of numbers needs data.class_names"
+            )
     transform = TrainTransform(
         data.image_size,
         scale=data.scale,
         ratio=data.ratio,
         rand_augment=data.rand_augment,
         flip=data.flip,
-        twins=mirrored_classes(class_names) if data.flip == "swap" else None,
+        twins=twins,
     )
     views = TrainViews(build_sampling(data), transform, data.repeats)
     dataset = VideoDataset(rows, views, decoder=data.decoder, seed=config.seed, substitute=True)

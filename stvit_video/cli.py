@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from tqdm import tqdm
 
 from . import build
 from .config import Config, ConfigError, make_parser, parse, resolve, to_dict
-from .data.decode import VIDEO_SUFFIXES, DecodeError
+from .data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
 from .engine import checkpoint as checkpoints
 from .engine import distributed
-from .engine.evaluate import evaluate, write_report
+from .engine.evaluate import evaluate, use_bf16, write_report
 from .engine.train import fit
 from .errors import InputError
 from .models.zoo import multiply_adds
@@ -60,7 +61,8 @@ def train(args: Sequence[str]) -> None:
         raise ConfigError(f"output={output} holds a run: --resume continues it, --overwrite discards it")
 
     rows, class_names = build.read_split(config, "train")
-    _check_resume(resume, config, class_names, last)
+    run = {"seed": config.seed, "ranks": distributed.world(), "videos": len(rows)}
+    _check_resume(resume, config, class_names, run, last)
     torch.manual_seed(config.seed)
     model = build.build_model(config, len(class_names)).to(device)
     normalise = build.build_normalise(config.data).to(device)
@@ -72,9 +74,11 @@ def train(args: Sequence[str]) -> None:
             raise ConfigError(f"data.val={config.data.val} has no labels to validate with")
         val_loader = build.build_test_loader(config, val_rows, device, clips=1, crops=1)
 
-    details = {"class_names": class_names, "config": to_dict(config)}
+    details = {"class_names": class_names, "config": to_dict(config), "run": run}
     if distributed.is_main():
-        output.mkdir(parents=True, exist_ok=True)
+        _make_folder(output)
+        if resume is None:
+            _discard_run(output)
         (output / "config.yaml").write_text(yaml.safe_dump(details["config"], sort_keys=False))
         print(_describe(config, model, class_names))
         print(f"training on {len(rows)} videos x {config.data.repeats} clips", end="")
@@ -111,25 +115,25 @@ def test(args: Sequence[str]) -> None:
     own, class_names, model = load_model(flags.checkpoint)
     config = _with_checkpoint(resolve(config), own, args)
     device = distributed.start(config.device)
+    output = Path(config.output)
+    if distributed.is_main():
+        _make_folder(output)
     rows, _ = build.read_split(config, "test", class_names)
     views = {"clips": config.eval.clips, "crops": config.eval.crops}
     loader = build.build_test_loader(config, rows, device, **views)
     if distributed.is_main():
         print(_describe(config, model, class_names))
         print(f"scoring {len(rows)} videos x {views['clips']} clips x {views['crops']} crops")
-    bf16 = device.type == "cuda" if config.train.bf16 is None else config.train.bf16
     scores = evaluate(
         model.to(device),
         build.build_normalise(config.data).to(device),
         loader,
         num_classes=len(class_names),
         view_batch=config.eval.view_batch,
-        bf16=bf16,
+        bf16=use_bf16(config.train.bf16, device),
     )
     if not distributed.is_main():
         return
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     report = write_report(
         output,
         scores,
@@ -154,7 +158,10 @@ def predict(args: Sequence[str]) -> None:
     parser.add_argument("--maps", metavar="FOLDER", help="also draw what the semantic tokens look at")
     options = parser.parse_args(args)
     recognize = Recognizer(options.checkpoint, device=options.device)
-    paths = [path for name in options.videos for path in _videos(Path(name))]
+    for folder in filter(None, (options.maps, options.features and Path(options.features).parent)):
+        _make_folder(Path(folder))
+    suffixes = VIDEO_SUFFIXES | (IMAGE_SUFFIXES if recognize.config.data.num_frames == 1 else set())
+    paths = [path for name in options.videos for path in _videos(Path(name), suffixes)]
     features, failed = {}, 0
     for path in tqdm(paths, unit="video", disable=len(paths) < 10):
         try:
@@ -162,9 +169,8 @@ def predict(args: Sequence[str]) -> None:
             if options.features:
                 features[str(path)] = recognize.features(path).cpu().numpy()
             if options.maps:
-                picture = Path(options.maps, path.with_suffix(".png").name)
-                picture.parent.mkdir(parents=True, exist_ok=True)
-                recognize.draw_semantic_maps(path, picture)
+                name = f"{path.absolute().parent.name}_{path.stem}.png"
+                recognize.draw_semantic_maps(path, Path(options.maps, name))
         except DecodeError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
@@ -184,18 +190,37 @@ def predict(args: Sequence[str]) -> None:
         sys.exit(1)
 
 
-def _videos(path: Path) -> list[Path]:
-    """A file, a folder of frames (one video), or the videos in a folder."""
+def _videos(path: Path, suffixes: Collection[str]) -> list[Path]:
+    """A file, the files with these suffixes in a folder, or else a folder of frames (one video)."""
     if not path.is_dir():
         return [path]
-    videos = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-    return videos or [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+    return [p for p in files if not p.name.startswith(".")] or [path]
 
 
-def _check_resume(resume: dict | None, config: Config, class_names: list[str], path: Path) -> None:
-    """A run goes on only as it began: the same classes, model, data and recipe."""
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: no folder can be made there ({error.strerror})") from None
+
+
+def _discard_run(output: Path) -> None:
+    """What a former run left in `output` must not pass for this one's."""
+    for name in ("last.pt", "best.pt", "unreadable.csv", "curves.png"):
+        (output / name).unlink(missing_ok=True)
+    shutil.rmtree(output / "tensorboard", ignore_errors=True)
+
+
+def _check_resume(
+    resume: dict | None, config: Config, class_names: list[str], run: dict[str, int], path: Path
+) -> None:
+    """A run goes on only as it began: the same classes, model, data, recipe, seed and ranks."""
     if resume is None:
         return
+    for key, value in resume["run"].items():
+        if run[key] != value:
+            raise ConfigError(f"{path}: began with {key}={value}, cannot go on with {run[key]}")
     if resume["class_names"] != class_names:
         raise ConfigError(f"{path}: its class names are not those of data.train={config.data.train}")
     for group in ("model", "data", "train"):

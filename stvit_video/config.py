@@ -5,6 +5,7 @@ An unknown key stops with its place and the nearest known one. A preset carries 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -191,33 +192,65 @@ def resolve(config: Config) -> Config:
         data=dataclasses.replace(config.data, **data),
         eval=dataclasses.replace(config.eval, **views),
     )
-    for key in POSITIVE:
-        group, _, leaf = key.partition(".")
-        value = getattr(getattr(config, group), leaf)
-        if value is not None and value <= 0:
-            raise ConfigError(f"{key}={value}: must be positive")
-    if not 0 < config.eval.crop_ratio <= 1:
-        raise ConfigError(f"eval.crop_ratio={config.eval.crop_ratio}: must lie in (0, 1]")
+    for key, (low, high) in LIMITS.items():
+        group, _, leaf = key.rpartition(".")
+        value = getattr(getattr(config, group) if group else config, leaf)
+        if value in (None, "auto"):
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if not low <= number <= high:
+                raise ConfigError(f"{key}={value}: must lie between {low:g} and {high:g}")
+    for key in ("scale", "ratio"):
+        low, high = getattr(config.data, key)
+        if low > high:
+            raise ConfigError(f"data.{key}={[low, high]}: from {low} to {high} is empty")
     return config
 
 
-POSITIVE = [
-    "data.num_classes",
-    "data.num_frames",
-    "data.stride",
-    "data.target_fps",
-    "data.image_size",
-    "data.repeats",
-    "eval.clips",
-    "eval.crops",
-    "eval.batch_size",
-    "eval.view_batch",
-    "train.epochs",
-    "train.batch_size",
-    "train.accumulate",
-    "train.eval_every",
-    "train.lr_per",
-]
+_ANY, _SOME = (0, math.inf), (1, math.inf)
+LIMITS = {
+    "seed": _ANY,
+    "model.embed_dim": _SOME,
+    "model.depth": _SOME,
+    "model.num_heads": _SOME,
+    "model.mlp_ratio": (0.01, math.inf),
+    "model.drop_path": (0, 0.999),
+    "data.num_classes": _SOME,
+    "data.num_frames": _SOME,
+    "data.stride": _SOME,
+    "data.target_fps": (0.001, math.inf),
+    "data.image_size": _SOME,
+    "data.std": (1e-6, math.inf),
+    "data.scale": (1e-6, 1),
+    "data.ratio": (1e-3, 1e3),
+    "data.rand_augment": (0, 10),
+    "data.repeats": _SOME,
+    "data.workers": _ANY,
+    "train.epochs": _SOME,
+    "train.batch_size": _SOME,
+    "train.accumulate": _SOME,
+    "train.lr": _ANY,
+    "train.lr_per": _SOME,
+    "train.warmup_epochs": _ANY,
+    "train.warmup_lr": _ANY,
+    "train.min_lr": _ANY,
+    "train.betas": (0, 0.999999),
+    "train.weight_decay": _ANY,
+    "train.layer_decay": (0.01, 1),
+    "train.clip_grad": (1e-9, math.inf),
+    "train.label_smoothing": (0, 0.999),
+    "train.erasing": (0, 1),
+    "train.mixup": _ANY,
+    "train.cutmix": _ANY,
+    "train.ema": (0, 0.999999),
+    "train.eval_every": _SOME,
+    "train.log_every": _SOME,
+    "eval.clips": _SOME,
+    "eval.crops": _SOME,
+    "eval.crop_ratio": (0.01, 1),
+    "eval.batch_size": _SOME,
+    "eval.view_batch": _SOME,
+}
 
 
 def _contradiction(key: str, value, preset: str, allowed) -> None:
@@ -259,17 +292,20 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespac
     Raises ConfigError naming the file or the command line, the key, and the nearest known key.
     """
     known = _known_keys(parser)
-    files = []
-    for i, word in enumerate(args):
+    files, flags, words = [], [], list(args)
+    while words:
+        word = words.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and key not in known | {"help", "print_config"}:
             raise ConfigError(f"command line: unknown key {key}{nearest(key, known)}")
-        if word == "--cfg" or word.startswith("--cfg="):
-            files.append(value if equals else (args[i + 1] if i + 1 < len(args) else ""))
+        if word.startswith("--cfg"):
+            files.append(value if equals or not words else words.pop(0))
+        else:
+            flags.append(word)
     for file in files:
         _check_file(file)
-    try:
-        namespace = parser.parse_args(args)
+    try:  # files first: a flag wins over them wherever it stands
+        namespace = parser.parse_args([*(f"--cfg={file}" for file in files), *flags])
     except ArgumentError as error:
         raise ConfigError(f"command line: {_one_line(error)}") from None
     return _instantiate(parser, namespace), namespace

@@ -10,7 +10,8 @@ from .build import build_model, build_normalise, build_test_views
 from .config import Config, from_dict
 from .data.decode import open_video
 from .engine import checkpoint
-from .engine.evaluate import view_scores
+from .engine.distributed import pick_device
+from .engine.evaluate import use_bf16, view_scores
 from .engine.figures import draw_maps
 from .errors import InputError
 
@@ -26,9 +27,16 @@ def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
     Raises CheckpointError or ConfigError.
     """
     values = checkpoint.load(path)
+    missing = {"config", "class_names", "model", "ema"} - values.keys()
+    if missing:
+        raise checkpoint.CheckpointError(f"{path}: holds no {min(missing)}")
     config = from_dict(values["config"], str(path))
     model = build_model(config, len(values["class_names"]))
-    model.load_state_dict(values["model"] if values["ema"] is None else values["ema"])
+    try:
+        model.load_state_dict(values["model"] if values["ema"] is None else values["ema"])
+    except RuntimeError as error:
+        cause = " ".join(str(error).split())
+        raise checkpoint.CheckpointError(f"{path}: weights do not fit its settings: {cause}") from None
     return config, values["class_names"], model.eval()
 
 
@@ -53,7 +61,8 @@ class Recognizer:
         device: str | None = None,
     ):
         self.config, self.class_names, self.model = load_model(checkpoint)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = pick_device(device or "auto")
+        self.bf16 = use_bf16(self.config.train.bf16, device)
         self.model.to(device)
         self.normalise = build_normalise(self.config.data).to(device)
         settings = self.config.eval
@@ -62,7 +71,11 @@ class Recognizer:
     def __call__(self, path: str | Path, top: int = 5) -> list[Guess]:
         """The `top` best classes of one video, best first. Raises DecodeError."""
         views = view_scores(
-            self.model, self.normalise, self._clips(path), view_batch=self.config.eval.view_batch
+            self.model,
+            self.normalise,
+            self._clips(path),
+            view_batch=self.config.eval.view_batch,
+            bf16=self.bf16,
         )
         scores = views[0].double().mean(0)
         order = scores.argsort(descending=True, stable=True)[:top].tolist()

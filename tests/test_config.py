@@ -6,6 +6,7 @@ import yaml
 
 from stvit_video import build
 from stvit_video.config import (
+    LIMITS,
     Config,
     ConfigError,
     DataConfig,
@@ -120,8 +121,28 @@ def test_ssv2_may_swap():
 
 
 def test_values_that_make_no_sense():
-    with pytest.raises(ConfigError, match="train.batch_size=0: must be positive"):
-        resolve(read("--train.batch_size", "0"))
+    for key, value in (
+        ("train.batch_size", "0"),
+        ("train.log_every", "0"),
+        ("train.betas", "[2, 3]"),
+        ("train.label_smoothing", "2"),
+        ("data.rand_augment", "[2, 11]"),
+        ("data.std", "[0, 0, 0]"),
+        ("model.drop_path", "2"),
+        ("seed", "-1"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{key}=.*: must lie between"):
+            resolve(read(f"--{key}", value))
+    with pytest.raises(ConfigError, match=r"data.scale=.*is empty"):
+        resolve(read("--data.scale", "[0.9, 0.2]"))
+    for key, (low, high) in LIMITS.items():
+        assert low < high, key
+
+
+def test_a_flag_wins_over_a_file_wherever_it_stands(settings):
+    file = settings("train: {lr: 5e-4}")
+    assert read("--train.lr", "1", "--cfg", file).train.lr == 1
+    assert read(f"--cfg={file}", "--train.lr=1").train.lr == 1
 
 
 def test_settings_survive_a_checkpoint(tmp_path):
@@ -153,3 +174,20 @@ def test_class_names_come_from_the_list_and_bound_it(tmp_path):
         build.read_split(config, "train")
     with pytest.raises(ConfigError, match="data.val is not set"):
         build.read_split(config, "val")
+
+
+def test_swap_needs_names_that_say_left_or_right(tmp_path):
+    (tmp_path / "list.txt").write_text("a.mp4 0\nb.mp4 1\n")
+    data = DataConfig(preset="ssv2", flip="swap", train=str(tmp_path / "list.txt"))
+    config = resolve(Config(data=data))
+    rows, names = build.read_split(config, "train")
+    with pytest.raises(ConfigError, match=r"data.flip=swap: .*data.class_names"):
+        build.build_train_loader(config, rows, names, torch.device("cpu"))
+
+
+def test_own_clips_may_use_the_demo_preset(tmp_path):
+    (tmp_path / "test" / "grow").mkdir(parents=True)
+    (tmp_path / "test" / "grow" / "mine.mp4").write_text("")
+    data = DataConfig(preset="demo", test=str(tmp_path / "test"))
+    assert len(build.read_split(resolve(Config(data=data)), "test")[0]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["test"]

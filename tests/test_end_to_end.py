@@ -123,6 +123,8 @@ def test_a_run_is_not_overwritten_or_resumed_by_accident(trained, tmp_path, caps
     assert "--resume continues it" in capsys.readouterr().err
     assert run(cli.train, *args, f"--output={folder}", "--resume", "--model.depth=5") == 2
     assert "model.depth=4" in capsys.readouterr().err
+    assert run(cli.train, *args, f"--output={folder}", "--resume", "--seed=5") == 2
+    assert "began with seed=0" in capsys.readouterr().err
     assert run(cli.train, *args, f"--output={tmp_path}", "--resume") == 2
     assert "no such checkpoint" in capsys.readouterr().err
     assert (folder / "last.pt").read_bytes() == before
@@ -287,7 +289,8 @@ def test_predict(trained, tmp_path, demo_root, capsys):
         assert scores == sorted(scores, reverse=True)
     saved = np.load(features)
     assert saved[str(videos[0])].shape == (24,)
-    assert {path.stem for path in maps.iterdir()} == {path.stem for path in videos}
+    names = {f"{path.parent.name}_{path.stem}" for path in videos}
+    assert {path.stem for path in maps.iterdir()} == names
 
     assert run(cli.predict, f"--checkpoint={folder}/best.pt", demo_root / "test") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -338,3 +341,31 @@ def test_no_readable_video_is_one_line(tmp_path, demo_root, capsys):
                f"--output={tmp_path}/run")  # fmt: skip
     assert code == 2
     assert "gone" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_places_that_cannot_be_written_are_told_before_the_work(trained, tmp_path, capsys):
+    folder, args = trained
+    (tmp_path / "file").write_text("")
+    best = f"--checkpoint={folder}/best.pt"
+    assert run(cli.test, *args, best, f"--output={tmp_path}/file") == 2
+    assert run(cli.train, *args, f"--output={tmp_path}/file/run") == 2
+    assert run(cli.predict, best, f"--maps={tmp_path}/file", "a.mp4") == 2
+    assert run(cli.predict, best, "--device=foo", "a.mp4") == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in lines if line.startswith("error: ")]) == 4
+
+
+def test_overwrite_discards_the_former_run(tmp_path, demo_root):
+    args = [*settings(tmp_path, demo_root), f"--output={tmp_path}/run", "--train.epochs=1"]
+    assert run(cli.train, *args) == 0
+    assert (tmp_path / "run" / "best.pt").exists()
+    assert run(cli.train, *args, "--overwrite", "--data.val=null") == 0
+    assert not (tmp_path / "run" / "best.pt").exists()
+
+
+def test_a_log_cut_off_by_a_kill_can_be_resumed(tmp_path):
+    from stvit_video.engine.logs import RunLog, read_log
+
+    (tmp_path / "log.jsonl").write_text('{"at": 1, "kind": "epoch"}\n{"at": 1.5, "ki')
+    RunLog(tmp_path, epochs_done=1).close()
+    assert read_log(tmp_path / "log.jsonl") == [{"at": 1, "kind": "epoch"}]

@@ -127,6 +127,13 @@ def test_mix():
     torch.testing.assert_close(soft.diagonal(), own)
 
 
+def test_clips_of_one_video_are_not_mixed_with_each_other():
+    """Repeated augmentation: views first, so that each clip's neighbour is another video's."""
+    labels = torch.arange(4).repeat_interleave(2).view(4, 2)
+    _, soft = Mix(4, mixup=0.8)(torch.randn(8, 3, 1, 4, 4), labels.t().flatten())
+    assert (soft.max(1).values < 1).all()
+
+
 def test_erasing_draws_a_box_a_clip_alike_in_its_frames():
     clips = torch.zeros(8, 3, 4, 16, 16)
     out, _ = Mix(2, erasing=1.0)(clips, torch.zeros(8, dtype=torch.long))

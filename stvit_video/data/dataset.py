@@ -13,6 +13,8 @@ from .annotations import Row
 from .decode import DecodeError, open_video
 from .views import TestViews, TrainViews
 
+SUBSTITUTES = 10  # rows tried for one sample: where all fail, the cause is a wrong path
+
 
 class Sample(NamedTuple):
     """One video's views: clips uint8 (V, 3, T, H, W), labels (V,); and what could not be read."""
@@ -65,7 +67,7 @@ class VideoDataset(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
         failures = []
-        candidates = len(self) if self.substitute else 1
+        candidates = min(len(self), SUBSTITUTES) if self.substitute else 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed(self.seed, epoch, index))
             for step in range(candidates):

@@ -149,7 +149,7 @@ class FrameFolder(_Frames):
             try:
                 with Image.open(self.files[index]) as image:
                     pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise self._error(index, f"{self.files[index].name}: {_cause(error)}") from error
             yield index, pixels
 

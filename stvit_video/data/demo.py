@@ -40,14 +40,14 @@ SETTINGS = {"version": 5, "train": 2400, "test": 320, "seed": 0}
 def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
     """Render the demo set to `root`/{train,test}/<class>/<number>_<shape>.mp4, once; returns `root`.
 
-    Made beside `root` and renamed, so that a broken-off rendering leaves nothing half-done. A folder at
-    `root` that is not a rendering of ours is never replaced.
+    Made beside `root` and moved there, so that a broken-off rendering leaves nothing half-done. An older
+    rendering is replaced; another folder at `root` is an InputError.
     """
     root = Path(root)
     marker = root / "demo.json"
-    if marker.exists() and json.loads(marker.read_text()) == SETTINGS:
+    if is_demo(root) and marker.read_text() == json.dumps(SETTINGS):
         return root
-    if root.exists() and not marker.exists():
+    if root.exists() and not is_demo(root):
         raise InputError(f"{root} exists and was not made by the demo renderer: not replaced")
     part = root.with_name(root.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -59,10 +59,19 @@ def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
         done = pool.imap_unordered(_render_job, jobs, chunksize=16)
         for _ in tqdm(done, total=len(jobs), desc=f"rendering {root}", unit="clip"):
             pass
-    (part / "demo.json").write_text(json.dumps(SETTINGS))
-    shutil.rmtree(root, ignore_errors=True)
-    part.rename(root)
+    root.mkdir(exist_ok=True)
+    marker.write_text("{}")  # until all is in its place, the folder is ours but not complete
+    for split in ("train", "test"):
+        shutil.rmtree(root / split, ignore_errors=True)
+        (part / split).rename(root / split)
+    part.rmdir()
+    marker.write_text(json.dumps(SETTINGS))
     return root
+
+
+def is_demo(root: Path) -> bool:
+    """Whether `root` was made by `prepare_demo`."""
+    return (root / "demo.json").exists()
 
 
 def _render_job(job: tuple[Path, str, int]) -> None:

@@ -5,22 +5,36 @@ import os
 import torch
 import torch.distributed as dist
 
+from ..errors import InputError
+
 
 def start(device: str = "auto") -> torch.device:
     """Join the group that torchrun announces, if any; -> this process's device.
 
     gloo on the CPU, NCCL on GPUs. `device="auto"`: this rank's GPU where there is one.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if "RANK" in os.environ:
-        if chosen.type == "cuda" and chosen.index is None:
-            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    chosen = pick_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return chosen
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """A device by name; "auto": CUDA where there is one; "cuda": this rank's. Raises InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device={name}: {str(error).partition(chr(10))[0]}") from None
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"device={name}: there are {torch.cuda.device_count()} CUDA devices here")
+    return device
 
 
 def stop() -> None:
@@ -43,6 +57,13 @@ def is_main() -> bool:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def share_buffers(model: torch.nn.Module) -> None:
+    """Rank 0's buffers on every rank: BatchNorm's statistics are each rank's own while training."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def gather(value) -> list:

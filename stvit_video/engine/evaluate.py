@@ -58,6 +58,11 @@ class Scores:
         return np.argsort(-self.scores, axis=1, kind="stable")[:, :k]
 
 
+def use_bf16(setting: bool | None, device: torch.device) -> bool:
+    """`train.bf16`: null means on CUDA only."""
+    return device.type == "cuda" if setting is None else setting
+
+
 @torch.no_grad()
 def view_scores(
     model: nn.Module, normalise: nn.Module, clips: Tensor, *, view_batch: int, bf16: bool = False
@@ -154,7 +159,7 @@ def _write_predictions(path: Path, scores: Scores, rows, class_names) -> None:
     header = ["path", "label", "label_name", "prediction", "prediction_name"]
     for place in range(1, top.shape[1] + 1):
         header += [f"top{place}_name", f"top{place}_score"]
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow([*header, "failure"])
         for i, (row, best) in enumerate(zip(rows, scores.predictions, strict=True)):

@@ -1,6 +1,5 @@
 """What people would rather look at than read: learning curves and the confusion matrix."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +10,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def draw_curves(log: Path, picture: Path) -> None:
-    """`log.jsonl` -> loss by epoch, and validation accuracy by epoch."""
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
+def draw_curves(entries: Sequence[dict], picture: Path) -> None:
+    """Entries of `log.jsonl` -> loss by epoch, and validation accuracy by epoch."""
     steps = [entry for entry in entries if entry["kind"] == "step"]
     epochs = [entry for entry in entries if entry["kind"] == "epoch"]
     scored = [entry for entry in epochs if entry.get("val_top1") is not None]
@@ -54,6 +52,7 @@ def draw_confusion(
     image = axis.imshow(matrix, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axis, shrink=0.8, label="% of the true class")
     axis.set(xlabel="predicted", ylabel="true")
+    class_names = [name.replace("$", r"\$") for name in class_names]  # no mathematics in names
     if size <= 40:
         axis.set_xticks(range(size), class_names, rotation=45, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(size), class_names)

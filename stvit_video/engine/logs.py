@@ -16,6 +16,17 @@ def progress(items=None, **options) -> tqdm:
     return tqdm(items, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
 
 
+def read_log(path: Path) -> list[dict]:
+    """The entries of `log.jsonl`, up to a line that a killed run left unfinished."""
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
 class RunLog:
     """Entries of a kind ("step" or "epoch") with figures; written by the main process only.
 
@@ -28,8 +39,7 @@ class RunLog:
         if distributed.is_main():
             kept = []
             if epochs_done and self.path.exists():
-                entries = [json.loads(line) for line in self.path.read_text().splitlines()]
-                kept = [entry for entry in entries if entry["at"] <= epochs_done]
+                kept = [entry for entry in read_log(self.path) if entry["at"] <= epochs_done]
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
             self.events = SummaryWriter(output / "tensorboard", purge_step=None)
 

@@ -20,9 +20,9 @@ from ..data.dataset import Batch, mixed_seed
 from ..data.transforms import Mix
 from ..errors import InputError
 from . import checkpoint, distributed
-from .evaluate import Scores, evaluate
+from .evaluate import Scores, evaluate, use_bf16
 from .figures import draw_curves
-from .logs import RunLog, progress
+from .logs import RunLog, progress, read_log
 from .optim import make_optimizer, make_schedule, scaled_lr
 
 
@@ -130,7 +130,7 @@ def fit(
     details: what else belongs into checkpoints: class names, resolved settings.
     """
     device = normalise.mean.device
-    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+    bf16 = use_bf16(config.bf16, device)
     per_update = config.batch_size * config.accumulate * distributed.world()
     lr, warmup_lr, min_lr = (
         scaled_lr(value, per_update, config.lr_per)
@@ -171,6 +171,7 @@ def fit(
         scores = None
         due = run.epoch % config.eval_every == 0 or run.epoch == config.epochs
         if val_loader is not None and due:
+            distributed.share_buffers(run.scored_model())
             scores = evaluate(
                 run.scored_model(),
                 normalise,
@@ -183,7 +184,7 @@ def fit(
         _close_epoch(run, figures, failures, scores, log, output, details)
     log.close()
     if distributed.is_main():
-        draw_curves(log.path, output / "curves.png")
+        draw_curves(read_log(log.path), output / "curves.png")
     distributed.barrier()
     return output / ("last.pt" if val_loader is None else "best.pt")
 
@@ -267,8 +268,10 @@ def _forward_backward(
 ) -> Tensor:
     """One batch of an update's `parts`; gradients are exchanged between ranks with its last."""
     device = normalise.mean.device
-    clips = normalise(batch.clips.to(device, non_blocking=True).flatten(0, 1))
-    clips, targets = mix(clips, batch.labels.to(device, non_blocking=True).flatten())
+    # Views first: mixing pairs neighbours, and clips of one video are not to be mixed with each other.
+    clips = batch.clips.transpose(0, 1).flatten(0, 1).to(device, non_blocking=True)
+    labels = batch.labels.t().flatten().to(device, non_blocking=True)
+    clips, targets = mix(normalise(clips), labels)
     alone = nullcontext() if whole or distributed.world() == 1 else run.model.no_sync()
     with alone:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
