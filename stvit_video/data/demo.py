@@ -34,7 +34,7 @@ WIDTH, HEIGHT, FPS = 64, 48, 16
 ROOM = 16  # pixels: the middle of a shape stays within this central square
 RADII = (12.0, 23.0)  # the smallest and the largest in pixels: where growing starts anew
 ENCODER = {"crf": "18", "preset": "veryfast", "threads": "1"}
-SETTINGS = {"version": 5, "train": 2400, "test": 320, "seed": 0}
+SETTINGS = {"version": 8, "train": 2400, "test": 320, "seed": 0}
 
 
 def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
