@@ -270,7 +270,7 @@ def from_dict(values: dict[str, Any], source: str) -> Config:
     parser = make_parser("")
     _check_keys(values, parser, source)
     try:
-        return _instantiate(parser, parser.parse_object(values))
+        return _instantiate(parser.parse_object(values))
     except ArgumentError as error:
         raise ConfigError(f"{source}: {_one_line(error)}") from None
 
@@ -308,7 +308,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespac
         namespace = parser.parse_args([*(f"--cfg={file}" for file in files), *flags])
     except ArgumentError as error:
         raise ConfigError(f"command line: {_one_line(error)}") from None
-    return _instantiate(parser, namespace), namespace
+    return _instantiate(namespace), namespace
 
 
 def _check_file(path: str) -> None:
@@ -347,7 +347,7 @@ def _known_keys(parser: ArgumentParser) -> set[str]:
     return {action.dest for action in parser._actions} - groups - {"help", "print_config"}
 
 
-def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Config:
+def _instantiate(namespace: Namespace) -> Config:
     values = namespace.clone(with_meta=False)
     groups = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
     return Config(

@@ -1,10 +1,9 @@
 """The embedded data set: short clips in which only motion tells the class, as real mp4 files.
 
-A set of nested shapes over a textured background moves left, right, up or down, grows, shrinks, turns left
-or turns right. In every class position, size and angle are spread alike in every single frame: the
-position wraps around the picture, the angle around the circle, and as the shapes grow the outermost fades
-while a new one is born in their middle. So one frame alone says nothing of the class, and a class played
-backwards is its opposite.
+A two-coloured shape over a textured background moves left, right, up or down, grows, shrinks, turns left or
+turns right. In every class position, size and angle are spread alike in every single frame: each starts
+anew at the other end of its range (a central square, the radii, the circle). So one frame alone says
+nothing of the class, and a class played backwards is its opposite.
 """
 
 import json

@@ -41,7 +41,7 @@ class RunLog:
             if epochs_done and self.path.exists():
                 kept = [entry for entry in read_log(self.path) if entry["at"] <= epochs_done]
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            self.events = SummaryWriter(output / "tensorboard", purge_step=None)
+            self.events = SummaryWriter(output / "tensorboard")
 
     def write(self, kind: str, *, step: int, at: float, **figures: float | None) -> None:
         """`step`: updates so far; `at`: epochs so far, as a fraction."""
