@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 # The control: the same recipe on single frames, which say nothing of the class.
 demo-image: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_image_control.yaml --overwrite
-	$(RUN) tools/test_net.py --cfg configs/demo_image_control.yaml --checkpoint runs/demo-image/best.pt
+	$(RUN) tools/test_net.py --cfg configs/demo_image_control.yaml --checkpoint runs/demo_image_control/best.pt
 
 test: lint
 	$(RUN) -m pytest

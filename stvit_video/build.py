@@ -16,6 +16,7 @@ from .data.transforms import Normalise, TestTransform, TrainTransform
 from .data.views import Sampling, TestViews, TrainViews
 from .engine import distributed
 from .models.zoo import create_model
+from .weights import LoadReport, load_weights
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -30,6 +31,24 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {error}") from None
+
+
+def load_pretrained(
+    config: Config, model: nn.Module, class_names: Sequence[str], *, scoring: bool = False
+) -> LoadReport | None:
+    """`model.weights` into the model, where it is set. To score, nothing may be fresh.
+
+    Raises WeightsError.
+    """
+    if config.model.weights is None:
+        return None
+    return load_weights(
+        model,
+        config.model.weights,
+        inflate=config.model.inflate,
+        fresh=() if scoring else config.model.fresh,
+        class_names=class_names,
+    )
 
 
 def build_normalise(data: DataConfig) -> Normalise:

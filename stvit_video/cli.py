@@ -24,6 +24,7 @@ from .engine.train import fit
 from .errors import InputError
 from .models.zoo import multiply_adds
 from .recognizer import Recognizer, load_model
+from .weights import LoadReport
 
 
 def command(function):
@@ -64,7 +65,9 @@ def train(args: Sequence[str]) -> None:
     run = {"seed": config.seed, "ranks": distributed.world(), "videos": len(rows)}
     _check_resume(resume, config, class_names, run, last)
     torch.manual_seed(config.seed)
-    model = build.build_model(config, len(class_names)).to(device)
+    model = build.build_model(config, len(class_names))
+    weights = build.load_pretrained(config, model, class_names) if resume is None else None
+    model.to(device)
     normalise = build.build_normalise(config.data).to(device)
     train_loader = build.build_train_loader(config, rows, class_names, device)
     val_loader = None
@@ -81,6 +84,7 @@ def train(args: Sequence[str]) -> None:
             _discard_run(output)
         (output / "config.yaml").write_text(yaml.safe_dump(details["config"], sort_keys=False))
         print(_describe(config, model, class_names))
+        _tell_weights(weights, output)
         print(f"training on {len(rows)} videos x {config.data.repeats} clips", end="")
         print("" if val_loader is None else f", validating on {len(val_loader.dataset)}")
     distributed.barrier()
@@ -105,24 +109,35 @@ def train(args: Sequence[str]) -> None:
 def test(args: Sequence[str]) -> None:
     """Score a checkpoint: every video once, softmax averaged over its views.
 
-    The checkpoint says which model, sampling, image size and normalisation; the settings say which list and
-    views, and where the report goes.
+    A run's checkpoint says which model, sampling, image size and normalisation; the settings say which list
+    and views, and where the report goes. With another project's weights (--model.weights) they say all.
     """
     parser = make_parser(test.__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="Which to score.")
+    parser.add_argument("--checkpoint", metavar="FILE", help="A run's, to score; or give --model.weights.")
     config, flags = parse(parser, args)
+    config = resolve(config)
     started = time.perf_counter()
-    own, class_names, model = load_model(flags.checkpoint)
-    config = _with_checkpoint(resolve(config), own, args)
+    if flags.checkpoint is not None:
+        own, class_names, model = load_model(flags.checkpoint)
+        config = _with_checkpoint(config, own, args)
+    elif config.model.weights is None:
+        raise ConfigError("nothing to score: give --checkpoint FILE or --model.weights FILE")
     device = distributed.start(config.device)
     output = Path(config.output)
     if distributed.is_main():
         _make_folder(output)
-    rows, _ = build.read_split(config, "test", class_names)
+    weights = None
+    if flags.checkpoint is not None:
+        rows, _ = build.read_split(config, "test", class_names)
+    else:
+        rows, class_names = build.read_split(config, "test")
+        model = build.build_model(config, len(class_names))
+        weights = build.load_pretrained(config, model, class_names, scoring=True)
     views = {"clips": config.eval.clips, "crops": config.eval.crops}
     loader = build.build_test_loader(config, rows, device, **views)
     if distributed.is_main():
         print(_describe(config, model, class_names))
+        _tell_weights(weights, output)
         print(f"scoring {len(rows)} videos x {views['clips']} clips x {views['crops']} crops")
     scores = evaluate(
         model.to(device),
@@ -140,7 +155,7 @@ def test(args: Sequence[str]) -> None:
         rows,
         class_names,
         views=views,
-        checkpoint=str(flags.checkpoint),
+        checkpoint=str(flags.checkpoint or config.model.weights),
         started=started,
     )
     _print_report(report, output)
@@ -207,7 +222,7 @@ def _make_folder(path: Path) -> None:
 
 def _discard_run(output: Path) -> None:
     """What a former run left in `output` must not pass for this one's."""
-    for name in ("last.pt", "best.pt", "unreadable.csv", "curves.png"):
+    for name in ("last.pt", "best.pt", "weights.json", "unreadable.csv", "curves.png"):
         (output / name).unlink(missing_ok=True)
     shutil.rmtree(output / "tensorboard", ignore_errors=True)
 
@@ -233,7 +248,17 @@ def _check_resume(
 
 
 # What may differ between the parts of a resumed run: it changes neither model nor updates.
-_FREE_TO_CHANGE = ("root", "val", "test", "workers", "eval_every", "log_every")
+_FREE_TO_CHANGE = (
+    "weights",
+    "inflate",
+    "fresh",
+    "root",
+    "val",
+    "test",
+    "workers",
+    "eval_every",
+    "log_every",
+)
 
 # What a checkpoint decides; the rest of `data` and all of `eval` is the scorer's.
 _DATA_OF_CHECKPOINT = (
@@ -261,6 +286,12 @@ def _with_checkpoint(config: Config, own: Config, args: Sequence[str]) -> Config
             raise ConfigError(f"--{group}.{key} {asked}: the checkpoint was made with {value}")
     data = replace(config.data, **{key: getattr(own.data, key) for key in _DATA_OF_CHECKPOINT})
     return replace(config, model=own.model, data=data)
+
+
+def _tell_weights(report: LoadReport | None, output: Path) -> None:
+    if report is not None:
+        print(report)
+        report.write(output / "weights.json")
 
 
 def _describe(config: Config, model: torch.nn.Module, class_names: list[str]) -> str:

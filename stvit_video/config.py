@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 from .engine.train import TrainConfig
 from .errors import InputError, nearest
+from .weights import Inflate
 
 Three = tuple[int, int, int]
 Auto = Literal["auto"]
@@ -60,10 +61,17 @@ class ModelConfig:
     checkpointing: bool | Auto = "auto"
     """Recompute activations in the backward pass: less memory, a third more time."""
 
+    weights: str | None = None
+    """Checkpoint to start from, of any origin: a file, or timm:NAME."""
+    inflate: Inflate = "average"
+    """An image model's patch embedding over time: repeated and divided, or in the middle frame."""
+    fresh: tuple[str, ...] = ("head", "centres")
+    """What may be missing or misshapen in weights when training."""
+
     def sizes(self) -> dict[str, Any]:
         """The sizes that were set, for `create_model`."""
-        sizes = dataclasses.asdict(self)
-        del sizes["name"]
+        others = {"name", "weights", "inflate", "fresh"}
+        sizes = {key: value for key, value in dataclasses.asdict(self).items() if key not in others}
         return {key: value for key, value in sizes.items() if value != "auto"}
 
 

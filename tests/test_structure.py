@@ -17,10 +17,11 @@ ALLOWED = {
     "data": {"data"},
     "models": {"models"},
     "engine": {"engine", "data", "models"},
-    "config": {"engine", "data", "models"},
-    "build": {"config", "engine", "data", "models"},
-    "recognizer": {"build", "config", "engine", "data", "models"},
-    "cli": {"recognizer", "build", "config", "engine", "data", "models"},
+    "config": {"weights", "engine", "data", "models"},
+    "build": {"weights", "config", "engine", "data", "models"},
+    "recognizer": {"build", "weights", "config", "engine", "data", "models"},
+    "cli": {"recognizer", "build", "weights", "config", "engine", "data", "models"},
+    "weights": {"models"},
     "errors": set(),
 }
 

@@ -33,12 +33,14 @@ WIDTH, HEIGHT, FPS = 64, 48, 16
 ROOM = 16  # pixels: the middle of a shape stays within this central square
 RADII = (12.0, 23.0)  # the smallest and the largest in pixels: where growing starts anew
 ENCODER = {"crf": "18", "preset": "veryfast", "threads": "1"}
-SETTINGS = {"version": 8, "train": 2400, "test": 320, "seed": 0}
+SETTINGS = {"version": 9, "train": 2400, "test": 320, "seed": 0}
 
 
 def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
     """Render the demo set to `root`/{train,test}/<class>/<number>_<shape>.mp4, once; returns `root`.
 
+    `root`/{train,test}_by_shape.txt list the same clips by shape, a label that single frames do tell, and
+    shapes.txt names those labels.
     Made beside `root` and moved there, so that a broken-off rendering leaves nothing half-done. An older
     rendering is replaced; another folder at `root` is an InputError.
     """
@@ -63,6 +65,10 @@ def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
     for split in ("train", "test"):
         shutil.rmtree(root / split, ignore_errors=True)
         (part / split).rename(root / split)
+        files = sorted(root.glob(f"{split}/*/*.mp4"))
+        lines = [f"{p.relative_to(root)} {SHAPES.index(p.stem.partition('_')[2])}\n" for p in files]
+        (root / f"{split}_by_shape.txt").write_text("".join(lines))
+    (root / "shapes.txt").write_text("".join(f"{shape}\n" for shape in SHAPES))
     part.rmdir()
     marker.write_text(json.dumps(SETTINGS))
     return root

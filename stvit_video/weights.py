@@ -1,0 +1,558 @@
+"""Weights from checkpoints of this project and of others: right, or an error.
+
+A file becomes a state dict, its origin's adapter gives the tensors our names, and each must then fit the
+model: as it is, inflated over time, or resized with the grid. Whatever is left over or left out stops the
+load, except what the caller expects to be fresh.
+"""
+
+import json
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from .errors import InputError, nearest
+from .models.embed import sincos_table
+from .models.zoo import MODELS, create_model
+
+State = dict[str, Tensor]
+Inflate = Literal["average", "centre"]
+
+
+class WeightsError(InputError):
+    """A checkpoint that cannot be read or does not fit the model: says which tensors, and why."""
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor, by name (the model's; the file's in `dropped` and `unexpected`).
+
+    loaded: as they are; inflated: from image to video; resized: position tables and G, with the grid;
+    fresh: left as initialised, as the caller allowed; dropped: what this architecture has no place for
+    (class token, decoder); missing, unexpected, mismatched: what makes a load an error.
+    """
+
+    source: str
+    origin: str
+    loaded: dict[str, str] = field(default_factory=dict)
+    inflated: dict[str, str] = field(default_factory=dict)
+    resized: dict[str, str] = field(default_factory=dict)
+    fresh: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    unexpected: dict[str, str] = field(default_factory=dict)
+    mismatched: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def failures(self) -> list[str]:
+        """A line for each tensor that makes this load an error."""
+        return self._lines("missing", "unexpected", "mismatched")
+
+    def __str__(self) -> str:
+        title = f"weights: {self.source} ({self.origin}), {len(self.loaded)} tensors as they are"
+        lines = self._lines("inflated", "resized", "fresh", "dropped")
+        if len(lines) > 12:
+            lines = [*lines[:11], f"... and {len(lines) - 11} more"]
+        notes = [f"note        {note}" for note in self.notes]
+        return "\n  ".join([title, *lines, *notes, *self.failures()])
+
+    def write(self, path: str | Path) -> None:
+        """Everything, as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def _lines(self, *kinds: str) -> list[str]:
+        return [f"{kind:<11} {name} {what}" for kind in kinds for name, what in getattr(self, kind).items()]
+
+
+def load_weights(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Any],
+    *,
+    inflate: Inflate = "average",
+    fresh: Sequence[str] = ("head", "centres"),
+    class_names: Sequence[str] | None = None,
+) -> LoadReport:
+    """Load a checkpoint of any known origin into `model`; nothing is changed unless all of it is right.
+
+    source: a file (.pth, .pt, .bin, .safetensors), its contents, a state dict, or "timm:NAME".
+    inflate: of a two-dimensional patch embedding, over the frames of a tubelet: "average" (repeated and
+        divided) or "centre" (the middle frame, others zero). A still clip gets the image's tokens by both.
+    fresh: name prefixes, at any module boundary, that may be missing or misshapen; what fits is loaded.
+    class_names: the classes of the model's head. Where the checkpoint names its own, the head's rows are
+        taken by name; a head that has not all of these classes does not fit.
+    Raises WeightsError with the whole list of what is missing, unexpected or misshapen.
+    """
+    if inflate not in ("average", "centre"):
+        raise ValueError(f"inflate={inflate!r} is none of ['average', 'centre']")
+    found = _find(*_read(source))
+    report = LoadReport(found.name, found.adapter.origin)
+    state = found.adapter.convert(found.state)
+    report.dropped = _dropped(found.state, state)
+    targets = model.state_dict()
+    _fold_layer_scale(state, targets, report)
+    other_classes = _choose_classes(state, found, class_names, report)
+    fitted = {}
+    for name, tensor in state.items():
+        if name not in targets:
+            report.unexpected[name] = _shape(tensor)
+            continue
+        try:
+            if name in other_classes:
+                raise _Misfit("its classes are not the model's")
+            kind, fitted[name] = _fit(name, tensor, targets[name], inflate, found)
+        except _Misfit as reason:
+            kind = "fresh" if _within(name, fresh) else "mismatched"
+            getattr(report, kind)[name] = f"{_shape(tensor)} -> {_shape(targets[name])}: {reason}"
+        else:
+            getattr(report, kind)[name] = f"{_shape(tensor)} -> {_shape(targets[name])}"
+    for name in (name for name in targets if name not in state):
+        if name == "pos_embed" and found.adapter.fixed_positions:
+            fitted[name] = sincos_table(targets[name].shape[1:4], targets[name].shape[-1])
+            report.fresh[name] = f"{_shape(targets[name])}: starts from the fixed sine-cosine table"
+        else:
+            kind = "fresh" if _within(name, fresh) else "missing"
+            getattr(report, kind)[name] = _shape(targets[name])
+    if failures := report.failures():
+        what = f"{report.source} ({report.origin}) does not fit this {type(model).__name__}"
+        raise WeightsError("\n  ".join([f"{what}, {len(failures)} tensors:", *failures, *_advice(report)]))
+    model.load_state_dict(targets | fitted)
+    return report
+
+
+# ---- reading: a file, or what it held
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """-> contents, and how messages call them."""
+    if isinstance(source, Mapping):
+        return source, "state dict"
+    if str(source).startswith("timm:"):
+        return _fetch(str(source).removeprefix("timm:")), str(source)
+    path = Path(source)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise WeightsError(f"{path}: the file is empty")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path), str(path)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path}: damaged, or not a safetensors file ({_line(error)})") from None
+    values = read_torch(path)
+    if not isinstance(values, Mapping):
+        raise WeightsError(f"{path}: holds a {type(values).__name__}, not a state dict")
+    return values, str(path)
+
+
+def read_torch(path: Path) -> Any:
+    """What torch.save wrote, on the CPU: tensors and plain values only, checksums compared.
+
+    Raises WeightsError.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # torch itself does not compare the checksums
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                raise WeightsError(f"{path}: damaged (the checksum of {broken} is wrong)")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
+    except Exception as error:  # damage can surface anywhere within zip, pickle and storages
+        wanted = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))
+        if wanted is None:
+            cause = "no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else _line(error)
+            raise WeightsError(f"{path}: damaged, or not a checkpoint ({cause})") from None
+        raise WeightsError(
+            f"{path}: holds {wanted[1]} beside tensors, and to unpickle that could run any code: refused. "
+            "If you trust where it comes from, convert it once: torch.save(torch.load(FILE, "
+            'map_location="cpu", weights_only=False)["model"], NEW_FILE)'
+        ) from None
+
+
+def _fetch(name: str) -> State:
+    if not timm.is_model(name.partition(".")[0]):
+        raise WeightsError(f"timm:{name}: timm has no such model{nearest(name, timm.list_models())}")
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # no network, no such weights, no space: each hub client has its own errors
+        raise WeightsError(f"timm:{name}: cannot be fetched ({_line(error)})") from None
+
+
+# ---- finding: nesting, prefixes, origin
+
+NESTINGS = ("model", "module", "state_dict", "model_state", "model_state_dict", "model_ema")
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
+
+
+@dataclass
+class _Found:
+    """A state dict without prefixes, and what its file says of it.
+
+    class_names, by_class: of a checkpoint of this toolbox, its classes and the tensors with a row for each.
+    """
+
+    name: str
+    state: State
+    adapter: "Adapter"
+    class_names: Sequence[str] | None = None
+    by_class: frozenset[str] = frozenset()
+
+
+def _find(values: Mapping[str, Any], name: str) -> _Found:
+    if str(values.get("format", "")).startswith("stvit_video"):
+        return _find_own(values, name)
+    while nesting := next((key for key in NESTINGS if isinstance(values.get(key), Mapping)), None):
+        values, name = values[nesting], f"{name}[{nesting}]"
+    state = _checked(values, name)
+    while prefix := next((p for p in PREFIXES if any(key.startswith(p) for key in state)), None):
+        stripped = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+        if len(stripped) < len(state):
+            raise WeightsError(f"{name}: holds tensors of one name with and without {prefix!r}")
+        state = stripped
+    return _Found(name, state, next(adapter for adapter in ADAPTERS if adapter.matches(state)))
+
+
+def _find_own(values: Mapping[str, Any], name: str) -> _Found:
+    """A checkpoint of this toolbox: it must be what its own settings make, tensor by tensor."""
+    key = "model" if values.get("ema") is None else "ema"
+    name = f"{name}[{key}]"
+    try:
+        state, classes = _checked(values[key], name), list(values["class_names"])
+        model, data = values["config"]["model"], values["config"]["data"]
+        sizes = {k: v for k, v in model.items() if k in MODELS[model["name"]].sizes and v != "auto"}
+        clip = {k: data[k] for k in ("num_frames", "image_size")}
+        with torch.device("meta"):
+            whole, wider = (
+                create_model(model["name"], num_classes=len(classes) + more, **clip, **sizes).state_dict()
+                for more in (0, 1)
+            )
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{name}: not a whole checkpoint of this toolbox ({error!r})") from None
+    flaws = [f"missing {k}" for k in whole if k not in state]
+    flaws += [f"unexpected {k}" for k in state if k not in whole]
+    flaws += [
+        f"{k} {_shape(state[k])} instead of {_shape(whole[k])}"
+        for k in whole
+        if k in state and state[k].shape != whole[k].shape
+    ]
+    if flaws:
+        raise WeightsError(f"{name}: not what its own settings make: {', '.join(flaws)}")
+    by_class = frozenset(k for k in whole if whole[k].shape != wider[k].shape)
+    own = ADAPTERS[-1]._replace(fixed_positions=sizes.get("pos_embed") == "sincos")
+    return _Found(name, state, own, None if _only_numbers(classes) else classes, by_class)
+
+
+def _checked(values: Mapping[str, Any], name: str) -> State:
+    """A state dict: names to dense, finite tensors, and nothing else. Raises WeightsError."""
+    if not values:
+        raise WeightsError(f"{name}: no tensors in it")
+    for key, value in values.items():
+        if not isinstance(value, Tensor):
+            raise WeightsError(f"{name}: {key!r} is a {type(value).__name__}: not a state dict")
+        if value.layout != torch.strided or not (value.isfinite().all() and isinstance(key, str)):
+            raise WeightsError(f"{name}: {key} holds values that are not finite, or is no dense tensor")
+    return dict(values)
+
+
+# ---- adapters: another project's names -> ours; what they do not know stays, and is unexpected then
+
+
+class Adapter(NamedTuple):
+    """origin: for the report; fixed_positions: its checkpoints hold no position table, it is VideoMAE's."""
+
+    origin: str
+    matches: Callable[[State], bool]
+    convert: Callable[[State], State]
+    fixed_positions: bool = False
+
+
+# What other projects' checkpoints hold, and the models here have no place for.
+TOKENS = ("cls_token", "dist_token", "reg_token", "register_tokens")
+DROPS = re.compile(
+    rf"({'|'.join(TOKENS)}|mask_token|pos_embed_class)$"
+    r"|(head_dist|encoder_to_decoder)\.|decoder(_\w+)?(\.|$)"
+)
+
+
+def from_timm(state: State) -> State:
+    """timm's ViT, DeiT and DINOv2, and whoever speaks its names: (1, N, C) positions, layer scale.
+
+    The norm before a class token becomes the norm after pooling, which is what it is in a model pooled by
+    timm itself; class and register tokens and their positions are dropped.
+    """
+    state = _common(state)
+    table = state["pos_embed"]
+    tokens = {name: state[name] for name in TOKENS if name in state}
+    misshapen = {name for name, t in tokens.items() if t.ndim != 3 or t.shape[::2] != table.shape[::2]}
+    state["pos_embed"] = _patch_rows(table, tokens, any(".ls1." in name for name in state))
+    return {name: t for name, t in state.items() if not DROPS.match(name) or name in misshapen}
+
+
+def from_videomae(state: State) -> State:
+    """VideoMAE and V2, pre-trained encoder or fine-tuned: biases of q and v alone (k has none)."""
+    state = {name: tensor for name, tensor in _common(state).items() if not DROPS.match(name)}
+    for name in [name for name in state if name.endswith(".q_bias")]:
+        block = name.removesuffix("q_bias")
+        if f"{block}v_bias" in state:
+            q, v = state.pop(name), state.pop(f"{block}v_bias")
+            state[f"{block}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+    return state
+
+
+HUGGING_FACE = {
+    "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
+    "attention.output.dense.": "attn.proj.",
+    "attention.attention.": "attn.",
+    "intermediate.dense.": "mlp.fc1.",
+    "output.dense.": "mlp.fc2.",
+    "layernorm_before.": "norm1.",
+    "layernorm_after.": "norm2.",
+    "layernorm.": "norm.",
+    "classifier.": "head.",
+}
+
+
+def from_hugging_face(state: State) -> State:
+    """VideoMAE in transformers' layout: q, k and v apart, their biases spelled in two ways."""
+    out = {}
+    for name, tensor in state.items():
+        name = re.sub(r"^(encoder\.)?layer\.(\d+)\.", r"blocks.\2.", name.removeprefix("videomae."))
+        for theirs, ours in HUGGING_FACE.items():
+            name = re.sub(rf"(^|\.){re.escape(theirs)}", rf"\g<1>{ours}", name, count=1)
+        name = re.sub(r"attn\.([qkv])_bias$", lambda m: f"attn.{m[1]}.bias", name)
+        name = re.sub(r"attn\.(q|k|v)(uery|ey|alue)\.", r"attn.\1.", name)
+        out[name] = tensor
+    return {name: tensor for name, tensor in _joined(_common(out)).items() if not DROPS.match(name)}
+
+
+def from_mae_st(state: State) -> State:
+    """MAE-ST: q, k and v apart, and one position table for space and one for time."""
+    state = _joined(_common(state))
+    if {"pos_embed_spatial", "pos_embed_temporal"} <= state.keys():
+        space, time = state.pop("pos_embed_spatial"), state.pop("pos_embed_temporal")
+        state["pos_embed"] = _square(space) + time.unflatten(1, (-1, 1, 1))
+    return {name: tensor for name, tensor in state.items() if not DROPS.match(name)}
+
+
+ADAPTERS = [
+    Adapter(
+        "VideoMAE, Hugging Face layout",
+        lambda state: any(".attention.attention." in name for name in state),
+        from_hugging_face,
+        fixed_positions=True,
+    ),
+    Adapter(
+        "VideoMAE",
+        lambda state: any(name.endswith(".attn.q_bias") for name in state),
+        from_videomae,
+        fixed_positions=True,
+    ),
+    Adapter("MAE-ST", lambda state: "pos_embed_spatial" in state, from_mae_st),
+    Adapter("timm ViT", lambda s: "pos_embed" in s and s["pos_embed"].ndim == 3, from_timm),
+    Adapter("this toolbox", lambda state: True, dict),
+]
+
+
+def _common(state: State) -> State:
+    """Names that many share: layer scale as gamma_1 and gamma_2, and `norm` where there is no fc_norm."""
+    state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): tensor for name, tensor in state.items()}
+    if not any(name.startswith("fc_norm.") for name in state):
+        state = {re.sub(r"^norm\.", "fc_norm.", name): tensor for name, tensor in state.items()}
+    return state
+
+
+def _joined(state: State) -> State:
+    """`attn.q`, `attn.k`, `attn.v` of each block as one `attn.qkv`; a k without bias gets zeros."""
+    state = dict(state)
+    for q in [name for name in state if name.endswith("attn.q.weight")]:
+        block = q.removesuffix("q.weight")
+        weights, biases = ([f"{block}{part}.{kind}" for part in "qkv"] for kind in ("weight", "bias"))
+        if len({state[name].shape if name in state else None for name in weights}) == 1:
+            state[f"{block}qkv.weight"] = torch.cat([state.pop(name) for name in weights])
+        if biases[0] in state:
+            state.setdefault(biases[1], torch.zeros_like(state[biases[0]]))
+        if len({state[name].shape if name in state else None for name in biases}) == 1:
+            state[f"{block}qkv.bias"] = torch.cat([state.pop(name) for name in biases])
+    return state
+
+
+def _patch_rows(table: Tensor, tokens: State, layer_scale: bool) -> Tensor:
+    """A position table (1, N, C) without the rows of class, distillation and register tokens.
+
+    Some models give no position to registers, or (those with registers or layer scale) to no token at all.
+    Which it is shows in the number of patches being square; where none is, every token is taken to have it.
+    """
+    rows = table.shape[1]
+    counts = [
+        sum(t.shape[1] for t in some if t.ndim == 3)
+        for some in (
+            tokens.values(),
+            [t for name, t in tokens.items() if name in ("cls_token", "dist_token")],
+        )
+    ]
+    if counts[0] > counts[1] or layer_scale:
+        counts.append(0)
+    square = [n for n in counts if math.isqrt(max(rows - n, 0)) ** 2 == rows - n > 0]
+    return table[:, square[0] if square else counts[0] :]
+
+
+def _dropped(before: State, after: State) -> dict[str, str]:
+    dropped = {name: _shape(t) for name, t in before.items() if DROPS.match(name) and name not in after}
+    if "pos_embed" in before and after["pos_embed"].numel() < before["pos_embed"].numel():
+        rows = before["pos_embed"].shape[1] - after["pos_embed"].shape[1]
+        dropped[f"pos_embed[:, :{rows}]"] = f"(1, {rows}, {before['pos_embed'].shape[2]})"
+    return dropped
+
+
+# ---- fitting: one tensor into its place
+
+
+class _Misfit(Exception):
+    """Why a tensor does not fit."""
+
+
+def _fit(name: str, tensor: Tensor, target: Tensor, inflate: Inflate, found: _Found) -> tuple[str, Tensor]:
+    """-> what was done ("loaded", "inflated", "resized"), and the tensor in the target's shape."""
+    if tensor.is_floating_point() != target.is_floating_point():
+        raise _Misfit(f"{tensor.dtype} is not {target.dtype}")
+    if tensor.shape == target.shape:
+        return "loaded", tensor
+    if name == "patch_embed.proj.weight":
+        image = tensor.unsqueeze(2) if tensor.ndim == 4 else tensor
+        own = found.adapter.convert is dict
+        if image.ndim == 5 and image.shape[2] == 1 and (own or tensor.ndim == 4):
+            kernel = _inflated(image, target.shape[2], inflate)
+            if kernel.shape == target.shape:
+                return ("loaded" if target.shape[2] == 1 else "inflated"), kernel
+    if name == "pos_embed" or name.endswith("semantic.centres"):
+        grid = _as_grid(tensor, target.shape)
+        if grid is not None and grid.shape == target.shape:
+            return "loaded", grid
+        if grid is not None and grid.shape[-1] == target.shape[-1]:
+            return "resized", resize_grid(grid, target.shape[1:4])
+    raise _Misfit("misshapen")
+
+
+def _inflated(kernel: Tensor, frames: int, inflate: Inflate) -> Tensor:
+    """(C, 3, 1, h, w) -> (C, 3, frames, h, w)."""
+    if inflate == "average":
+        return kernel.repeat(1, 1, frames, 1, 1) / frames
+    out = kernel.new_zeros(*kernel.shape[:2], frames, *kernel.shape[3:])
+    out[:, :, frames // 2] = kernel[:, :, 0]
+    return out
+
+
+def _as_grid(table: Tensor, target: torch.Size) -> Tensor | None:
+    """A position table as (1, t, h, w, C): as it is, of the target's grid, or of a square image."""
+    if table.ndim == 5:
+        return table if table.shape[0] == 1 and table.numel() else None
+    if table.ndim != 3 or table.shape[0] != 1 or not table.numel():
+        return None
+    if table.shape[1] == math.prod(target[1:4]):
+        return table.unflatten(1, target[1:4])
+    return _square(table)
+
+
+def _square(table: Tensor) -> Tensor | None:
+    side = math.isqrt(table.shape[1])
+    return table.unflatten(1, (1, side, side)) if side**2 == table.shape[1] else None
+
+
+def resize_grid(table: Tensor, grid: Sequence[int]) -> Tensor:
+    """Positions or G (1, t, h, w, C) -> (1, *grid, C).
+
+    In space bicubic (timm's function), in time linear; a table of one frame is repeated.
+    """
+    _, t, h, w, c = table.shape
+    if (h, w) != tuple(grid[1:]):
+        frames = table.float().permute(0, 2, 3, 1, 4).reshape(1, h * w, t * c)
+        frames = resample_abs_pos_embed(frames, list(grid[1:]), [h, w], num_prefix_tokens=0)
+        table = frames.view(1, *grid[1:], t, c).permute(0, 3, 1, 2, 4)
+    if t == 1:
+        return table.repeat(1, grid[0], 1, 1, 1)
+    if t != grid[0]:
+        rows = table.float().flatten(2).transpose(1, 2)  # (1, h w C, t)
+        rows = F.interpolate(rows, size=grid[0], mode="linear")
+        table = rows.transpose(1, 2).unflatten(2, (*grid[1:], c))
+    return table
+
+
+def _fold_layer_scale(state: State, targets: State, report: LoadReport) -> None:
+    """Layer scale that the model has not goes into the projection before it, which changes no output."""
+    folded = [n for n in state if re.search(r"\.ls[12]\.gamma$", n) and n not in targets]
+    for name in folded:
+        block, _, branch = name.removesuffix(".gamma").rpartition(".")
+        last = f"{block}.{'attn.proj' if branch == 'ls1' else 'mlp.fc2'}"
+        weight, bias = (state.get(f"{last}.{kind}") for kind in ("weight", "bias"))
+        gamma = state[name]
+        if weight is None or bias is None or gamma.shape != bias.shape or weight.shape[0] != len(gamma):
+            continue  # the scale is told as unexpected
+        del state[name]
+        state[f"{last}.weight"] = gamma.float()[:, None] * weight.float()
+        state[f"{last}.bias"] = gamma.float() * bias.float()
+        report.dropped[name] = f"{_shape(gamma)}: multiplied into {last}"
+
+
+def _choose_classes(
+    state: State, found: _Found, class_names: Sequence[str] | None, report: LoadReport
+) -> frozenset[str]:
+    """The head's rows by class name; -> the tensors that cannot be chosen so."""
+    if class_names is None or found.class_names is None or _only_numbers(class_names):
+        return frozenset()
+    ours, theirs = list(class_names), list(found.class_names)
+    if ours == theirs:
+        return frozenset()
+    strangers = [name for name in ours if name not in theirs]
+    if strangers:
+        report.notes.append(
+            f"{len(strangers)} of the {len(ours)} classes are not among the checkpoint's {len(theirs)}, "
+            f"the first: {strangers[0]!r}"
+        )
+        return found.by_class
+    order = [theirs.index(name) for name in ours]
+    for name in found.by_class:
+        state[name] = state[name][order]
+    report.notes.append(f"{', '.join(sorted(found.by_class))}: rows chosen by class name")
+    return frozenset()
+
+
+def _only_numbers(names: Sequence[str]) -> bool:
+    """Whether class names are mere ids: 0, 1, ..."""
+    return list(names) == [str(i) for i in range(len(names))]
+
+
+def _within(name: str, prefixes: Sequence[str]) -> bool:
+    return any(f".{prefix}." in f".{name}." for prefix in prefixes)
+
+
+def _advice(report: LoadReport) -> list[str]:
+    """What most likely helps."""
+    advice = list(report.notes)
+    if any(name.endswith(("ls1.gamma", "ls2.gamma")) for name in report.missing):
+        advice.append("the checkpoint has no layer scale: model.layer_scale=null")
+    if "pos_embed" in report.unexpected:
+        advice.append("the checkpoint's positions are learned: model.pos_embed=learned")
+    if any(_within(name, ["head"]) for name in (*report.missing, *report.mismatched)):
+        advice.append("a head that was not loaded can be trained (fresh), but not scored")
+    return advice
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
