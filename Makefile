@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-image test lint clean
+.PHONY: demo demo-image demo-finetune test lint clean
 
 demo: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_stvit.yaml --overwrite
@@ -15,6 +15,12 @@ demo: $(VENV)/installed
 demo-image: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_image_control.yaml --overwrite
 	$(RUN) tools/test_net.py --cfg configs/demo_image_control.yaml --checkpoint runs/demo_image_control/best.pt
+
+# From an image checkpoint: still frames by shape first, then motion in fewer epochs; beside it the demo's curve.
+demo-finetune: $(VENV)/installed
+	$(RUN) tools/train_net.py --cfg configs/demo_image.yaml --overwrite
+	$(RUN) tools/train_net.py --cfg configs/demo_finetune.yaml --overwrite
+	$(RUN) tools/test_net.py --cfg configs/demo_finetune.yaml --checkpoint runs/demo_finetune/best.pt
 
 test: lint
 	$(RUN) -m pytest

@@ -20,6 +20,8 @@ from .data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
 from .engine import checkpoint as checkpoints
 from .engine import distributed
 from .engine.evaluate import evaluate, use_bf16, write_report
+from .engine.figures import draw_comparison
+from .engine.logs import read_log
 from .engine.train import fit
 from .errors import InputError
 from .models.zoo import multiply_adds
@@ -203,6 +205,25 @@ def predict(args: Sequence[str]) -> None:
         np.savez(options.features, **features)
     if failed:
         sys.exit(1)
+
+
+@command
+def curves(args: Sequence[str]) -> None:
+    """Draw the learning curves of several runs into one picture."""
+    parser = argparse.ArgumentParser(description=curves.__doc__, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's output folder; or NAME=FOLDER")
+    parser.add_argument("--picture", required=True, metavar="FILE.png", help="where to")
+    options = parser.parse_args(args)
+    runs = {}
+    for word in options.runs:
+        name, _, folder = word.rpartition("=")
+        log = Path(folder, "log.jsonl")
+        if not log.is_file():
+            raise InputError(f"{folder}: holds no run (no {log.name})")
+        runs[name or Path(folder).name] = read_log(log)
+    _make_folder(Path(options.picture).parent)
+    draw_comparison(runs, Path(options.picture))
+    print(options.picture)
 
 
 def _videos(path: Path, suffixes: Collection[str]) -> list[Path]:
