@@ -178,7 +178,9 @@ def test_decord_reads_the_same_levels(tmp_path, name):
 
 def test_one_decoder_thread_reads_the_same(tmp_path):
     path = render(tmp_path / "a.mp4")
-    assert torch.equal(open_video(path, threads=1).read(range(FRAMES)), open_video(path).read(range(FRAMES)))
+    assert torch.equal(
+        open_video(path, threads=1).read(range(FRAMES)), open_video(path).read(range(FRAMES))
+    )
 
 
 @pytest.mark.parametrize(

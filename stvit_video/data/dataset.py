@@ -48,8 +48,8 @@ class VideoDataset(Dataset):
 
     substitute: in training, the next row stands in for an unreadable one, and the failure is told. In
         scoring nothing stands in: a sample without clips is the failure.
-    timeout: seconds after which a video is given up as unreadable, also within a native call; a decoder that
-        crashes makes its file unreadable, too. None: videos are read in this process, unguarded.
+    timeout: seconds after which a video is given up as unreadable, also within a native call; a crash of
+        the decoder makes its file unreadable, too. None: videos are read in this process, unguarded.
     A row without a label has label -1.
     """
 

@@ -1,7 +1,7 @@
 """Calls that may hang or crash, made in a child process that can be killed and replaced.
 
-Python cannot interrupt a native call (a decoder on a bad file), but the kernel can end a process. The child is
-a fork, made when it is first needed; results come back through shared memory.
+Python cannot interrupt a native call (a decoder on a bad file), but the kernel can end a process. The child
+is a fork, made when it is first needed; results come back through shared memory.
 """
 
 import ctypes
@@ -52,11 +52,14 @@ class Guard:
             child, self._child = self._child, None
             if child is None or not child.lives():
                 child = Child(self.function)
-            child.send(args)
-            if not child.link.poll(self.timeout):
+            try:
+                child.send(args)
+                if not child.link.poll(self.timeout):
+                    raise GivenUp(_too_long(self.timeout))
+                answer = child.answer()
+            except BaseException:
                 child.end()
-                raise GivenUp(_too_long(self.timeout))
-            answer = child.answer()
+                raise
             self._child = child
         return answer()
 
@@ -70,29 +73,34 @@ class Guard:
 def guarded_map(
     function: Callable, items: Iterable, *, workers: int, timeout: float | None
 ) -> Iterator[tuple[Any, Any]]:
-    """(item, function(item) or the GivenUp) for each item, in the order of completion, `workers` at a time."""
-    waiting, working, idle = deque(items), {}, []
-    while waiting or working:
-        while waiting and len(working) < workers:
-            child = idle.pop() if idle else Child(function)
-            item = waiting.popleft()
-            child.send((item,))
-            working[child.link] = child, item, time.monotonic() + (timeout or float("inf"))
-        soonest = min(deadline for *_, deadline in working.values()) - time.monotonic()
-        for link in wait(list(working), None if timeout is None else max(soonest, 0)):
-            child, item, _ = working.pop(link)
-            try:
-                answer = child.answer()
-            except GivenUp as crash:
-                yield item, crash
-            else:
-                idle.append(child)
-                yield item, answer()
-        for link, (child, item, deadline) in list(working.items()):
-            if deadline < time.monotonic() and not link.poll():
-                del working[link]
-                child.end()
-                yield item, GivenUp(_too_long(timeout))
+    """(item, function(item) or the GivenUp) of each item, as they come, `workers` at a time."""
+    waiting, idle = deque(items), []
+    working: dict[Connection, tuple[Child, Any, float]] = {}
+    try:
+        while waiting or working:
+            while waiting and len(working) < workers:
+                child = idle.pop() if idle else Child(function)
+                item = waiting.popleft()
+                child.send((item,))
+                working[child.link] = child, item, time.monotonic() + (timeout or float("inf"))
+            soonest = min(deadline for *_, deadline in working.values()) - time.monotonic()
+            for link in wait(list(working), None if timeout is None else max(soonest, 0)):
+                child, item, _ = working.pop(link)
+                try:
+                    answer = child.answer()
+                except GivenUp as crash:
+                    yield item, crash
+                else:
+                    idle.append(child)
+                    yield item, answer()
+            for link, (child, item, deadline) in list(working.items()):
+                if deadline < time.monotonic() and not link.poll():
+                    del working[link]
+                    child.end()
+                    yield item, GivenUp(_too_long(timeout))
+    finally:
+        for child in (*idle, *(child for child, *_ in working.values())):
+            child.end()
 
 
 class Child:
@@ -116,7 +124,7 @@ class Child:
         self.link.send(args)
 
     def answer(self) -> Callable[[], Any]:
-        """What it answers, to be called: returns or raises what the function did. Raises GivenUp on a crash."""
+        """What returns or raises what the function did. Raises GivenUp where the process crashed."""
         try:
             outcome, content, sizes = self.link.recv()
         except (EOFError, ConnectionError):
@@ -166,10 +174,9 @@ class SharedMemory:
     """Bytes from child to parent: nameless memory that both map, as large as the largest result so far."""
 
     def __init__(self):
-        if hasattr(os, "memfd_create"):  # not /dev/shm: containers keep that small
-            self.file = open(os.memfd_create("stvit_video"), "r+b")
-        else:
-            self.file = tempfile.TemporaryFile()
+        # not in /dev/shm, which containers keep small
+        nameless = hasattr(os, "memfd_create")
+        self.file = os.fdopen(os.memfd_create("clips"), "r+b") if nameless else tempfile.TemporaryFile()  # noqa: SIM115
         self.size = 0
 
     def write(self, buffers: list[pickle.PickleBuffer]) -> list[int]:
