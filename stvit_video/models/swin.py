@@ -38,10 +38,10 @@ class WindowAttention(Attention):
         bias = windows.relative_bias(self.relative_position_bias_table, self.window, window)
         x = windows.pad(x, window)
         if any(shift):
-            rolled, x = x.roll([-s for s in shift], (1, 2, 3)), torch.empty_like(x)
+            given, x = x, torch.empty_like(x)
             for slab, mask in windows.slabs(tuple(x.shape[1:4]), window, shift, x.device):
-                x[slab] = self._in_windows(rolled[slab], window, bias if mask is None else bias + mask)
-            x = x.roll(shift, (1, 2, 3))
+                masked = bias if mask is None else bias + mask
+                windows.put(x, slab, self._in_windows(windows.take(given, slab), window, masked))
         else:
             x = self._in_windows(x, window, bias)
         return x[:, : size[0], : size[1], : size[2]]

@@ -64,33 +64,50 @@ def enlarge(x: Tensor, window: Size3) -> Tensor:
     return rearrange(x, "b i t j h k w c -> (b i j k) (t h w) c")
 
 
-Slab = tuple[slice, slice, slice, slice]
+Slab = tuple[tuple[slice, ...], ...]  # of each axis one piece, or the two that a shift brings together
 
 
 @lru_cache(maxsize=64)
 def slabs(size: Size3, window: Size3, shift: Size3, device: torch.device) -> list[tuple[Slab, Tensor | None]]:
-    """Parts of a shifted grid whose windows share one mask (N, N), or need none.
+    """Parts of a grid of `size`, whole windows each, whose windows share one mask (N, N) or need none.
 
-    Rolled back by `shift`, the last window of an axis holds its end and its beginning, which must not see
-    each other. So windows differ only in which axes they are the last of: at most eight masks, however
+    Windows begin at `shift`, and the last one of an axis holds its end and its beginning, which must not
+    see each other. So windows differ only in which axes they are the last of: at most eight masks, however
     many windows, and none is expanded over the windows or the batch.
     """
-    sides = [
-        [slice(0, n)] if not s else [slice(0, n - w), slice(n - w, n)]
+    pieces = [
+        [(slice(s, n - w + s),), (slice(n - w + s, n), slice(0, s))] if s else [(slice(0, n),)]
         for n, w, s in zip(size, window, shift, strict=True)
     ]
     found = []
     with torch.inference_mode(False):  # what is kept must serve training too
-        for places in itertools.product(*map(enumerate, sides)):
+        for slab in itertools.product(*pieces):
             regions = [
-                torch.arange(w, device=device) >= (w - s if last else w)
-                for (last, _), w, s in zip(places, window, shift, strict=True)
+                torch.arange(w, device=device) >= (w - s if len(parts) > 1 else w)
+                for parts, w, s in zip(slab, window, shift, strict=True)
             ]
             region = torch.cartesian_prod(*regions)
             apart = (region[:, None] != region).any(-1)
-            mask = apart * MASKED if any(last for last, _ in places) else None
-            found.append(((slice(None), *(part for _, part in places)), mask))
+            found.append((slab, apart * MASKED if any(len(parts) > 1 for parts in slab) else None))
     return found
+
+
+def take(x: Tensor, slab: Slab) -> Tensor:
+    """A slab of the grid (B, T, H, W, C), its pieces joined."""
+    for axis, parts in sorted(enumerate(slab, start=1), key=lambda item: len(item[1])):  # cut, then copy
+        cut = [x.narrow(axis, part.start, part.stop - part.start) for part in parts]
+        x = torch.cat(cut, axis) if len(cut) > 1 else cut[0]
+    return x
+
+
+def put(x: Tensor, slab: Slab, values: Tensor) -> None:
+    """The inverse of `take`: write `values` into the slab's places of the grid `x`."""
+    blocks = [values]
+    for axis, parts in enumerate(slab, start=1):
+        lengths = [part.stop - part.start for part in parts]
+        blocks = [piece for block in blocks for piece in block.split(lengths, axis)]
+    for place, block in zip(itertools.product(*slab), blocks, strict=True):
+        x[(slice(None), *place)] = block
 
 
 @lru_cache(maxsize=16)
