@@ -21,7 +21,8 @@ ALLOWED = {
     "build": {"weights", "config", "engine", "data", "models"},
     "recognizer": {"build", "weights", "config", "engine", "data", "models"},
     "cli": {"recognizer", "build", "weights", "config", "engine", "data", "models"},
-    "weights": {"models"},
+    "adapters": set(),
+    "weights": {"adapters", "models"},
     "errors": set(),
 }
 

@@ -27,9 +27,7 @@ class WindowAttention(Attention):
     def __init__(self, dim: int, num_heads: int, *, window: Size3, shift: Size3):
         super().__init__(dim, num_heads)
         self.window, self.shift = window, shift
-        self.relative_position_bias_table = nn.Parameter(
-            torch.zeros(windows.table_rows(window), num_heads)
-        )
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(windows.table_rows(window), num_heads))
 
     def forward(self, x: Tensor, context: None = None, bias: None = None, regroup: None = None) -> Tensor:
         """Grid (B, T, H, W, C) -> the same shape. A window asks itself: there is nothing else to hand in."""
@@ -195,9 +193,7 @@ class VideoSwin(nn.Module):
         def stage_3_block(index: int, **sizes) -> Block:
             if semantic is None or (index % UNIT == 0 if recovery else index < base_depth):
                 return swin_block(0 if recovery else index, **sizes)
-            return Block(
-                **sizes, layer_scale=layer_scale, residual=not (recovery and index % UNIT == 1)
-            )
+            return Block(**sizes, layer_scale=layer_scale, residual=not (recovery and index % UNIT == 1))
 
         rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
         self.layers = nn.ModuleList()
@@ -255,7 +251,9 @@ class VideoSwin(nn.Module):
         patches = 2 if type(self.layers[SEMANTIC_STAGE]) is SemanticStage else 4
         for stage in stages:
             if not 1 <= stage <= patches:
-                raise ValueError(f"stages={tuple(stages)}: this model has patch grids in stages 1 to {patches}")
+                raise ValueError(
+                    f"stages={tuple(stages)}: this model has patch grids in stages 1 to {patches}"
+                )
         grids = [grid for grid, _ in zip(self._grids(x), range(max(stages, default=0)), strict=False)]
         return [grids[stage - 1] for stage in stages]
 

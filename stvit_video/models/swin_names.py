@@ -57,9 +57,7 @@ def from_microsoft(state: State) -> State:
 
     def rename(key: str) -> str:
         key = key.removeprefix("backbone.").replace("cls_head.fc_cls.", "head.")
-        return re.sub(
-            r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", key
-        )
+        return re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", key)
 
     return _with_time(_renamed(state, rename))
 

@@ -43,9 +43,7 @@ def partition(x: Tensor, window: Size3) -> Tensor:
 def merge(windows: Tensor, window: Size3, size: Size3) -> Tensor:
     """The inverse of `partition`: (B * windows, N, C) -> (B, T, H, W, C) of (T, H, W) = `size`."""
     (t, h, w), (i, j, k) = window, (n // w for n, w in zip(size, window, strict=True))
-    return rearrange(
-        windows, "(b i j k) (t h w) c -> b (i t) (j h) (k w) c", i=i, j=j, k=k, t=t, h=h, w=w
-    )
+    return rearrange(windows, "(b i j k) (t h w) c -> b (i t) (j h) (k w) c", i=i, j=j, k=k, t=t, h=h, w=w)
 
 
 def enlarge(x: Tensor, window: Size3) -> Tensor:
@@ -68,7 +66,9 @@ Slab = tuple[tuple[slice, ...], ...]  # of each axis one piece, or the two that 
 
 
 @lru_cache(maxsize=64)
-def slabs(size: Size3, window: Size3, shift: Size3, device: torch.device) -> list[tuple[Slab, Tensor | None]]:
+def slabs(
+    size: Size3, window: Size3, shift: Size3, device: torch.device
+) -> list[tuple[Slab, Tensor | None]]:
     """Parts of a grid of `size`, whole windows each, whose windows share one mask (N, N) or need none.
 
     Windows begin at `shift`, and the last one of an axis holds its end and its beginning, which must not
