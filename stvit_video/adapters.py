@@ -110,14 +110,15 @@ def _common(state: State) -> State:
 
 
 def _joined(state: State) -> State:
-    """`attn.q`, `attn.k`, `attn.v` of each block as one `attn.qkv`; a k without bias gets zeros."""
+    """`attn.q`, `attn.k`, `attn.v` of each block as one `attn.qkv`; where no k has a bias, it is zero."""
     state = dict(state)
+    biased = any(name.endswith("attn.k.bias") for name in state)
     for q in [name for name in state if name.endswith("attn.q.weight")]:
         block = q.removesuffix("q.weight")
         weights, biases = ([f"{block}{part}.{kind}" for part in "qkv"] for kind in ("weight", "bias"))
         if len({state[name].shape if name in state else None for name in weights}) == 1:
             state[f"{block}qkv.weight"] = torch.cat([state.pop(name) for name in weights])
-        if biases[0] in state:
+        if biases[0] in state and not biased:
             state.setdefault(biases[1], torch.zeros_like(state[biases[0]]))
         if len({state[name].shape if name in state else None for name in biases}) == 1:
             state[f"{block}qkv.bias"] = torch.cat([state.pop(name) for name in biases])
