@@ -1,10 +1,10 @@
 """Windows of a grid of tokens: pure functions, shapes in, shapes out.
 
-A grid is (B, T, H, W, C). Sizes and shifts are (time, height, width). Windows are batched: (B * windows, N, C)
-with N tokens in each, windows of one grid next to each other and counted along time, height, width.
+A grid is (B, T, H, W, C). Sizes and shifts are (time, height, width). Windows are batched, (B * windows,
+N, C) with N tokens in each: those of one grid next to each other, counted along time, height, width.
 
-As in torchvision's Video Swin and the released weights: zero padding at the ends of the axes, then the shift;
-padding takes part in the attention, only the regions that a shift brings together are masked.
+As in torchvision's Video Swin and the released weights: zero padding at the ends of the axes, then the
+shift; padding takes part in the attention, only regions that a shift brings together are masked.
 """
 
 import itertools
@@ -22,7 +22,7 @@ MASKED = -100.0  # added to what must not be asked: as in every released Swin
 
 
 def clamp_window(window: Size3, shift: Size3, size: Size3) -> tuple[Size3, Size3]:
-    """The window and shift for a grid of `size`: an axis no larger than the window is one window, unshifted."""
+    """Window and shift for a grid of `size`: an axis no larger than the window is one window, unshifted."""
     fits = [n <= w for n, w in zip(size, window, strict=True)]
     window = tuple(n if fit else w for n, w, fit in zip(size, window, fits, strict=True))
     return window, tuple(0 if fit else s for s, fit in zip(shift, fits, strict=True))
@@ -43,9 +43,7 @@ def partition(x: Tensor, window: Size3) -> Tensor:
 def merge(windows: Tensor, window: Size3, size: Size3) -> Tensor:
     """The inverse of `partition`: (B * windows, N, C) -> (B, T, H, W, C) of (T, H, W) = `size`."""
     (t, h, w), (i, j, k) = window, (n // w for n, w in zip(size, window, strict=True))
-    return rearrange(
-        windows, "(b i j k) (t h w) c -> b (i t) (j h) (k w) c", i=i, j=j, k=k, t=t, h=h, w=w
-    )
+    return rearrange(windows, "(b i j k) (t h w) c -> b (i t) (j h) (k w) c", i=i, j=j, k=k, t=t, h=h, w=w)
 
 
 def enlarge(x: Tensor, window: Size3) -> Tensor:
@@ -68,7 +66,9 @@ Slab = tuple[tuple[slice, ...], ...]  # of each axis one piece, or the two that 
 
 
 @lru_cache(maxsize=64)
-def slabs(size: Size3, window: Size3, shift: Size3, device: torch.device) -> list[tuple[Slab, Tensor | None]]:
+def slabs(
+    size: Size3, window: Size3, shift: Size3, device: torch.device
+) -> list[tuple[Slab, Tensor | None]]:
     """Parts of a grid of `size`, whole windows each, whose windows share one mask (N, N) or need none.
 
     Windows begin at `shift`, and the last one of an axis holds its end and its beginning, which must not

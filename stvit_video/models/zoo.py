@@ -76,14 +76,18 @@ def _swin_family() -> dict[str, Entry]:
     return models
 
 
-MODELS: dict[str, Entry] = _vit_family() | _swin_family() | {
-    build.__name__: Entry(build, {}, _sizes(build))
-    for build in (
-        baselines.ptv_mvit_base_16x4,
-        baselines.ptv_slowfast_r50,
-        baselines.ptv_x3d_m,
-    )
-}
+MODELS: dict[str, Entry] = (
+    _vit_family()
+    | _swin_family()
+    | {
+        build.__name__: Entry(build, {}, _sizes(build))
+        for build in (
+            baselines.ptv_mvit_base_16x4,
+            baselines.ptv_slowfast_r50,
+            baselines.ptv_x3d_m,
+        )
+    }
+)
 
 
 def list_models() -> list[str]:
