@@ -165,11 +165,9 @@ class SemanticWindows(nn.Module):
     def _answer(self, i: int, answer: Tensor, tokens: Tensor, x: Tensor) -> Tensor:
         """What layer i gave, as a grid of the shape of `tokens`."""
         size = tokens.shape[1:4]
-        return (
-            answer.unflatten(1, size)
-            if i % 2
-            else windows.merge(answer, self._clamped(x.shape[1:4])[1], size)
-        )
+        if i % 2:
+            return answer.unflatten(1, size)
+        return windows.merge(answer, self._clamped(x.shape[1:4])[1], size)
 
 
 def recover(x: Tensor, tokens: Tensor, layer: Block) -> Tensor:

@@ -192,7 +192,7 @@ class VideoSwin(nn.Module):
 
         def stage_3_block(index: int, **sizes) -> Block:
             if semantic is None or (index % UNIT == 0 if recovery else index < base_depth):
-                return swin_block(0 if recovery else index, **sizes)
+                return swin_block(index, **sizes)
             return Block(**sizes, layer_scale=layer_scale, residual=not (recovery and index % UNIT == 1))
 
         rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
