@@ -93,13 +93,16 @@ def draw_maps(frames: np.ndarray, maps: np.ndarray, picture: Path) -> None:
         squeeze=False,
         constrained_layout=True,
     )
+    patch = np.ix_(  # of each pixel
+        np.arange(frames.shape[1]) * height // frames.shape[1],
+        np.arange(frames.shape[2]) * width // frames.shape[2],
+    )
     for axis, at in zip(axes.T, columns, strict=True):
         axis[0].imshow(frames[at])
         axis[0].set_title(f"time {at}, {height * width} patches", fontsize=8)
         for row, token in enumerate(tokens[at * times // slices], 1):
             share = token[at] / token.max()
-            heat = np.kron(share, np.ones((frames.shape[1] // height, frames.shape[2] // width)))
-            shade = (0.25 + 0.75 * heat)[..., None]
+            shade = (0.25 + 0.75 * share[patch])[..., None]
             axis[row].imshow((frames[at] * shade).astype(np.uint8))
             axis[row].set_title(f"token {row}: {token[at].sum():.0%} from here", fontsize=8)
     for axis in axes.flat:

@@ -23,7 +23,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        if dim % num_heads:
+        if not isinstance(num_heads, int) or dim % num_heads:
             raise ValueError(f"embed_dim {dim} does not divide into num_heads {num_heads}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)

@@ -107,7 +107,7 @@ class SemanticWindows(nn.Module):
         """
         tokens = self._pooled(x)
         for i, layer in enumerate(layers):
-            tokens = self._answer(i, layer(*self._question(i, tokens, x, centres)), tokens)
+            tokens = self._answer(i, layer(*self._question(i, tokens, x, centres)), tokens, x)
         return tokens
 
     def maps(self, x: Tensor, layers: Sequence[Block]) -> Tensor:
@@ -116,18 +116,15 @@ class SemanticWindows(nn.Module):
         The last layer that asks X, averaged over heads, restricted to the patches and renormalised.
         """
         last = self.semantic_layers - 1
-        tokens = self._pooled(x)
-        for i, layer in enumerate(layers[:last]):
-            tokens = self._answer(i, layer(*self._question(i, tokens, x, True)), tokens)
+        tokens, size = self.forward(x, layers[:last]), x.shape[1:4]
         weights = layers[last].attention_map(*self._question(last, tokens, x, True)).mean(1)
-        size = x.shape[1:4]
-        patch = torch.arange(size.numel(), device=x.device).view(1, *size, 1)
         if last % 2 == 0:  # each window has looked at its own patches: put them into their places
-            patch = windows.enlarge(patch, self._clamped(size)[0]).squeeze(-1)
-            weights = weights[..., -patch.shape[1] :]
-            index = patch[:, None].expand(-1, weights.shape[1], -1).repeat(len(x), 1, 1)
-            weights = weights.new_zeros(*weights.shape[:2], size.numel()).scatter(-1, index, weights)
-            weights = self._answer(last, weights, tokens).flatten(1, 3)
+            patch = torch.arange(size.numel(), device=x.device).view(1, *size, 1)
+            patch = windows.enlarge(patch, self._clamped(size)[0]).mT  # (windows, 1, M)
+            weights = weights[..., -patch.shape[-1] :]
+            patch = patch.repeat(len(x), weights.shape[1], 1)
+            weights = weights.new_zeros(*weights.shape[:2], size.numel()).scatter(-1, patch, weights)
+            weights = self._answer(last, weights, tokens, x).flatten(1, 3)
         weights = weights[..., -size.numel() :]
         return (weights / weights.sum(-1, keepdim=True)).unflatten(-1, size)
 
@@ -165,12 +162,12 @@ class SemanticWindows(nn.Module):
 
         return windows.partition(tokens, own), context, None, regroup
 
-    def _answer(self, i: int, answer: Tensor, tokens: Tensor) -> Tensor:
-        """What layer i gave, as a grid like `tokens`."""
+    def _answer(self, i: int, answer: Tensor, tokens: Tensor, x: Tensor) -> Tensor:
+        """What layer i gave, as a grid of the shape of `tokens`."""
         size = tokens.shape[1:4]
         if i % 2:
             return answer.unflatten(1, size)
-        return windows.merge(answer, tuple(map(min, self.per_window, size)), size)
+        return windows.merge(answer, self._clamped(x.shape[1:4])[1], size)
 
 
 def recover(x: Tensor, tokens: Tensor, layer: Block) -> Tensor:

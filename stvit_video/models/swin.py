@@ -30,7 +30,7 @@ class WindowAttention(Attention):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(windows.table_rows(window), num_heads))
 
     def forward(self, x: Tensor, context: None = None, bias: None = None, regroup: None = None) -> Tensor:
-        """Grid (B, T, H, W, C) -> the same shape. A window asks itself: there is nothing else to hand in."""
+        """Grid (B, T, H, W, C) -> the same shape. A window asks itself: nothing else can be handed in."""
         size = x.shape[1:4]
         window, shift = windows.clamp_window(self.window, self.shift, size)
         bias = windows.relative_bias(self.relative_position_bias_table, self.window, window)
@@ -192,7 +192,7 @@ class VideoSwin(nn.Module):
 
         def stage_3_block(index: int, **sizes) -> Block:
             if semantic is None or (index % UNIT == 0 if recovery else index < base_depth):
-                return swin_block(0 if recovery else index, **sizes)
+                return swin_block(index, **sizes)
             return Block(**sizes, layer_scale=layer_scale, residual=not (recovery and index % UNIT == 1))
 
         rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
@@ -236,7 +236,7 @@ class VideoSwin(nn.Module):
         return self.head(self.pooled_features(x))
 
     def pooled_features(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> (B, C): the mean of the last tokens, normalised one by one; what the head sees."""
+        """(B, 3, T, H, W) -> (B, C): the mean of the last tokens, each normalised; what the head sees."""
         return self.norm(self.forward_features(x)).mean((1, 2, 3))
 
     def forward_features(self, x: Tensor, stages: Sequence[int] | None = None) -> Tensor | list[Tensor]:

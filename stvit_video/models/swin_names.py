@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .windows import inflate_bias_table
+
 State = dict[str, Tensor]
 
 
 def is_recomputed(key: str) -> bool:
-    """Index and mask buffers, and BatchNorm's counter, which says nothing about the weights."""
-    return key.endswith(("relative_position_index", "relative_coords_table", "attn_mask"))
+    """Index and mask buffers, which follow from the sizes."""
+    return key.endswith(("relative_position_index", "attn_mask"))
 
 
 def is_torchvision(keys: Iterable[str]) -> bool:
@@ -87,8 +89,6 @@ def inflate(state: State, window: tuple[int, int, int], frames: int) -> State:
     The patch embedding is repeated over the `frames` of a tubelet and divided by them; relative bias tables
     are repeated over the distances in time of a `window` (t, h, w).
     """
-    from .windows import inflate_bias_table
-
     return {
         key: inflate_bias_table(value, window[0])
         if key.endswith("relative_position_bias_table")

@@ -1,10 +1,10 @@
 """Windows of a grid of tokens: pure functions, shapes in, shapes out.
 
-A grid is (B, T, H, W, C). Sizes and shifts are (time, height, width). Windows are batched: (B * windows, N, C)
-with N tokens in each, windows of one grid next to each other and counted along time, height, width.
+A grid is (B, T, H, W, C). Sizes and shifts are (time, height, width). Windows are batched, (B * windows,
+N, C) with N tokens in each: those of one grid next to each other, counted along time, height, width.
 
-As in torchvision's Video Swin and the released weights: zero padding at the ends of the axes, then the shift;
-padding takes part in the attention, only the regions that a shift brings together are masked.
+As in torchvision's Video Swin and the released weights: zero padding at the ends of the axes, then the
+shift; padding takes part in the attention, only regions that a shift brings together are masked.
 """
 
 import itertools
@@ -22,7 +22,7 @@ MASKED = -100.0  # added to what must not be asked: as in every released Swin
 
 
 def clamp_window(window: Size3, shift: Size3, size: Size3) -> tuple[Size3, Size3]:
-    """The window and shift for a grid of `size`: an axis no larger than the window is one window, unshifted."""
+    """Window and shift for a grid of `size`: an axis no larger than the window is one window, unshifted."""
     fits = [n <= w for n, w in zip(size, window, strict=True)]
     window = tuple(n if fit else w for n, w, fit in zip(size, window, fits, strict=True))
     return window, tuple(0 if fit else s for s, fit in zip(shift, fits, strict=True))
