@@ -6,6 +6,7 @@ whatever order. What cannot be read raises DecodeError; no other frame takes its
 
 import bisect
 import contextlib
+import itertools
 import operator
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Protocol, Self
 import av
 import numpy as np
 import torch
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -182,6 +184,8 @@ class AvVideo(_Frames):
         shown = [pts for pts, _, _, discard, _ in packets if not discard]
         self._index: dict[int, int] = {}  # timestamp -> frame; empty: known by place
         self._keys: list[tuple[int, int]] = []  # (frame, where to seek to) of the key frames
+        self._places: dict[int, int] = {}  # frame -> its place in the order of decoding
+        self._until: dict[int, int] = {}  # frame -> the last one shown of those decoded up to it
         if (
             shown
             and not hides
@@ -196,6 +200,9 @@ class AvVideo(_Frames):
         ):
             shown.sort()
             self._index = {pts: index for index, pts in enumerate(shown)}
+            decoded = [self._index[pts] for pts, _, _, discard, _ in packets if not discard]
+            self._places = {index: place for place, index in enumerate(decoded)}
+            self._until = dict(zip(decoded, itertools.accumulate(decoded, max), strict=True))
             # A seek in Matroska goes by pts, elsewhere by dts; in MP4 by dts plus what the first
             # frame shown has between the two, as an edit list moves both.
             leads = (pts - dts for pts, dts, _, discard, _ in packets if not discard)
@@ -269,31 +276,76 @@ class AvVideo(_Frames):
         with self._open() as (container, stream):
             rgb = VideoReformatter()
             for start, run in runs:
-                pending, cause, broken = set(run), "the decoder gives no such frame", False
+                pending, cause = set(run), "the decoder gives no such frame"
+                until = max(self._until.get(index, index) for index in run)
+                sound = _Sound(self._places, None if start is not None else 0)
                 try:
                     if start is not None:
                         container.seek(start, stream=stream)
                     for place, frame in enumerate(container.decode(stream)):
                         if start is not None and place == 0 and not frame.key_frame:
                             break  # a key frame to the container only: it lacks what it refers to
-                        broken = frame.is_corrupt or (broken and not frame.key_frame)
                         index = self._index.get(frame.pts) if self._index else place
-                        if index not in pending:
+                        if index is None:
                             continue
-                        pending.remove(index)
-                        if broken:
-                            missing[index] = "corrupt, or decoded from a corrupt frame"
-                        else:
-                            # Plain swscale, by the matrix and range that the file names: the very
-                            # levels of decord. Threads would cost more here than they save.
-                            pixels = rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
-                            yield index, np.rot90(pixels, round(frame.rotation / 90))
-                        if not pending:
+                        whole = sound.next(index, frame)
+                        if index in pending:
+                            pending.remove(index)
+                            if whole:
+                                # Plain swscale, by the matrix and range that the file names: the very
+                                # levels of decord. Threads would cost more here than they save.
+                                pixels = rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                                yield index, np.rot90(pixels, round(frame.rotation / 90))
+                            else:
+                                sound.spoilt.add(index)
+                        if not pending and index >= until and sound.settled(frame):
                             break
                 except av.FFmpegError as error:
                     cause = _cause(error)
                 missing |= dict.fromkeys(pending, cause)
+                missing |= dict.fromkeys(
+                    sound.spoilt.intersection(run), "corrupt, or decoded from a corrupt frame"
+                )
         return missing
+
+
+class _Sound:
+    """Which of the frames that a decoder gives, in the order shown, are sound.
+
+    Not sound are those that it flags corrupt or leaves out; those shown after them, up to the next key frame;
+    and those shown before them but decoded later, which may refer to them: so frames already passed may turn
+    out `spoilt`.
+
+    places: frame -> its place in the order of decoding; empty: not known. Then the B-frames directly in front
+        are taken for decoded later.
+    first: the frame to come first, None: any.
+    """
+
+    def __init__(self, places: dict[int, int], first: int | None):
+        self.places, self.first = places, first
+        self.passed: list[int] = []
+        self.spoilt: set[int] = set()
+        self.broken = False
+
+    def next(self, index: int, frame: av.VideoFrame) -> bool:
+        """Whether this one is sound, as far as is known now."""
+        bad = list(range(index if self.first is None else self.first, index))
+        if frame.is_corrupt:
+            bad.append(index)
+        self.first = index + 1
+        self.broken = frame.is_corrupt or ((self.broken or bool(bad)) and not frame.key_frame)
+        if bad:
+            earliest = min(self.places.get(i, -1) for i in bad)
+            self.spoilt.update(i for i in self.passed if self.places.get(i, 0) > earliest)
+        if not self.places and frame.pict_type != PictureType.B:
+            self.passed.clear()
+        else:
+            self.passed.append(index)
+        return not self.broken
+
+    def settled(self, frame: av.VideoFrame) -> bool:
+        """Whether nothing that follows `frame` can spoil what was passed."""
+        return bool(self.places) or frame.pict_type != PictureType.B
 
 
 class DecordVideo(_Frames):
