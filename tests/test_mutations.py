@@ -45,8 +45,11 @@ def mutated(content, seed):
 
 
 def reference(path):
-    """-> ([(pts, sound, picture digest)] as shown, pts of the packets by time, whether all went well)."""
-    frames, times, broken, well = [], [], False, True
+    """-> (frames as shown, packets, whether all went well).
+
+    A frame is (pts, sound, picture digest), a packet (pts, whether a key frame, content digest).
+    """
+    frames, contents, broken, well = [], [], False, True
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         stream.codec_context.thread_count = 1
@@ -57,7 +60,7 @@ def reference(path):
                 if packet is None:
                     break
                 if packet.size and not packet.is_discard:
-                    times.append(packet.pts)
+                    contents.append((packet.pts, packet.is_keyframe, digest(bytes(packet))))
                 shown = packet.decode()
             except av.FFmpegError:
                 broken, well = True, False
@@ -69,11 +72,22 @@ def reference(path):
                 well = well and not frame.is_corrupt
                 image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 frames.append((frame.pts, not broken, digest(image)))
-    return frames, times, well
+    return frames, contents, well
 
 
-def digest(image):
-    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).hexdigest()
+def digest(data):
+    data = data if isinstance(data, bytes) else np.ascontiguousarray(data)
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def harmed(i, packets, clean):
+    """Whether frame i's packet, or one from its key frame on, is none of the clean file's.
+
+    What is left of such a frame a decoder may fill with what it had before: with other things after a seek.
+    """
+    packets = sorted(packets)
+    key = max((k for k in range(i + 1) if packets[k][1]), default=0)
+    return not {content for *_, content in packets[key : i + 1]} <= clean
 
 
 def read(path, indices):
@@ -90,7 +104,7 @@ def read(path, indices):
 
 def examine(item):
     """What is wrong with the reading of one damaged file: -> (kind, faults, what became of it)."""
-    source, clean, target, seed = item
+    source, (clean, clean_packets), target, seed = item
     kind, content = mutated(source.read_bytes(), seed)
     target.write_bytes(content)
     try:
@@ -99,9 +113,9 @@ def examine(item):
     except DecodeError as error:
         assert str(target) in str(error)
         return kind, [], "refused"
-    frames, times, well = reference(target)
+    frames, packets, well = reference(target)
     faults = []
-    if count < len(frames) or (well and count != len(frames) and count != len(times)):
+    if count < len(frames) or (well and count != len(frames) and count != len(packets)):
         faults.append(f"count {count}, shown {len(frames)}")
     order = list(range(count))
     random.Random(seed).shuffle(order)
@@ -111,17 +125,18 @@ def examine(item):
         expected = dict(enumerate(frames))
     else:  # some do not come out: by their times
         by_time = {pts: (pts, *rest) for pts, *rest in frames}
-        known = sorted(pts for pts in times if pts is not None)
+        known = sorted(pts for pts, *_ in packets if pts is not None)
         expected = {i: by_time[pts] for i, pts in enumerate(known) if pts in by_time}
     given = {i: value for i, value in found.items() if isinstance(value, str)}
     for i, value in given.items():
         if i not in expected:
             faults.append(f"frame {i} of {count} does not come out of a full decode")
-        elif expected[i][2] != value:
-            places = [k for k, frame in enumerate(frames) if frame[2] == value]
-            faults.append(f"frame {i} of {count} is not that of a full decode, but {places}")
         elif not expected[i][1]:
             faults.append(f"frame {i} of {count} was flagged")
+        elif expected[i][2] != value:
+            places = [k for k, frame in enumerate(frames) if frame[2] == value]
+            if places or not harmed(i, packets, clean_packets):
+                faults.append(f"frame {i} of {count} is not that of a full decode, but {places}")
     if len(given) < len(found) or not well:
         return kind, faults, "told"
     whole = count == len(clean) and all(clean[i] == value for i, value in given.items())
@@ -134,7 +149,10 @@ def examine_all(tmp_path, number):
     """-> a table {(file, kind): Counter of what became of it}, and all faults."""
     sources = [render(tmp_path / name, KINDS[name][0], **KINDS[name][1]) for name in RENDERED]
     sources += [SHARED / name for name in REAL if (SHARED / name).exists()]
-    clean = {path: [frame[2] for frame in reference(path)[0]] for path in sources}
+    clean = {}
+    for path in sources:
+        frames, packets, _ = reference(path)
+        clean[path] = [picture for *_, picture in frames], {content for *_, content in packets}
     items = []
     for seed in range(number):
         source = sources[seed % len(sources)]

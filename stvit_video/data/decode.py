@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import av
 import numpy as np
@@ -171,18 +171,15 @@ class AvVideo(_Frames):
         # With av.logging.set_level these threads log through Python and may block for good: leave it off.
         self.path, self.threads = path, threads
         with self._open() as (container, stream):
-            packets = [
-                (packet.pts, packet.dts, packet.is_keyframe, packet.is_discard, packet.is_corrupt)
-                for packet in container.demux(stream)
-                if packet.size
-            ]
+            packets = [_Listed.of(packet) for packet in container.demux(stream) if packet.size]
             rate, unit = stream.average_rate, stream.time_base
             hides = stream.codec_context.name in HIDING_CODECS
             reorders = stream.codec_context.has_b_frames
             kind = container.format.name.partition(",")[0]
-        times = [pts for pts, *_ in packets]
-        shown = [pts for pts, _, _, discard, _ in packets if not discard]
+        times = [packet.pts for packet in packets]
+        shown = [packet.pts for packet in packets if not packet.discard]
         self._index: dict[int, int] = {}  # timestamp -> frame; empty: known by place
+        self._packets: dict[int, _Listed] = {}  # by timestamp
         self._keys: list[tuple[int, int]] = []  # (frame, where to seek to) of the key frames
         self._places: dict[int, int] = {}  # frame -> its place in the order of decoding
         self._until: dict[int, int] = {}  # frame -> the last one shown of those decoded up to it
@@ -191,26 +188,26 @@ class AvVideo(_Frames):
             and not hides
             and None not in times
             and len(set(shown)) == len(shown)
-            and not any(corrupt for *_, corrupt in packets)
+            and not any(packet.corrupt for packet in packets)
             # frames in front of the first key frame refer to what is not there, and do not come out
-            and packets[0][2]
+            and packets[0].key
             and times[0] == min(times)
             # AVI stores no times: they are made up, in the order of decoding
             and not (reorders and times == sorted(times))
         ):
             shown.sort()
             self._index = {pts: index for index, pts in enumerate(shown)}
-            decoded = [self._index[pts] for pts, _, _, discard, _ in packets if not discard]
+            self._packets = {packet.pts: packet for packet in packets}
+            decoded = [self._index[packet.pts] for packet in packets if not packet.discard]
             self._places = {index: place for place, index in enumerate(decoded)}
             self._until = dict(zip(decoded, itertools.accumulate(decoded, max), strict=True))
             # A seek in Matroska goes by pts, elsewhere by dts; in MP4 by dts plus what the first
             # frame shown has between the two, as an edit list moves both.
-            leads = (pts - dts for pts, dts, _, discard, _ in packets if not discard)
-            lead = next(leads) if kind == "mov" else 0
+            lead = next(p.pts - p.dts for p in packets if not p.discard) if kind == "mov" else 0
             self._keys = sorted(
-                (bisect.bisect_left(shown, pts), pts if kind == "matroska" else dts + lead)
-                for pts, dts, key, *_ in packets
-                if key and kind in SEEKABLE and dts is not None
+                (bisect.bisect_left(shown, p.pts), p.pts if kind == "matroska" else p.dts + lead)
+                for p in packets
+                if p.key and kind in SEEKABLE and p.dts is not None
             )
         self.num_frames = len(self._index) or self._count()
         self.fps = float(rate or 0)
@@ -282,7 +279,10 @@ class AvVideo(_Frames):
                 try:
                     if start is not None:
                         container.seek(start, stream=stream)
-                    for place, frame in enumerate(container.decode(stream)):
+                    frames = self._after_seek(container, stream)
+                    if start is None:
+                        frames = container.decode(stream)
+                    for place, frame in enumerate(frames):
                         if start is not None and place == 0 and not frame.key_frame:
                             break  # a key frame to the container only: it lacks what it refers to
                         index = self._index.get(frame.pts) if self._index else place
@@ -307,6 +307,35 @@ class AvVideo(_Frames):
                     sound.spoilt.intersection(run), "corrupt, or decoded from a corrupt frame"
                 )
         return missing
+
+
+    def _after_seek(self, container, stream) -> Iterator[av.VideoFrame]:
+        """Frames from where a seek has ended, as long as their packets are those first listed.
+
+        In a damaged file the times may be others after a seek than on the way from its start.
+        """
+        for packet in container.demux(stream):
+            listed = self._packets.get(packet.pts)
+            if packet.size and (listed is None or (listed.place, listed.size) != (packet.pos, packet.size)):
+                return
+            yield from packet.decode()
+
+
+class _Listed(NamedTuple):
+    """What is known of a packet without decoding it."""
+
+    pts: int | None
+    dts: int | None
+    key: bool
+    discard: bool
+    corrupt: bool
+    place: int | None  # in the file, bytes
+    size: int
+
+    @classmethod
+    def of(cls, packet: av.Packet) -> Self:
+        flags = packet.is_keyframe, packet.is_discard, packet.is_corrupt
+        return cls(packet.pts, packet.dts, *flags, packet.pos, packet.size)
 
 
 class _Sound:
