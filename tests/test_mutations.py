@@ -90,6 +90,18 @@ def harmed(i, packets, clean):
     return not {content for *_, content in packets[key : i + 1]} <= clean
 
 
+def sound_from_its_key_frame(path, pts):
+    """Whether a decode that begins there flags nothing: flags depend on what came before."""
+    with av.open(str(path), metadata_errors="ignore") as container:
+        stream = container.streams.best("video")
+        stream.codec_context.thread_count = 1
+        container.seek(pts, stream=stream)
+        for frame in container.decode(stream):
+            if frame.is_corrupt or frame.pts == pts:
+                return not frame.is_corrupt
+    return False
+
+
 def read(path, indices):
     """-> [digest or the DecodeError] of frames, each read for itself."""
     found = []
@@ -111,8 +123,7 @@ def examine(item):
         with open_video(target, threads=1) as video:
             count = video.num_frames
     except DecodeError as error:
-        assert str(target) in str(error)
-        return kind, [], "refused"
+        return kind, [] if str(target) in str(error) else [f"{error} names no file"], "refused"
     frames, packets, well = reference(target)
     faults = []
     if count < len(frames) or (well and count != len(frames) and count != len(packets)):
@@ -131,7 +142,7 @@ def examine(item):
     for i, value in given.items():
         if i not in expected:
             faults.append(f"frame {i} of {count} does not come out of a full decode")
-        elif not expected[i][1]:
+        elif not expected[i][1] and not sound_from_its_key_frame(target, expected[i][0]):
             faults.append(f"frame {i} of {count} was flagged")
         elif expected[i][2] != value:
             places = [k for k, frame in enumerate(frames) if frame[2] == value]
@@ -197,8 +208,7 @@ def damaged_image(item):
     try:
         with open_video(target) as video:
             return tuple(video.read([0]).shape[:2])
-    except DecodeError as error:
-        assert str(target) in str(error)
+    except DecodeError:
         return None
 
 

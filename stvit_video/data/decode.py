@@ -96,6 +96,7 @@ class _Frames(Video):
 
     path: Path
     fps = 0.0
+    shortage: str | None = None  # what the header promises and the file does not hold: it was cut off
 
     def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
         """Rising indices, each once -> (index, uint8 (H, W, 3)) for each, in any order."""
@@ -176,6 +177,7 @@ class AvVideo(_Frames):
             hides = stream.codec_context.name in HIDING_CODECS
             reorders = stream.codec_context.has_b_frames
             kind = container.format.name.partition(",")[0]
+            self.shortage = _shortage(container, stream, packets)
         times = [packet.pts for packet in packets]
         shown = [packet.pts for packet in packets if not packet.discard]
         self._index: dict[int, int] = {}  # timestamp -> frame; empty: known by place
@@ -308,7 +310,6 @@ class AvVideo(_Frames):
                 )
         return missing
 
-
     def _after_seek(self, container, stream) -> Iterator[av.VideoFrame]:
         """Frames from where a seek has ended, as long as their packets are those first listed.
 
@@ -331,22 +332,47 @@ class _Listed(NamedTuple):
     corrupt: bool
     place: int | None  # in the file, bytes
     size: int
+    duration: int
 
     @classmethod
     def of(cls, packet: av.Packet) -> Self:
         flags = packet.is_keyframe, packet.is_discard, packet.is_corrupt
-        return cls(packet.pts, packet.dts, *flags, packet.pos, packet.size)
+        return cls(packet.pts, packet.dts, *flags, packet.pos, packet.size, packet.duration or 0)
+
+
+def _shortage(container: av.container.InputContainer, stream, packets: list[_Listed]) -> str | None:
+    """Compare the header's duration with the end of the last packet.
+
+    A file with its header in front (fast start) and its end cut off is silently short for decoders. The
+    container's duration is that of its longest stream, perhaps sound, so half a second and 5% may lack.
+    """
+    ends = [packet.pts + packet.duration for packet in packets if packet.pts is not None]
+    rate, unit = float(stream.average_rate or 0), float(stream.time_base or 0)
+    if not (ends and rate and unit):
+        return None
+    if stream.duration:
+        promised = stream.duration * unit
+        lasts, slack = (max(ends) - (stream.start_time or 0)) * unit, 2.5 / rate
+    elif container.duration:
+        promised = container.duration / av.time_base
+        lasts = max(ends) * unit - (container.start_time or 0) / av.time_base
+        slack = max(0.5, 0.05 * promised)
+    else:
+        return None
+    if promised - lasts <= slack:
+        return None
+    return f"the header says {promised:.2f} s, the frames last {lasts:.2f} s"
 
 
 class _Sound:
     """Which of the frames that a decoder gives, in the order shown, are sound.
 
-    Not sound are those that it flags corrupt or leaves out; those shown after them, up to the next key frame;
-    and those shown before them but decoded later, which may refer to them: so frames already passed may turn
-    out `spoilt`.
+    Not sound are those that it flags corrupt or leaves out; those shown after them, up to the next key
+    frame; and those shown before them but decoded later, which may refer to them: so frames already passed
+    may turn out `spoilt`.
 
-    places: frame -> its place in the order of decoding; empty: not known. Then the B-frames directly in front
-        are taken for decoded later.
+    places: frame -> its place in the order of decoding; empty: not known. Then the B-frames directly in
+        front are taken for decoded later.
     first: the frame to come first, None: any.
     """
 
