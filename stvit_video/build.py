@@ -1,6 +1,7 @@
 """The only place where settings become objects."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .config import Config, ConfigError, DataConfig
-from .data.annotations import Row, Rows, mirrored_classes, read_rows
+from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader
 from .data.demo import is_demo, prepare_demo
 from .data.transforms import Normalise, TestTransform, TrainTransform
@@ -87,6 +88,41 @@ def read_split(
         if row.label is not None and row.label >= len(names):
             raise ConfigError(f"{path}: label {row.label} of {row.path}: must be below {len(names)}")
     return rows, list(names)
+
+
+def read_lists(config: Config) -> tuple[dict[str, list[Row]], list[str], dict[str, ListError]]:
+    """For checking: the rows of each list that is set, the class names, and the lists with unknown classes.
+
+    Labels are as the lists have them, also beyond the class names; where a list names a class that is
+    unknown its rows have none. Raises ConfigError or ListError for lists that cannot be read at all.
+    """
+    data = config.data
+    names = None if data.class_names is None else _read_names(data.class_names)
+    splits: dict[str, list[Row]] = {}
+    unknown: dict[str, ListError] = {}
+    for split in ("train", "val", "test"):
+        path = getattr(data, split)
+        if path is None:
+            continue
+        if data.preset == "demo":
+            _prepare_demo(Path(path))
+        options = {"root": data.root, "labels": data.labels}
+        rows = read_rows(path, **options)
+        if names is not None and rows.class_names is not None:
+            try:
+                rows = read_rows(path, **options, class_names=names)
+            except ListError as error:
+                unknown[split] = error
+                rows = Rows(replace(row, label=None) for row in rows)
+        if names is None:
+            highest = max((row.label for row in rows if row.label is not None), default=0)
+            names = rows.class_names or [str(i) for i in range(data.num_classes or highest + 1)]
+        splits[split] = rows
+    if not splits:
+        raise ConfigError("none of data.train, data.val and data.test is set: nothing to check")
+    if data.num_classes not in (None, len(names)):
+        raise ConfigError(f"data.num_classes={data.num_classes}, but there are {len(names)} class names")
+    return splits, names, unknown
 
 
 def _prepare_demo(path: Path) -> None:
