@@ -30,6 +30,7 @@ DROPS = re.compile(
     rf"({'|'.join(TOKENS)}|mask_token|pos_embed_class)$"
     r"|(head_dist|encoder_to_decoder)\.|decoder(_\w+)?(\.|$)"
 )
+RECOMPUTED = re.compile(r"\.(relative_position_index|attn_mask)$")  # buffers that follow from the sizes
 
 
 def from_timm(state: State) -> State:
@@ -95,10 +96,60 @@ def from_mae_st(state: State) -> State:
     return {name: tensor for name, tensor in state.items() if not DROPS.match(name)}
 
 
+def from_torchvision_swin(state: State) -> State:
+    """torchvision's `swin3d_t/s/b` and image `swin_t/s/b`: stages and mergings are numbered in one list."""
+
+    def rename(name: str) -> str:
+        if features := re.match(r"features\.(\d+)\.(.*)", name):
+            index = int(features[1])
+            place = "downsample" if index % 2 else "blocks"
+            name = f"layers.{(index + 1) // 2}.{place}.{features[2]}"
+        return name.replace(".mlp.0.", ".mlp.fc1.").replace(".mlp.3.", ".mlp.fc2.")
+
+    return _renamed(state, rename)
+
+
+def from_timm_swin(state: State) -> State:
+    """timm's image Swin."""
+    return _renamed(state, lambda name: name.replace("head.fc.", "head."))
+
+
+def from_microsoft_swin(state: State) -> State:
+    """Microsoft's Swin and Video Swin: the merging stands at the end of the stage before it."""
+
+    def rename(name: str) -> str:
+        name = name.replace("cls_head.fc_cls.", "head.")
+        return re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", name)
+
+    return _renamed(state, rename)
+
+
+def from_stvit_r(state: State) -> State:
+    """The authors' STViT-R-Swin: keys and values apart from queries, a stem numbered by position."""
+    stem = {"0.c": "conv1", "0.bn": "norm1", "2.c": "conv2", "2.bn": "norm2"}
+    state = from_microsoft_swin(state)
+    for q in [name for name in state if ".attn.q." in name]:
+        kv = q.replace(".q.", ".kv.")
+        if kv in state and state[kv].shape[1:] == state[q].shape[1:]:
+            state[q.replace(".q.", ".qkv.")] = torch.cat([state.pop(q), state.pop(kv)])
+
+    def rename(name: str) -> str:
+        name = re.sub(
+            r"^patch_embed\.proj\.([02]\.(?:c|bn))\.", lambda m: f"patch_embed.{stem[m[1]]}.", name
+        )
+        return re.sub(r"layer_scale_(\d)$", r"ls\1.gamma", name)
+
+    return _renamed(state, rename)
+
+
 def square(table: Tensor) -> Tensor | None:
     """A flat table (1, N, C) as the grid (1, 1, n, n, C) of a square image; None if N is no square."""
     side = math.isqrt(table.shape[1])
     return table.unflatten(1, (1, side, side)) if side**2 == table.shape[1] else None
+
+
+def _renamed(state: State, rename: Callable[[str], str]) -> State:
+    return {rename(name): tensor for name, tensor in state.items() if not RECOMPUTED.search(name)}
 
 
 def _common(state: State) -> State:
@@ -157,6 +208,22 @@ ADAPTERS = [
         lambda state: any(name.endswith(".attn.q_bias") for name in state),
         from_videomae,
         fixed_positions=True,
+    ),
+    Adapter("STViT-R", lambda state: any(".blocks.1.attn.kv." in name for name in state), from_stvit_r),
+    Adapter(
+        "torchvision Swin",
+        lambda state: any(re.match(r"features\.0\.\d+\.attn\.relative", name) for name in state),
+        from_torchvision_swin,
+    ),
+    Adapter(
+        "timm Swin",
+        lambda state: "layers.0.blocks.0.norm1.weight" in state and "head.fc.weight" in state,
+        from_timm_swin,
+    ),
+    Adapter(
+        "Microsoft Swin",
+        lambda state: any(name.startswith("layers.0.downsample.") for name in state),
+        from_microsoft_swin,
     ),
     Adapter("MAE-ST", lambda state: "pos_embed_spatial" in state, from_mae_st),
     Adapter("timm ViT", lambda s: "pos_embed" in s and s["pos_embed"].ndim == 3, from_timm),

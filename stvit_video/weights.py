@@ -17,15 +17,13 @@ from typing import Any, Literal
 
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from .adapters import ADAPTERS, DROPS, Adapter, State, square
+from .adapters import ADAPTERS, DROPS, RECOMPUTED, Adapter, State, square
 from .errors import InputError, nearest
-from .models.embed import sincos_table
+from .models.embed import resize_grid, sincos_table
 from .models.zoo import MODELS, create_model
 
 Inflate = Literal["average", "centre"]
@@ -118,6 +116,8 @@ def load_weights(
         else:
             getattr(report, kind)[name] = f"{_shape(tensor)} -> {_shape(targets[name])}"
     for name in (name for name in targets if name not in state):
+        if name.endswith("num_batches_tracked"):
+            continue  # BatchNorm's counter, which it does not use
         if name == "pos_embed" and found.adapter.fixed_positions:
             fitted[name] = sincos_table(targets[name].shape[1:4], targets[name].shape[-1])
             report.fresh[name] = f"{_shape(targets[name])}: starts from the fixed sine-cosine table"
@@ -269,6 +269,7 @@ def _checked(values: Mapping[str, Any], name: str) -> State:
 
 def _dropped(before: State, after: State) -> dict[str, str]:
     dropped = {name: _shape(t) for name, t in before.items() if DROPS.match(name) and name not in after}
+    dropped |= {name: "recomputed from sizes" for name in before if RECOMPUTED.search(name)}
     if "pos_embed" in before and after["pos_embed"].numel() < before["pos_embed"].numel():
         rows = before["pos_embed"].shape[1] - after["pos_embed"].shape[1]
         dropped[f"pos_embed[:, :{rows}]"] = f"(1, {rows}, {before['pos_embed'].shape[2]})"
@@ -288,13 +289,17 @@ def _fit(name: str, tensor: Tensor, target: Tensor, inflate: Inflate, found: _Fo
         raise _Misfit(f"{tensor.dtype} is not {target.dtype}")
     if tensor.shape == target.shape:
         return "loaded", tensor
-    if name == "patch_embed.proj.weight":
-        image = tensor.unsqueeze(2) if tensor.ndim == 4 else tensor
-        own = found.adapter.convert is dict
-        if image.ndim == 5 and image.shape[2] == 1 and (own or tensor.ndim == 4):
-            kernel = _inflated(image, target.shape[2], inflate)
-            if kernel.shape == target.shape:
-                return ("loaded" if target.shape[2] == 1 else "inflated"), kernel
+    if name.startswith("patch_embed.") and target.ndim == 5:
+        kernel = tensor.unsqueeze(2) if tensor.ndim == 4 else tensor
+        if kernel.shape == target.shape:
+            return "loaded", kernel
+        of_images = tensor.ndim == 4 or (tensor.ndim == 5 and found.adapter.convert is dict)
+        if of_images and kernel.shape == (*target.shape[:2], 1, *target.shape[3:]):
+            return "inflated", _inflated(kernel, target.shape[2], inflate)
+    if name.endswith("relative_position_bias_table") and tensor.shape[1:] == target.shape[1:]:
+        repeats, rest = divmod(len(target), max(len(tensor), 1))
+        if repeats % 2 and not rest:  # 2t - 1 distances in time
+            return "inflated", tensor.repeat(repeats, 1)
     if name == "pos_embed" or name.endswith("semantic.centres"):
         grid = _as_grid(tensor, target.shape)
         if grid is not None and grid.shape == target.shape:
@@ -322,25 +327,6 @@ def _as_grid(table: Tensor, target: torch.Size) -> Tensor | None:
     if table.shape[1] == math.prod(target[1:4]):
         return table.unflatten(1, target[1:4])
     return square(table)
-
-
-def resize_grid(table: Tensor, grid: Sequence[int]) -> Tensor:
-    """Positions or G (1, t, h, w, C) -> (1, *grid, C).
-
-    In space bicubic (timm's function), in time linear; a table of one frame is repeated.
-    """
-    _, t, h, w, c = table.shape
-    if (h, w) != tuple(grid[1:]):
-        frames = table.float().permute(0, 2, 3, 1, 4).reshape(1, h * w, t * c)
-        frames = resample_abs_pos_embed(frames, list(grid[1:]), [h, w], num_prefix_tokens=0)
-        table = frames.view(1, *grid[1:], t, c).permute(0, 3, 1, 2, 4)
-    if t == 1:
-        return table.repeat(1, grid[0], 1, 1, 1)
-    if t != grid[0]:
-        rows = table.float().flatten(2).transpose(1, 2)  # (1, h w C, t)
-        rows = F.interpolate(rows, size=grid[0], mode="linear")
-        table = rows.transpose(1, 2).unflatten(2, (*grid[1:], c))
-    return table
 
 
 def _fold_layer_scale(state: State, targets: State, report: LoadReport) -> None:

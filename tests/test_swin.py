@@ -13,10 +13,11 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stvit_video import create_model, multiply_adds
-from stvit_video.models import swin_names, windows
+from stvit_video import create_model, load_weights, multiply_adds
+from stvit_video.models import windows
+from stvit_video.models.embed import resize_grid
 from stvit_video.models.layers import Attention, Block
-from stvit_video.models.semantic import SemanticWindows, _resized
+from stvit_video.models.semantic import SemanticWindows
 from stvit_video.models.swin import WindowAttention
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -57,8 +58,7 @@ def assert_same_logits(ours, theirs, *shapes):
 def test_video_swin_tiny_is_torchvisions():
     theirs = shake(torchvision.models.video.swin3d_t())
     ours = create_model("video_swin_tiny", num_classes=400, num_frames=32).eval()
-    assert swin_names.is_torchvision(theirs.state_dict())
-    ours.load_state_dict(swin_names.from_torchvision(theirs.state_dict()))
+    assert load_weights(ours, theirs.state_dict(), fresh=()).origin == "torchvision Swin"
     assert_same_logits(ours, theirs, (1, 3, 10, 100, 132))
 
 
@@ -69,7 +69,7 @@ def test_any_size_is_torchvisions():
     )
     shake(theirs)
     ours = create_model("video_swin_tiny", num_classes=7, window_size=(4, 3, 5), **sizes).eval()
-    ours.load_state_dict(swin_names.from_torchvision(theirs.state_dict()))
+    load_weights(ours, theirs.state_dict(), fresh=())
     shapes = [(2, 3, 20, 96, 80), (1, 3, 9, 67, 101), (1, 3, 3, 64, 65), (2, 3, 1, 40, 250)]
     assert_same_logits(ours, theirs, *shapes)
 
@@ -77,8 +77,7 @@ def test_any_size_is_torchvisions():
 def test_swin_tiny_is_timms():
     theirs = shake(timm.create_model("swin_tiny_patch4_window7_224", num_classes=10))
     ours = create_model("swin_tiny_patch4_window7_224", num_classes=10, num_frames=1).eval()
-    assert swin_names.is_timm(theirs.state_dict())
-    ours.load_state_dict(swin_names.from_timm(theirs.state_dict()))
+    assert load_weights(ours, theirs.state_dict(), fresh=()).origin == "timm Swin"
     assert_same_logits(ours, theirs, (2, 3, 224, 224))
 
 
@@ -87,13 +86,10 @@ def test_stvit_r_is_the_authors():
     state = {
         k.removeprefix("weights/"): v.float() for k, v in reference.items() if k.startswith("weights/")
     }
-    assert swin_names.is_stvit_r(state)
     model = create_model(
         "stvit_r_swin_small_patch4_window7_224", num_frames=1, **TINY | {"num_classes": 10}
     )
-    state = swin_names.from_stvit_r(state)
-    state |= {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
-    model.eval().load_state_dict(state)
+    assert load_weights(model.eval(), state, fresh=()).origin == "STViT-R"
     i = torch.arange(2 * 3 * 224 * 224, dtype=torch.float64)
     image = ((0.0137 * i).sin() + 0.5 * (0.00071 * i + 0.3).cos()).float().view(2, 3, 224, 224)
     with torch.no_grad():
@@ -106,13 +102,16 @@ def test_stvit_r_is_the_authors():
 
 def test_every_tensor_of_the_authors_checkpoint_finds_its_place():
     shapes = json.loads((FIXTURES / "stvit_r_swin_s_keys.json").read_text())
-    theirs = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    with torch.device("meta"):
-        model = create_model("stvit_r_swin_small_patch4_window7_224", num_classes=1000, num_frames=1)
-    found = {key: value.shape for key, value in swin_names.from_stvit_r(theirs).items()}
-    assert found == {key: value.shape for key, value in model.state_dict().items()}
-    left = {key.rpartition(".")[2] for key in theirs if swin_names.is_recomputed(key)}
-    assert left == {"relative_position_index", "attn_mask"}
+    counters = {"dtype": torch.long}
+    theirs = {
+        name: torch.zeros(shape, **counters if name.endswith("num_batches_tracked") else {})
+        for name, shape in shapes.items()
+    }
+    model = create_model("stvit_r_swin_small_patch4_window7_224", num_classes=1000, num_frames=1)
+    report = load_weights(model, {"model": theirs}, fresh=())
+    assert report.loaded.keys() == model.state_dict().keys()
+    assert {name.rpartition(".")[2] for name in report.dropped} == {"relative_position_index", "attn_mask"}
+    assert set(report.dropped.values()) == {"recomputed from sizes"}
 
 
 def test_microsofts_names_are_timms_with_the_merging_one_stage_down():
@@ -123,11 +122,13 @@ def test_microsofts_names_are_timms_with_the_merging_one_stage_down():
             key = key.replace(f"layers.{i}.downsample", f"layers.{i - 1}.downsample")
         key = "cls_head.fc_cls." + key.removeprefix("head.fc.") if "head" in key else "backbone." + key
         theirs[key] = value
-    assert swin_names.is_microsoft(theirs)
-    assert not swin_names.is_microsoft(timms)
-    ours, expected = swin_names.from_microsoft(theirs), swin_names.from_timm(timms)
-    assert ours.keys() == expected.keys()
-    assert all(ours[key] is expected[key] or ours[key].equal(expected[key]) for key in ours)
+    models = [
+        create_model("swin_tiny_patch4_window7_224", num_classes=1000, num_frames=1) for _ in range(2)
+    ]
+    assert load_weights(models[0], theirs, fresh=()).origin == "Microsoft Swin"
+    assert load_weights(models[1], timms, fresh=()).origin == "timm Swin"
+    ours, expected = (model.state_dict() for model in models)
+    assert all(ours[name].equal(expected[name]) for name in ours)
 
 
 def test_a_still_clip_through_an_inflated_model_is_the_image():
@@ -135,7 +136,8 @@ def test_a_still_clip_through_an_inflated_model_is_the_image():
     image_model = create_model("swin_tiny_patch4_window7_224", **sizes, num_frames=1, window_size=(1, 2, 2))
     shake(image_model)
     video = create_model("video_swin_tiny", **sizes, num_frames=16, window_size=(4, 2, 2)).eval()
-    video.load_state_dict(swin_names.inflate(image_model.state_dict(), (4, 2, 2), 2))
+    report = load_weights(video, image_model.state_dict(), fresh=())
+    assert len(report.inflated) == 1 + 8  # the patch embedding, and each block's bias table
     image = torch.randn(2, 3, 64, 64)
     still = image.unsqueeze(2).expand(-1, -1, 16, -1, -1)
     torch.testing.assert_close(video(still), image_model(image), **CLOSE)
@@ -321,12 +323,12 @@ def test_every_layer_projects_its_keys_once():
 
 def test_g_is_resized():
     table = torch.randn(1, 2, 4, 6, 3)
-    assert _resized(table, (2, 4, 6)) is table
+    assert resize_grid(table, (2, 4, 6)) is table
     for size in [(2, 9, 3), (5, 4, 6), (1, 2, 2)]:
-        assert _resized(table, size).shape == (1, *size, 3)
-        torch.testing.assert_close(_resized(torch.ones_like(table), size), torch.ones(1, *size, 3))
-    columns = nn.functional.interpolate(table[:, 1].movedim(-1, 1), (8, 12), mode="bicubic")
-    torch.testing.assert_close(_resized(table, (2, 8, 12))[:, 1], columns.movedim(1, -1))
+        assert resize_grid(table, size).shape == (1, *size, 3)
+        torch.testing.assert_close(resize_grid(torch.ones_like(table), size), torch.ones(1, *size, 3))
+    columns = nn.functional.interpolate(table[:, 1].movedim(-1, 1), (8, 12), mode="bicubic", antialias=True)
+    torch.testing.assert_close(resize_grid(table, (2, 8, 12))[:, 1], columns.movedim(1, -1))
 
 
 @pytest.mark.parametrize("semantic_layers", [1, 2, 3])

@@ -1,8 +1,11 @@
 """From pixels to a grid of tokens: tubelet embedding and position tables."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 Size3 = tuple[int, int, int]
@@ -112,3 +115,22 @@ def sincos_table(grid: Size3, dim: int) -> Tensor:
     angle = position[:, None] / 10000 ** (2 * (feature // 2) / dim)
     table = torch.where(feature % 2 == 0, angle.sin(), angle.cos())
     return table.float().view(1, *grid, dim)
+
+
+def resize_grid(table: Tensor, grid: Sequence[int]) -> Tensor:
+    """Positions or G (1, t, h, w, C) -> (1, *grid, C).
+
+    In space bicubic (timm's function), in time linear; a table of one frame is repeated.
+    """
+    _, t, h, w, c = table.shape
+    if (h, w) != tuple(grid[1:]):
+        frames = table.float().permute(0, 2, 3, 1, 4).reshape(1, h * w, t * c)
+        frames = resample_abs_pos_embed(frames, list(grid[1:]), [h, w], num_prefix_tokens=0)
+        table = frames.view(1, *grid[1:], t, c).permute(0, 3, 1, 2, 4)
+    if t == 1:
+        return table.repeat(1, grid[0], 1, 1, 1)
+    if t != grid[0]:
+        rows = table.float().flatten(2).transpose(1, 2)  # (1, h w C, t)
+        rows = F.interpolate(rows, size=grid[0], mode="linear")
+        table = rows.transpose(1, 2).unflatten(2, (*grid[1:], c))
+    return table

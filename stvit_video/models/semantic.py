@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import windows
-from .embed import Size3
+from .embed import Size3, resize_grid
 from .layers import Block, Regroup
 
 POOLS = {"max": F.adaptive_max_pool3d, "avg": F.adaptive_avg_pool3d}
@@ -149,7 +149,7 @@ class SemanticWindows(nn.Module):
         if i < self.semantic_layers:
             context = torch.cat([tokens.flatten(1, 3), x.flatten(1, 3)], 1)
         if i == 1 and centres and self.centres is not None:
-            tokens = tokens + _resized(self.centres, tokens.shape[1:4])
+            tokens = tokens + resize_grid(self.centres, tokens.shape[1:4])
         if i % 2:
             return tokens.flatten(1, 3), context, None, None
         if context is not None:
@@ -179,14 +179,3 @@ def _pool(name: str):
     if name not in POOLS:
         raise ValueError(f"pool={name!r} is none of {sorted(POOLS)}")
     return POOLS[name]
-
-
-def _resized(table: Tensor, size: Size3) -> Tensor:
-    """G (1, t, h, w, C) for another grid: bicubic in space, linear in time."""
-    if table.shape[1:4] == size:
-        return table
-    frames = F.interpolate(table[0].movedim(-1, 1), size[1:], mode="bicubic", align_corners=False)
-    if len(frames) == size[0]:
-        return frames.movedim(1, -1)[None]
-    lines = F.interpolate(frames.flatten(1).t()[None], size[0], mode="linear", align_corners=False)
-    return lines[0].t().reshape(size[0], -1, *size[1:]).movedim(1, -1)[None]

@@ -137,11 +137,3 @@ def relative_bias(table: Tensor, window: Size3, clamped: Size3) -> Tensor:
 def table_rows(window: Size3) -> int:
     """How many distances two tokens of a window can have."""
     return math.prod(2 * n - 1 for n in window)
-
-
-def inflate_bias_table(table: Tensor, frames: int) -> Tensor:
-    """An image's table ((2h-1)(2w-1), heads) for windows of `frames`: repeated over every distance in time.
-
-    -> ((2 frames - 1)(2h-1)(2w-1), heads).
-    """
-    return table.repeat(2 * frames - 1, 1)
