@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-image demo-finetune test lint clean
+.PHONY: demo demo-image demo-finetune test lint clean soak
 
 demo: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_stvit.yaml --overwrite
@@ -24,6 +24,10 @@ demo-finetune: $(VENV)/installed
 
 test: lint
 	$(RUN) -m pytest
+
+# The long forms: a thousand damaged files, thousands of clips.
+soak: $(VENV)/installed
+	$(RUN) -m pytest -m slow -s
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

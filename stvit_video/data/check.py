@@ -64,7 +64,7 @@ def check_files(
     timeout: float | None,
     tick: Callable[[], object],
 ) -> list[Finding]:
-    """What is wrong with the files, each looked at once, in the first split with it; `tick` counts them.
+    """What is wrong with the files, each looked at once, in the first split that has it; `tick` counts.
 
     Of a content that two splits have, the file of the later one is told.
     """
