@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-image test lint clean
+.PHONY: demo demo-image test soak lint clean
 
 demo: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_stvit.yaml --overwrite
@@ -18,6 +18,10 @@ demo-image: $(VENV)/installed
 
 test: lint
 	$(RUN) -m pytest
+
+# The long forms of the tests, which take hours.
+soak: $(VENV)/installed
+	$(RUN) -m pytest -m slow
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -92,30 +92,6 @@ def test_training_leaves_checkpoints_logs_and_pictures(trained):
     assert not torch.equal(state["ema"]["head.weight"], state["model"]["head.weight"])
 
 
-def test_a_resumed_run_equals_an_unbroken_one(trained, tmp_path):
-    folder, args = trained
-    short = [*args, f"--output={tmp_path}/run"]
-    # The schedule belongs to two epochs: break the run off after the first, as a kill would.
-    from stvit_video.engine import train
-
-    whole, done = train._close_epoch, []
-
-    def stop_after_one(*given):
-        whole(*given)
-        done.append(1)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_close_epoch", stop_after_one)
-        assert run(cli.train, *short) == 130
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
-    assert run(cli.train, *short, "--resume") == 0
-    a, b = (torch.load(f / "last.pt", weights_only=True) for f in (folder, tmp_path / "run"))
-    a["config"].pop("output"), b["config"].pop("output")
-    assert_same(a, b)
-    assert figures(folder) == figures(tmp_path / "run")
-
-
 def test_a_run_is_not_overwritten_or_resumed_by_accident(trained, tmp_path, capsys):
     folder, args = trained
     before = (folder / "last.pt").read_bytes()
@@ -125,8 +101,6 @@ def test_a_run_is_not_overwritten_or_resumed_by_accident(trained, tmp_path, caps
     assert "model.depth=4" in capsys.readouterr().err
     assert run(cli.train, *args, f"--output={folder}", "--resume", "--seed=5") == 2
     assert "began with seed=0" in capsys.readouterr().err
-    assert run(cli.train, *args, f"--output={tmp_path}", "--resume") == 2
-    assert "no such checkpoint" in capsys.readouterr().err
     assert (folder / "last.pt").read_bytes() == before
 
 
@@ -366,6 +340,6 @@ def test_overwrite_discards_the_former_run(tmp_path, demo_root):
 def test_a_log_cut_off_by_a_kill_can_be_resumed(tmp_path):
     from stvit_video.engine.logs import RunLog, read_log
 
-    (tmp_path / "log.jsonl").write_text('{"at": 1, "kind": "epoch"}\n{"at": 1.5, "ki')
-    RunLog(tmp_path, epochs_done=1).close()
-    assert read_log(tmp_path / "log.jsonl") == [{"at": 1, "kind": "epoch"}]
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1, "kind": "epoch"}\n{"step": 6, "ki')
+    RunLog(tmp_path, epoch=1, update=7).close()
+    assert read_log(tmp_path / "log.jsonl") == [{"epoch": 1, "kind": "epoch"}]

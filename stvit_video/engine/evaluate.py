@@ -3,7 +3,7 @@
 import csv
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +88,7 @@ def evaluate(
     view_batch: int,
     bf16: bool = False,
     title: str = "scoring",
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Score this rank's share of the loader's videos, and gather all: the same Scores on every rank.
 
@@ -107,6 +108,7 @@ def evaluate(
             batch.indices.tolist(), scores.numpy(), right.tolist(), strict=True
         ):
             share[index] = (row, share_right)
+        after_batch()
     model.train(training)
     return _merge(distributed.gather((share, failures)), loader.dataset.rows, num_classes)
 
