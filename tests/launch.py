@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -28,8 +29,10 @@ def launch(command, *args, ranks=1, log=os.devnull, before=None):
 
 def finish(processes, timeout=120):
     """Their exit codes; none of them is left behind."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and any(process.exitcode is None for process in processes):
+        time.sleep(0.01)  # `join` with a limit waits for their loader workers too
     for process in processes:
-        process.join(timeout)
         process.kill()
         process.join()
     return [process.exitcode for process in processes]
