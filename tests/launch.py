@@ -14,9 +14,7 @@ def launch(command, *args, ranks=1, log=os.devnull, before=None):
 
     before: called in every process first, with its rank: what is to go wrong there.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     given = [str(arg) for arg in args]
     started = [
         CONTEXT.Process(target=_work, args=(command, given, rank, ranks, port, log, before))
@@ -36,6 +34,12 @@ def finish(processes, timeout=120):
         process.kill()
         process.join()
     return [process.exitcode for process in processes]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _work(command, args, rank, ranks, port, log, before):
