@@ -19,7 +19,7 @@ demo-image: $(VENV)/installed
 test: lint
 	$(RUN) -m pytest
 
-# The long forms of the tests, which take hours.
+# The long forms of the tests.
 soak: $(VENV)/installed
 	$(RUN) -m pytest -m slow
 

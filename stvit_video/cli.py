@@ -228,7 +228,8 @@ def _find_run(output: Path, *, resume: bool, overwrite: bool) -> tuple[dict | No
 
 def _discard_run(output: Path) -> None:
     """What a former run left in `output` must not pass for this one's."""
-    for name in (*checkpoints.NAMES, "unreadable.csv", "nonfinite.csv", "curves.png"):
+    left = (*checkpoints.NAMES, checkpoints.DAMAGED, "unreadable.csv", "nonfinite.csv", "curves.png")
+    for name in left:
         (output / name).unlink(missing_ok=True)
     shutil.rmtree(output / "tensorboard", ignore_errors=True)
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,35 @@ def assert_shared(args):
 def test_ranks_share_the_model(tmp_path):
     log = tmp_path / "out.txt"
     assert finish(launch(assert_shared, ranks=2, log=log)) == [0, 0], log.read_text()
+
+
+def assert_statistics_are_the_first_ranks(args):
+    """A command: buffers, which are not sharded, and their averages are alike where it matters."""
+    distributed.start("cpu")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    kept = train._start(
+        model, train.TrainConfig(parallel="fsdp2", ema=0.5), (0.1, 0.1, 0.1), 9, torch.device("cpu")
+    )
+    for _ in range(3):
+        kept.model(torch.randn(5, 3) + distributed.rank()).square().mean().backward()
+        kept.change(parallel.gradient_norm(kept.bare), 1.0)
+    scored = kept.scored_model()
+    for part in (scored.state_dict(), kept.scored_model().state_dict()):
+        first, second = distributed.gather(part)
+        assert_same(dict(first), dict(second))
+    state = kept.state()
+    if distributed.is_main():
+        assert_same(dict(scored.state_dict()), dict(state["ema"]))
+        assert state["model"]["0.weight"].shape == (4, 3)
+        assert state["model"]["1.num_batches_tracked"] == 3
+    distributed.stop()
+
+
+def test_shared_models_have_the_first_ranks_statistics(tmp_path):
+    log = tmp_path / "out.txt"
+    started = launch(assert_statistics_are_the_first_ranks, ranks=2, log=log)
+    assert finish(started) == [0, 0], log.read_text()
 
 
 def test_sharded_training_is_training(unbroken):
@@ -253,7 +283,7 @@ def assert_same_but_settings(a, b):
 def test_nodes_train_like_processes_and_go_down_together(args, unbroken, tmp_path):
     output, log = tmp_path / "run", tmp_path / "out.txt"
     jobs = two_nodes(output, args, log)
-    wait_for(lambda: entries(output) >= 1)
+    wait_for((output / "last.pt").exists)
     os.kill(workers_of(jobs[1])[0], signal.SIGKILL)
     assert all(ended(jobs))
     assert "Signal 9 (SIGKILL)" in log.read_text()
@@ -263,18 +293,20 @@ def test_nodes_train_like_processes_and_go_down_together(args, unbroken, tmp_pat
     assert_same_but_settings(unbroken / "ddp", output)
 
 
-def test_torchrun_restarts_a_job_and_hands_sigterm_on(args, unbroken, tmp_path):
-    output, log = tmp_path / "run", tmp_path / "out.txt"
+def test_torchrun_restarts_a_job_and_hands_sigterm_on(args, tmp_path):
+    output, log, args = tmp_path / "run", tmp_path / "out.txt", [*args, "--train.epochs=8"]
     given = [TRAIN_NET, *args, f"--output={output}", "--resume", "--train.checkpoint_minutes=0"]
     job = torchrun("--standalone", "--nproc_per_node", 2, "--max-restarts", 1, *given, log=log)
-    wait_for(lambda: entries(output) >= 1)
+    wait_for((output / "last.pt").exists)
     os.kill(workers_of(job)[1], signal.SIGKILL)
-    wait_for(lambda: log.read_text().count("learning rate") == 2)
+    wait_for(lambda: "continuing after update" in log.read_text())
+    done = int(re.search(r"continuing after update (\d+)", log.read_text())[1])
+    wait_for(lambda: figures(output)[-1]["step"] > done and (output / "last.pt").exists())
     job.send_signal(signal.SIGTERM)
     assert ended([job]) != [0]
     state = checkpoint.load(output / "last.pt")
-    assert "starting" in log.read_text()
-    assert "continuing after update" in log.read_text()
+    assert "no run there yet, starting" in log.read_text()
     assert f"SIGTERM: stopped after update {state['update']}" in log.read_text()
     train_on(2, output, *args, "--resume")
-    assert_same_but_settings(unbroken / "ddp", output)
+    train_on(2, tmp_path / "unbroken", *args)
+    assert_same_but_settings(tmp_path / "unbroken", output)

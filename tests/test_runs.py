@@ -4,6 +4,7 @@ import csv
 import itertools
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -16,7 +17,7 @@ from test_end_to_end import SMALL, assert_same, figures, run
 
 from stvit_video import build, cli, recognizer
 from stvit_video.data.dataset import TrainSampler, VideoDataset
-from stvit_video.engine import checkpoint, train
+from stvit_video.engine import checkpoint, evaluate, train
 from stvit_video.engine.optim import make_schedule
 from stvit_video.engine.run import Run
 
@@ -104,6 +105,23 @@ def test_sigterm_ends_a_run_at_an_update_and_it_goes_on_there(
     assert_same_runs(unbroken, output)
 
 
+def slow_validation(rank):
+    whole = evaluate.view_scores
+    evaluate.view_scores = lambda *given, **options: time.sleep(0.5) or whole(*given, **options)
+
+
+def test_sigterm_in_a_validation_ends_it_and_the_epoch_is_not_lost(unbroken, args, tmp_path):
+    output = tmp_path / "run"
+    (process,) = launch(cli.train, *args, f"--output={output}", before=slow_validation)
+    wait_for((output / "last.pt").exists)  # the first epoch's end, before its validation
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish([process]) == [143]
+    assert entries(output) == 6
+    assert checkpoint.load(output / "last.pt")["so_far"]["batches"] == 12
+    assert run(cli.train, *args, f"--output={output}", "--resume") == 0
+    assert_same_runs(unbroken, output)
+
+
 def kill_until_done(given, output, kills):
     """Start, SIGKILL at a random moment, and so on; -> how many kills hit a checkpoint being written."""
     rng, hits = random.Random(kills), 0
@@ -170,6 +188,19 @@ def test_a_checkpoint_is_complete_whichever_step_of_writing_is_the_last(tmp_path
             break
     assert steps > 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last-previous.pt", "last.pt"]
+
+
+def save_on_a_full_disk(args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    with pytest.raises(checkpoint.CheckpointError, match=r"last.pt: cannot be written \(File too large\)"):
+        checkpoint.save_last(Path(args[0]), {"weights": torch.zeros(5000)})
+
+
+def test_a_disk_that_is_full_is_one_line_and_costs_no_checkpoint(tmp_path):
+    checkpoint.save_last(tmp_path, {"number": 1})
+    log = tmp_path / "out.txt"
+    assert finish(launch(save_on_a_full_disk, tmp_path, log=log)) == [0], log.read_text()
+    assert checkpoint.load_last(tmp_path)[0]["number"] == 1
 
 
 def test_best_and_last_agree_after_a_kill_between_them(unbroken, args, tmp_path, monkeypatch):

@@ -21,7 +21,10 @@ class CheckpointError(InputError):
 
 
 def save(path: str | Path, values: dict[str, Any]) -> None:
-    """Write under a temporary name, flush to the disk, rename: a reader sees the old file or the new."""
+    """Write under a temporary name, flush to the disk, rename: a reader sees the old file or the new.
+
+    Raises CheckpointError where it cannot be written; the old file is still there then.
+    """
     path = Path(path)
     os.replace(_write(path, values), path)
     _flush_folder(path.parent)
@@ -31,7 +34,7 @@ def save_last(folder: Path, values: dict[str, Any]) -> None:
     """`last.pt`; the one so far becomes `last-previous.pt`.
 
     Killed between the two renames, the former `last.pt` goes by the name of the previous one: whenever it
-    happens, one of both is complete.
+    happens, one of both is complete. Raises CheckpointError like `save`.
     """
     part = _write(folder / LAST, values)
     if (folder / LAST).exists():
@@ -111,13 +114,16 @@ class _Hashed:
 
 def _write(path: Path, values: dict[str, Any]) -> Path:
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        hashed = _Hashed(file)
-        torch.save({"format": FORMAT, **values}, hashed)
-        file.seek(-len(_NO_COMMENT), os.SEEK_END)
-        file.write(_COMMENT + hashed.hash.hexdigest().encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(part, "wb") as file:
+            hashed = _Hashed(file)
+            torch.save({"format": FORMAT, **values}, hashed)
+            file.seek(-len(_NO_COMMENT), os.SEEK_END)
+            file.write(_COMMENT + hashed.hash.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
     return part
 
 
