@@ -116,8 +116,10 @@ def assert_statistics_are_the_first_ranks(args):
         model, train.TrainConfig(parallel="fsdp2", ema=0.5), (0.1, 0.1, 0.1), 9, torch.device("cpu")
     )
     for _ in range(3):
+        model[1].running_mean += 100 * distributed.rank()
         kept.model(torch.randn(5, 3) + distributed.rank()).square().mean().backward()
         kept.change(parallel.gradient_norm(kept.bare), 1.0)
+        assert model[1].running_mean.max() < 50, "a forward pass begins with the first rank's"
     scored = kept.scored_model()
     for part in (scored.state_dict(), kept.scored_model().state_dict()):
         first, second = distributed.gather(part)

@@ -122,8 +122,11 @@ def _write(path: Path, values: dict[str, Any]) -> Path:
             file.write(_COMMENT + hashed.hash.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ or error  # torch's writer stumbles after the file's own error
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointError(f"{path}: cannot be written ({cause.strerror})") from None
     return part
 
 

@@ -1,7 +1,7 @@
 """One process or many: `torchrun` says which through its environment."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -66,16 +66,16 @@ def barrier() -> None:
 
 
 def kept_buffers(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Buffers that a checkpoint holds, such as BatchNorm's statistics; not constant tables."""
+    """Buffers that a checkpoint holds: BatchNorm's statistics, each rank's own in training; no tables."""
     kept = model.state_dict().keys()
     return [buffer for name, buffer in model.named_buffers() if name in kept]
 
 
-def share_buffers(model: torch.nn.Module) -> None:
-    """Rank 0's buffers on every rank: BatchNorm's statistics are each rank's own while training."""
+def share(tensors: Iterable[torch.Tensor]) -> None:
+    """Rank 0's values, in every rank's tensors."""
     if dist.is_initialized():
-        for buffer in kept_buffers(model):
-            dist.broadcast(buffer, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def gather(value) -> list:

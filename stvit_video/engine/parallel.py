@@ -30,8 +30,8 @@ def wrap(model: nn.Module, kind: Parallel, device: torch.device) -> nn.Module:
         return model
     if kind == "ddp":
         return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    if distributed.kept_buffers(model):  # as DistributedDataParallel does
-        model.register_forward_pre_hook(lambda *_: distributed.share_buffers(model))
+    buffers = distributed.kept_buffers(model)  # not sharded; shared as DistributedDataParallel does
+    model.register_forward_pre_hook(lambda *_: distributed.share(buffers))
     return shard(model, device)
 
 

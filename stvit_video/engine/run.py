@@ -86,7 +86,7 @@ class Run:
             model = copy.deepcopy(self.plain)
             model.load_state_dict(whole)
             model.to(device)
-        distributed.share_buffers(model)
+        distributed.share(distributed.kept_buffers(model))
         return model
 
     def state(self) -> dict[str, Any]:
