@@ -54,16 +54,14 @@ def command(function):
 def train(args: Sequence[str]) -> None:
     """Train a model, and validate it with one view as it goes."""
     parser = make_parser(train.__doc__)
-    parser.add_argument("--resume", action="store_true", help="Continue output/last.pt.")
+    parser.add_argument("--resume", action="store_true", help="Continue the run in output, if any.")
     parser.add_argument("--overwrite", action="store_true", help="Start anew although output holds a run.")
     config, flags = parse(parser, args)
     config = resolve(config)
     device = distributed.start(config.device)
     output = Path(config.output)
-    last = output / "last.pt"
-    resume = checkpoints.load(last) if flags.resume else None
-    if last.exists() and not (flags.resume or flags.overwrite):
-        raise ConfigError(f"output={output} holds a run: --resume continues it, --overwrite discards it")
+    last = output / checkpoints.LAST
+    resume, damage = _find_run(output, resume=flags.resume, overwrite=flags.overwrite)
 
     rows, class_names = build.read_split(config, "train")
     run = {"seed": config.seed, "ranks": distributed.world(), "videos": len(rows)}
@@ -91,7 +89,9 @@ def train(args: Sequence[str]) -> None:
         _tell_weights(weights, output)
         print(f"training on {len(rows)} videos x {config.data.repeats} clips", end="")
         print("" if val_loader is None else f", validating on {len(val_loader.dataset)}")
-    distributed.barrier()
+    distributed.barrier()  # every rank has read its checkpoint
+    if distributed.is_main():
+        checkpoints.tidy(output, last_is_damaged=damage is not None)
     best = fit(
         model,
         normalise,
@@ -285,9 +285,31 @@ def _make_folder(path: Path) -> None:
         raise ConfigError(f"{path}: no folder can be made there ({error.strerror})") from None
 
 
+def _find_run(output: Path, *, resume: bool, overwrite: bool) -> tuple[dict | None, Exception | None]:
+    """The checkpoint to continue, None to start anew; and what is wrong with a newer one."""
+    held = [name for name in checkpoints.NAMES if (output / name).exists()]
+    if held and not (resume or overwrite):
+        raise ConfigError(f"output={output} holds a run: --resume continues it, --overwrite discards it")
+    if not resume:
+        return None, None
+    values, damage = checkpoints.load_last(output)
+    if values is None and held:
+        raise ConfigError(f"output={output} holds {held[0]} but no {checkpoints.LAST} to continue")
+    updates = distributed.gather(None if values is None else values["update"])
+    if len(set(updates)) > 1:
+        raise checkpoints.CheckpointError(f"{output}: the ranks read checkpoints of updates {updates}")
+    if distributed.is_main():
+        if damage is not None:
+            print(f"warning: {damage}; continuing the one before", file=sys.stderr)
+        found = "no run there yet, starting" if values is None else f"continuing after update {updates[0]}"
+        print(f"{output}: {found}")
+    return values, damage
+
+
 def _discard_run(output: Path) -> None:
     """What a former run left in `output` must not pass for this one's."""
-    for name in ("last.pt", "best.pt", "weights.json", "unreadable.csv", "curves.png"):
+    left = (*checkpoints.NAMES, checkpoints.DAMAGED, "weights.json", "unreadable.csv", "nonfinite.csv")
+    for name in (*left, "curves.png"):
         (output / name).unlink(missing_ok=True)
     shutil.rmtree(output / "tensorboard", ignore_errors=True)
 
@@ -314,9 +336,10 @@ def _check_resume(
 
 # What may differ between the parts of a resumed run: it changes neither model nor updates.
 _FREE_TO_CHANGE = (
-    "weights", "inflate", "fresh", "root", "val", "test", "workers", "timeout", "max_unreadable",
-    "eval_every", "log_every",
-)  # fmt: skip
+    *("weights", "inflate", "fresh"),
+    *("root", "val", "test", "workers", "timeout", "max_unreadable"),
+    *("eval_every", "log_every", "max_nonfinite", "checkpoint_minutes", "parallel"),
+)
 
 # What a checkpoint decides; the rest of `data` and all of `eval` is the scorer's.
 _DATA_OF_CHECKPOINT = (

@@ -266,6 +266,8 @@ LIMITS = {
     "train.ema": (0, 0.999999),
     "train.eval_every": _SOME,
     "train.log_every": _SOME,
+    "train.max_nonfinite": _SOME,
+    "train.checkpoint_minutes": _ANY,
     "eval.clips": _SOME,
     "eval.crops": _SOME,
     "eval.crop_ratio": (0.01, 1),
