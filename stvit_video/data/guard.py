@@ -205,9 +205,9 @@ class SharedMemory:
 
 def _serve(function: Callable, link: Connection, memory: SharedMemory, parent: int) -> NoReturn:
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends this process
-        for number in (signal.SIGTERM, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM):  # the parent is told too, and decides
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
         torch.set_num_threads(1)  # the parent's pool of threads is not in a fork
