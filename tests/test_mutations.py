@@ -183,10 +183,11 @@ def examine_all(tmp_path, number):
 
 
 def report(table):
-    for kind in ("flip", "cut", "swap", "any"):
-        counts = sum((count for (_, k), count in table.items() if k == kind), collections.Counter())
-        if counts:
-            print(f"{kind:<5} {counts.total():>5}", dict(counts))
+    for column in (1, 0):
+        for name in sorted({key[column] for key in table}):
+            counts = (count for key, count in table.items() if key[column] == name)
+            total = sum(counts, collections.Counter())
+            print(f"{name:<26}{total.total():>5}  {dict(total.most_common())}")
 
 
 def test_damaged_files_give_sound_frames_or_none(tmp_path):
