@@ -148,9 +148,9 @@ def examine(item):
             places = [k for k, frame in enumerate(frames) if frame[2] == value]
             if places or not harmed(i, packets, clean_packets):
                 faults.append(f"frame {i} of {count} is not that of a full decode, but {places}")
-    if len(given) < len(found) or not well:
-        return kind, faults, "told"
     whole = count == len(clean) and all(clean[i] == value for i, value in given.items())
+    if len(given) < len(found) or not well:
+        return kind, faults, "told" if whole or count != len(clean) else "told, others differ"
     if whole:
         return kind, faults, "unharmed"
     return kind, faults, "shorter" if count < len(clean) else "unseen"
