@@ -28,7 +28,8 @@ def picture(number, size=SIZE):
     """-> uint8 (H, W, 3): block b of two rows of four is light where bit b of the number is 1."""
     bits = np.array([number >> bit & 1 for bit in range(8)], np.uint8).reshape(2, 4)
     blocks = np.kron(36 + 184 * bits, np.ones((size[1] // 2, size[0] // 4), np.uint8))
-    return np.repeat(blocks[..., None], 3, axis=2)
+    rest = [(0, whole - part) for whole, part in zip(size[::-1], blocks.shape, strict=True)]
+    return np.repeat(np.pad(blocks, rest, "edge")[..., None], 3, axis=2)
 
 
 def numbers(clip):
@@ -141,7 +142,7 @@ KINDS = {
     "mjpeg.avi": ("mjpeg", {"pixels": "yuvj420p"}),
     "vp8.webm": ("libvpx", {}),
     "vp9.webm": ("libvpx-vp9", {"options": {"lag-in-frames": "16", "auto-alt-ref": "1"}}),
-    "vp9_odd.webm": ("libvpx-vp9", {"size": (100, 66)}),
+    "vp9_odd.webm": ("libvpx-vp9", {"size": (101, 67)}),
     "av1.mkv": ("libsvtav1", {"options": {"preset": "12"}}),
     "animated.gif": ("gif", {"pixels": "rgb8"}),
 }
@@ -256,6 +257,16 @@ def test_frames_in_front_of_the_first_key_frame_are_not_counted(tmp_path):
     path = remux(source, tmp_path / "b.mkv", lambda place, packet: [packet] * (place >= 5))
     assert_exact(path, 30)
     assert numbers(open_video(path).read([0, 29])) == [10, 39]
+
+
+def test_a_wrong_frame_count_in_the_header(tmp_path):
+    path = render(tmp_path / "a.avi", "mpeg4")
+    place = path.read_bytes().index(b"strh") + 8 + 32  # dwLength of the stream
+    for count in (7, 99):
+        patch(path, place, struct.pack("<I", count))
+        with av.open(str(path)) as container:
+            assert container.streams.video[0].frames == count
+        assert_exact(path, FRAMES)
 
 
 @pytest.mark.parametrize("bframes", [0, 3])
@@ -487,3 +498,39 @@ def test_real_files(path):
             assert video.num_frames == len(whole)
             some = [len(whole) - 1, 0, len(whole) // 2, 0]
             assert torch.equal(video.read(some), whole[some])
+
+
+REAL = {  # frames, height, width, as players show them
+    "nasa_13013_two_video_streams.mp4": (390, 270, 480),  # the default one of two streams
+    "h265_128x128.mp4": (10, 128, 128),
+    "h264_10bit.mp4": (30, 200, 200),
+    "av1_640x360.mkv": (125, 360, 640),
+    "vp9_odd_dimensions.webm": (30, 121, 161),
+    "h264_fragmented.mp4": (30, 720, 1080),
+    "android_slow_motion.mp4": (7, 720, 1280),
+    "sample_mpeg4.avi": (96, 400, 960),  # the header says 98
+    "video_desks.3gp": (71, 288, 352),
+    "rotated_90.mov": (3, 568, 320),
+    "unordered.mov": (4, 50, 50),
+    "vp8_bbb.webm": (24, 720, 1280),
+    "no_duration.webm": (74, 720, 1280),
+    "action_340x256_10s.mp4": (300, 256, 340),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_files_have_the_frames_they_are_known_for(name):
+    if not (SHARED / name).exists():
+        pytest.skip("the real files are not at hand")
+    with open_video(SHARED / name) as video:
+        assert (video.num_frames, *video.read([video.num_frames - 1]).shape[2:]) == REAL[name]
+
+
+def test_what_comes_before_the_damage_of_a_real_file_is_read():
+    if not SHARED.is_dir():
+        pytest.skip("the real files are not at hand")
+    with open_video(SHARED / "corrupted.mp4", threads=1) as video:
+        assert video.read([0, 20]).shape == (2, 3, 720, 1280)
+        for lost in (28, 49):
+            with pytest.raises(DecodeError, match=f"frame {lost} of 50"):
+                video.read([lost])

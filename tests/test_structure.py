@@ -1,6 +1,7 @@
 """The house: imports point one way, every recipe builds, every door opens."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,13 @@ def test_every_recipe_builds_its_model_and_data(path):
     build.build_normalise(config.data)
     build.build_test_views(config, config.eval.clips, config.eval.crops)
     assert path.read_text().startswith("#"), "a recipe begins with its command, cost and result"
+
+
+def test_every_test_that_the_documents_name_exists():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for page in (ROOT / "docs").glob("*.md"):
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            assert f"def {name}(" in tests, f"{page.name} names {name}"
 
 
 @pytest.mark.parametrize("tool", ["train_net", "test_net", "predict", "check_data", "draw_curves"])
