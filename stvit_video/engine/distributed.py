@@ -6,6 +6,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import InputError
 
@@ -23,8 +25,26 @@ def start(device: str = "auto") -> torch.device:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+        store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=PrefixStore(_attempt(), store),
+            rank=rank,
+            world_size=world,
+            timeout=TIMEOUT,
+        )
     return chosen
+
+
+def _attempt() -> str:
+    """What tells this start of the processes from those before, under `torchrun --max-restarts`.
+
+    torchrun's store outlives a restart, and so do the addresses of dead processes in it, which the new ones
+    then call (pytorch issue 167288). On several nodes the count differs from node to node; there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun take a new store.
+    """
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
 
 
 def pick_device(name: str = "auto") -> torch.device:
