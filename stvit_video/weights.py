@@ -7,9 +7,7 @@ load, except what the caller expects to be fresh.
 
 import json
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from .adapters import ADAPTERS, DROPS, RECOMPUTED, Adapter, State, square
 from .errors import InputError, nearest
+from .files import FileError, read_torch
 from .models.embed import resize_grid, sincos_table
 from .models.zoo import MODELS, create_model
 
@@ -141,45 +140,15 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
     if str(source).startswith("timm:"):
         return _fetch(str(source).removeprefix("timm:")), str(source)
     path = Path(source)
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise WeightsError(f"{path}: the file is empty")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path), str(path)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path}: damaged, or not a safetensors file ({_line(error)})") from None
-    values = read_torch(path)
+    try:
+        values = load_file(path) if path.suffix == ".safetensors" else read_torch(path)
+    except FileError as error:
+        raise WeightsError(str(error)) from None
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: damaged, or not a safetensors file ({_line(error)})") from None
     if not isinstance(values, Mapping):
         raise WeightsError(f"{path}: holds a {type(values).__name__}, not a state dict")
     return values, str(path)
-
-
-def read_torch(path: Path) -> Any:
-    """What torch.save wrote, on the CPU: tensors and plain values only, checksums compared.
-
-    Raises WeightsError.
-    """
-    try:
-        if zipfile.is_zipfile(path):  # torch itself does not compare the checksums
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            if broken is not None:
-                raise WeightsError(f"{path}: damaged (the checksum of {broken} is wrong)")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
-    except Exception as error:  # damage can surface anywhere within zip, pickle and storages
-        wanted = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))
-        if wanted is None:
-            cause = "no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else _line(error)
-            raise WeightsError(f"{path}: damaged, or not a checkpoint ({cause})") from None
-        raise WeightsError(
-            f"{path}: holds {wanted[1]} beside tensors, and to unpickle that could run any code: refused. "
-            "If you trust where it comes from, convert it once: torch.save(torch.load(FILE, "
-            'map_location="cpu", weights_only=False)["model"], NEW_FILE)'
-        ) from None
 
 
 def _fetch(name: str) -> State:

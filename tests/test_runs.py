@@ -15,7 +15,7 @@ import torch
 from launch import CONTEXT, finish, launch
 from test_end_to_end import SMALL, assert_same, figures, run
 
-from stvit_video import build, cli, recognizer
+from stvit_video import build, cli, files, recognizer
 from stvit_video.data.dataset import TrainSampler, VideoDataset
 from stvit_video.engine import checkpoint, evaluate, train
 from stvit_video.engine.optim import make_schedule
@@ -166,7 +166,7 @@ def save_killed_after(steps, folder, values):
         return step
 
     def work():
-        for owner, name in ((os, "fsync"), (os, "replace"), (checkpoint._Hashed, "write")):
+        for owner, name in ((os, "fsync"), (os, "replace"), (files._Hashed, "write")):
             setattr(owner, name, counted(getattr(owner, name)))
         checkpoint.save_last(folder, values)
 

@@ -17,13 +17,14 @@ PACKAGE = ROOT / "stvit_video"
 ALLOWED = {
     "data": {"data"},
     "models": {"models"},
-    "engine": {"engine", "data", "models"},
+    "engine": {"engine", "files", "data", "models"},
     "config": {"weights", "engine", "data", "models"},
     "build": {"weights", "config", "engine", "data", "models"},
     "recognizer": {"build", "weights", "config", "engine", "data", "models"},
     "cli": {"recognizer", "build", "weights", "config", "engine", "data", "models"},
+    "files": set(),
     "adapters": set(),
-    "weights": {"adapters", "models"},
+    "weights": {"adapters", "files", "models"},
     "errors": set(),
 }
 

@@ -1,14 +1,11 @@
 """Checkpoints: tensors and plain values only, written whole or not at all, read only if undamaged."""
 
-import hashlib
 import os
-import pickle
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
+from typing import Any
 
 from ..errors import InputError
+from ..files import FileError, read_torch, write_torch
 
 FORMAT = "stvit_video 1"
 LAST, PREVIOUS, BEST = "last.pt", "last-previous.pt", "best.pt"
@@ -76,69 +73,22 @@ def load(path: str | Path) -> dict[str, Any]:
 
     Raises CheckpointError.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        if not _is_sealed(path):
-            raise CheckpointError(f"{path}: damaged, or not a checkpoint of this toolbox (wrong checksum)")
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        cause = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{path}: not readable ({cause})") from None
+        values = read_torch(Path(path))
+    except FileError as error:
+        raise CheckpointError(str(error)) from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this toolbox (format {FORMAT!r})")
     return values
 
 
-# torch writes a zip file with checksums that it does not look at, and that do not cover the headers. So the
-# SHA-256 of the whole file is put behind it as the zip file's comment: in place of the two last bytes,
-# a comment's length of 0, come the length 64 and 64 hexadecimal digits. torch.load does not mind.
-_NO_COMMENT = (0).to_bytes(2, "little")
-_COMMENT = (64).to_bytes(2, "little")
-
-
-class _Hashed:
-    """A file to write to that knows the hash of what was written."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.hash = file, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.hash.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 def _write(path: Path, values: dict[str, Any]) -> Path:
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
-            hashed = _Hashed(file)
-            torch.save({"format": FORMAT, **values}, hashed)
-            file.seek(-len(_NO_COMMENT), os.SEEK_END)
-            file.write(_COMMENT + hashed.hash.hexdigest().encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # torch's writer stumbles after the file's own error
-        if not isinstance(cause, OSError):
-            raise
-        raise CheckpointError(f"{path}: cannot be written ({cause.strerror})") from None
+        write_torch(part, {"format": FORMAT, **values})
+    except FileError as error:
+        raise CheckpointError(str(error).replace(str(part), str(path))) from None
     return part
-
-
-def _is_sealed(path: Path) -> bool:
-    digest = hashlib.sha256()
-    left = path.stat().st_size - len(_COMMENT) - 2 * digest.digest_size
-    with open(path, "rb") as file:
-        while left > 0 and (chunk := file.read(min(left, 2**20))):
-            digest.update(chunk)
-            left -= len(chunk)
-        digest.update(_NO_COMMENT)
-        return file.read() == _COMMENT + digest.hexdigest().encode()
 
 
 def _flush_folder(folder: Path) -> None:

@@ -1,0 +1,111 @@
+"""torch's files on disk: sealed when written, and read only if undamaged and harmless.
+
+torch writes a zip file with checksums that it does not look at, and that do not cover the headers. So the
+SHA-256 of the whole file is put behind it as the zip file's comment: in place of the two last bytes, its
+length of 0, come the length 64 and 64 hexadecimal digits. torch.load does not mind.
+"""
+
+import hashlib
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from .errors import InputError
+
+NO_COMMENT = (0).to_bytes(2, "little")
+COMMENT = (64).to_bytes(2, "little")
+END = b"PK\5\6"  # of the zip file's last record, which has 22 bytes and the comment
+
+
+class FileError(InputError):
+    """A file that cannot be read or written: names it and the cause."""
+
+
+def write_torch(path: Path, values: Any) -> None:
+    """torch.save, sealed, and flushed to the disk. Raises FileError."""
+    try:
+        with open(path, "wb") as file:
+            hashed = _Hashed(file)
+            torch.save(values, hashed)
+            file.seek(-len(NO_COMMENT), os.SEEK_END)
+            file.write(COMMENT + hashed.hash.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ or error  # torch's writer stumbles after the file's own error
+        if not isinstance(cause, OSError):
+            raise
+        raise FileError(f"{path}: cannot be written ({cause.strerror})") from None
+
+
+def read_torch(path: Path) -> Any:
+    """What torch.save wrote, on the CPU: tensors and plain values only, seal or checksums compared.
+
+    A file of `write_torch` is refused if any byte of it has changed. Raises FileError.
+    """
+    try:
+        if not path.is_file():
+            raise FileError(f"{path}: no such file")
+        if path.stat().st_size == 0:
+            raise FileError(f"{path}: the file is empty")
+        if broken := _damage(path):
+            raise FileError(f"{path}: damaged, or not a checkpoint ({broken})")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileError:
+        raise
+    except Exception as error:  # damage can surface anywhere within zip, pickle and storages
+        wanted = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))
+        if wanted is None:
+            line = str(error).strip().partition("\n")[0] or type(error).__name__
+            cause = "no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else line
+            raise FileError(f"{path}: damaged, or not a checkpoint ({cause})") from None
+        raise FileError(
+            f"{path}: holds {wanted[1]} beside tensors, and to unpickle that could run any code: refused. "
+            "If you trust where it comes from, convert it once: torch.save(torch.load(FILE, "
+            'map_location="cpu", weights_only=False)["model"], NEW_FILE)'
+        ) from None
+
+
+def _damage(path: Path) -> str | None:
+    """What the seal, or without one the zip file's checksums, say against it."""
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\3\4" or zipfile.is_zipfile(path)
+        file.seek(max(path.stat().st_size - 22, 0))
+        end = file.read()
+    if not is_zip:  # torch's format until 2020, which has no checksums
+        return None
+    if end.startswith(END) and end.endswith(NO_COMMENT):
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        return broken and f"the checksum of {broken} is wrong"
+    return None if _is_sealed(path) else "truncated, or its checksum is wrong"
+
+
+def _is_sealed(path: Path) -> bool:
+    digest = hashlib.sha256()
+    left = path.stat().st_size - len(COMMENT) - 2 * digest.digest_size
+    with open(path, "rb") as file:
+        while left > 0 and (chunk := file.read(min(left, 2**20))):
+            digest.update(chunk)
+            left -= len(chunk)
+        digest.update(NO_COMMENT)
+        return file.read() == COMMENT + digest.hexdigest().encode()
+
+
+class _Hashed:
+    """A file to write to that knows the hash of what was written."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.hash = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
