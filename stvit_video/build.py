@@ -140,7 +140,9 @@ def build_train_loader(
         twins=twins,
     )
     views = TrainViews(build_sampling(data), transform, data.repeats)
-    dataset = VideoDataset(rows, views, decoder=data.decoder, seed=config.seed, substitute=True)
+    dataset = VideoDataset(
+        rows, views, decoder=data.decoder, seed=config.seed, substitute=True, timeout=data.timeout
+    )
     sampler = TrainSampler(
         len(rows),
         batch_size=config.train.batch_size,
@@ -154,8 +156,8 @@ def build_train_loader(
 def build_test_loader(
     config: Config, rows: Sequence[Row], device: torch.device, *, clips: int, crops: int
 ) -> DataLoader:
-    views = build_test_views(config, clips, crops)
-    dataset = VideoDataset(rows, views, decoder=config.data.decoder, seed=config.seed)
+    views, data = build_test_views(config, clips, crops), config.data
+    dataset = VideoDataset(rows, views, decoder=data.decoder, seed=config.seed, timeout=data.timeout)
     sampler = TestSampler(len(rows), rank=distributed.rank(), world=distributed.world())
     return _loader(config, dataset, sampler, config.eval.batch_size, device)
 

@@ -96,6 +96,8 @@ def train(args: Sequence[str]) -> None:
         config.train,
         num_classes=len(class_names),
         view_batch=config.eval.view_batch,
+        on_failure=config.eval.on_failure,
+        max_unreadable=config.data.max_unreadable,
         output=output,
         seed=config.seed,
         resume=resume,
@@ -146,6 +148,7 @@ def test(args: Sequence[str]) -> None:
         num_classes=len(class_names),
         view_batch=config.eval.view_batch,
         bf16=use_bf16(config.train.bf16, device),
+        on_failure=config.eval.on_failure,
     )
     if not distributed.is_main():
         return
@@ -168,11 +171,12 @@ def predict(args: Sequence[str]) -> None:
     parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, or folders of files")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="which model")
     parser.add_argument("--device", help="cpu, cuda, ...; default: CUDA where there is one")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for a video (60)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line and video")
     parser.add_argument("--features", metavar="FILE.npz", help="also save pooled features here")
     parser.add_argument("--maps", metavar="FOLDER", help="also draw what the semantic tokens look at")
     options = parser.parse_args(args)
-    recognize = Recognizer(options.checkpoint, device=options.device)
+    recognize = Recognizer(options.checkpoint, device=options.device, timeout=options.timeout)
     for folder in filter(None, (options.maps, options.features and Path(options.features).parent)):
         _make_folder(Path(folder))
     suffixes = VIDEO_SUFFIXES | (IMAGE_SUFFIXES if recognize.config.data.num_frames == 1 else set())
@@ -256,6 +260,8 @@ _FREE_TO_CHANGE = (
     "val",
     "test",
     "workers",
+    "timeout",
+    "max_unreadable",
     "eval_every",
     "log_every",
 )
@@ -307,7 +313,9 @@ def _describe(config: Config, model: torch.nn.Module, class_names: list[str]) ->
 def _print_report(report: dict, output: Path) -> None:
     views = report["views"]
     clips, crops = views["clips"], views["crops"]
-    print(f"{report['num_videos']} videos x {clips}x{crops} views, {report['num_failed']} unreadable")
+    rule = {"wrong": "counted as wrong", "exclude": "left out"}[report["on_failure"]]
+    failed = f"{report['num_failed']} unreadable" + (f" ({rule})" if report["num_failed"] else "")
+    print(f"{report['num_videos']} videos x {clips}x{crops} views, {failed}")
     if report["top1"] is not None:
         for key, name in (
             ("top1", f"top-1 over {clips}x{crops} views"),

@@ -123,6 +123,10 @@ class DataConfig:
     """Random clips of each decoded training video (repeated augmentation)."""
     workers: int = 2
     """Loader processes a rank."""
+    timeout: float | None = 60.0
+    """Seconds after which a video that does not come is given up as unreadable; null: never."""
+    max_unreadable: float = 0.1
+    """Share of an epoch's videos that may be unreadable before training stops."""
 
 
 @dataclass
@@ -139,6 +143,8 @@ class EvalConfig:
     """Videos that a rank loads at a time."""
     view_batch: int = 16
     """Views that go through the model at a time."""
+    on_failure: Literal["wrong", "exclude"] = "wrong"
+    """Unreadable videos count as wrong, or are left out of the figures; both are counted."""
 
 
 @dataclass
@@ -234,6 +240,8 @@ LIMITS = {
     "data.rand_augment": (0, 10),
     "data.repeats": _SOME,
     "data.workers": _ANY,
+    "data.timeout": (0.1, 1e6),
+    "data.max_unreadable": (0, 1),
     "train.epochs": _SOME,
     "train.batch_size": _SOME,
     "train.accumulate": _SOME,

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .build import build_model, build_normalise, build_test_views
 from .config import Config, from_dict
-from .data.decode import open_video
+from .data.decode import DecodeError, open_video
+from .data.guard import GivenUp, Guard
+from .data.views import TestViews
 from .engine import checkpoint
 from .engine.distributed import pick_device
 from .engine.evaluate import use_bf16, view_scores
@@ -50,6 +53,7 @@ class Recognizer:
     checkpoint: alone says which model, sampling, views, normalisation and class names.
     clips, crops: other views than the checkpoint's.
     device: "cpu", "cuda", ...; by default CUDA where there is one.
+    timeout: seconds after which a video is given up, read in a child process; None: read here, unguarded.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Recognizer:
         clips: int | None = None,
         crops: int | None = None,
         device: str | None = None,
+        timeout: float | None = None,
     ):
         self.config, self.class_names, self.model = load_model(checkpoint)
         device = pick_device(device or "auto")
@@ -67,6 +72,7 @@ class Recognizer:
         self.normalise = build_normalise(self.config.data).to(device)
         settings = self.config.eval
         self.views = build_test_views(self.config, clips or settings.clips, crops or settings.crops)
+        self._decode = self._read if timeout is None else Guard(self._read, timeout)
 
     def __call__(self, path: str | Path, top: int = 5) -> list[Guess]:
         """The `top` best classes of one video, best first. Raises DecodeError."""
@@ -96,13 +102,19 @@ class Recognizer:
         semantic = getattr(self.model, "semantic", None)
         if semantic is None:
             raise InputError(f"{self.config.model.name} has no semantic tokens to draw")
-        with open_video(path, self.config.data.decoder) as video:
-            clip = build_test_views(self.config, 1, 1)(video, -1)[0]  # (1, 3, T, H, W)
+        clip = self._clips(path, build_test_views(self.config, 1, 1))[0]  # (1, 3, T, H, W)
         maps = self.model.semantic_maps(self.normalise(clip.to(self.normalise.mean.device)))[0]
         step = clip.shape[2] // maps.shape[1]
         frames = clip[0, :, ::step].permute(1, 2, 3, 0).numpy()
         draw_maps(frames, maps.unflatten(0, semantic.tokens).cpu().numpy(), Path(picture))
 
-    def _clips(self, path: str | Path) -> Tensor:
+    def _clips(self, path: str | Path, views: TestViews | None = None) -> Tensor:
+        """-> uint8 (1, V, 3, T, H, W)."""
+        try:
+            return torch.from_numpy(self._decode(path, views or self.views)).unsqueeze(0)
+        except GivenUp as error:
+            raise DecodeError(f"{path}: {error}") from None
+
+    def _read(self, path: str | Path, views: TestViews) -> np.ndarray:
         with open_video(path, self.config.data.decoder) as video:
-            return self.views(video, -1)[0].unsqueeze(0)
+            return views(video, -1)[0].contiguous().numpy()

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..errors import InputError
 from .annotations import Row
 from .decode import DecodeError, open_video
+from .guard import GivenUp, Guard
 from .views import TestViews, TrainViews
 
 SUBSTITUTES = 10  # rows tried for one sample: where all fail, the cause is a wrong path
@@ -46,6 +48,8 @@ class VideoDataset(Dataset):
 
     substitute: in training, the next row stands in for an unreadable one, and the failure is told. In
         scoring nothing stands in: a sample without clips is the failure.
+    timeout: seconds after which a video is given up as unreadable, also within a native call; a crash of
+        the decoder makes its file unreadable, too. None: videos are read in this process, unguarded.
     A row without a label has label -1.
     """
 
@@ -57,34 +61,61 @@ class VideoDataset(Dataset):
         decoder: str = "av",
         seed: int = 0,
         substitute: bool = False,
+        timeout: float | None = None,
     ):
         self.rows, self.views, self.decoder = rows, views, decoder
         self.seed, self.substitute = seed, substitute
+        self._guarded = self._read if timeout is None else Guard(self._read, timeout)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
+        seed = mixed_seed(self.seed, epoch, index)
         failures = []
-        candidates = min(len(self), SUBSTITUTES) if self.substitute else 1
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mixed_seed(self.seed, epoch, index))
-            for step in range(candidates):
-                row = self.rows[(index + step) % len(self)]
-                try:
-                    return Sample(index, *self._read(row), failures)
-                except DecodeError as error:
-                    failures.append((row.path, str(error)))
+        for row in self._candidates(index):
+            path = self.rows[row].path
+            try:
+                clips, labels = self._guarded(row, seed)
+                return Sample(index, torch.from_numpy(clips), torch.from_numpy(labels), failures)
+            except DecodeError as error:
+                failures.append((path, str(error)))
+            except GivenUp as error:
+                failures.append((path, f"{path}: {error}"))
         return Sample(index, None, None, failures)
 
-    def _read(self, row: Row) -> tuple[Tensor, Tensor]:
-        with open_video(row.path, self.decoder) as video:
-            if row.num_frames is not None and video.num_frames < row.num_frames:
-                raise DecodeError(
-                    f"{row.path}: the list says {row.num_frames} frames, there are {video.num_frames}"
-                )
-            return self.views(video, -1 if row.label is None else row.label)
+    def _candidates(self, index: int) -> list[int]:
+        """The row, and the rows that stand in for it: the next one, then ever farther ones.
+
+        Unreadable files often lie side by side (a class folder that is missing).
+        """
+        if not self.substitute:
+            return [index]
+        steps = [*(2**i - 1 for i in range(SUBSTITUTES)), *range(SUBSTITUTES)]
+        rows = dict.fromkeys((index + step) % len(self) for step in steps)
+        return list(rows)[:SUBSTITUTES]
+
+    def _read(self, index: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Clips and labels of one row. Raises DecodeError; any other error, too, names the file."""
+        row = self.rows[index]
+        try:
+            # one decoder thread: what is read does not depend on the number of workers
+            with (
+                torch.random.fork_rng(devices=[]),
+                open_video(row.path, self.decoder, threads=1) as video,
+            ):
+                if row.num_frames is not None and video.num_frames < row.num_frames:
+                    raise DecodeError(
+                        f"{row.path}: the list says {row.num_frames} frames, there are {video.num_frames}"
+                    )
+                torch.manual_seed(seed)
+                clips, labels = self.views(video, -1 if row.label is None else row.label)
+        except InputError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"{row.path}: {type(error).__name__}: {error}") from error
+        return clips.contiguous().numpy(), labels.numpy()
 
 
 def collate(samples: list[Sample]) -> Batch:

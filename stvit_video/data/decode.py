@@ -20,7 +20,6 @@ import torch
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from ..errors import InputError, nearest
 
@@ -60,10 +59,12 @@ class Video(Protocol):
         self.close()
 
 
-def open_video(path: str | os.PathLike[str], decoder: str = "av") -> Video:
+def open_video(path: str | os.PathLike[str], decoder: str = "av", threads: int = 0) -> Video:
     """Open a video file, a folder of frames, or an image: a video of one frame.
 
     decoder: what reads video files, "av" (exact) or "decord" (as it counts and seeks).
+    threads: of the decoder, 0: as many as it likes. With one, also what it makes of a damaged file is the
+        same each time.
     Raises DecodeError for what cannot be opened, InputError for an unknown or absent decoder.
     """
     if decoder not in DECODERS:
@@ -85,7 +86,7 @@ def open_video(path: str | os.PathLike[str], decoder: str = "av") -> Video:
         raise DecodeError(f"{path}: empty file")
     if files:
         return FrameFolder(path, files)
-    return AvVideo(path) if decoder == "av" else DecordVideo(path)
+    return AvVideo(path, threads) if decoder == "av" else DecordVideo(path, threads)
 
 
 class _Frames(Video):
@@ -146,6 +147,8 @@ class FrameFolder(_Frames):
 
     def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
         for index in wanted:
+            if not self.files[index].is_file():
+                raise self._error(index, f"{self.files[index].name}: not a regular file")
             try:
                 with Image.open(self.files[index]) as image:
                     pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -162,8 +165,9 @@ class AvVideo(_Frames):
     counted by decoding them all, and known by their place in that order.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, threads: int):
+        # With av.logging.set_level these threads log through Python and may block for good: leave it off.
+        self.path, self.threads = path, threads
         with self._open() as (container, stream):
             packets = [
                 (packet.pts, packet.dts, packet.is_keyframe, packet.is_discard, packet.is_corrupt)
@@ -222,7 +226,7 @@ class AvVideo(_Frames):
                 if stream.codec_context is None:
                     raise DecodeError(f"{self.path}: no decoder for the video stream")
                 stream.thread_type = "AUTO"
-                stream.codec_context.thread_count = _threads()
+                stream.codec_context.thread_count = self.threads
                 yield container, stream
         except (av.FFmpegError, OSError) as error:
             raise DecodeError(f"{self.path}: {_cause(error)}") from error
@@ -295,14 +299,14 @@ class AvVideo(_Frames):
 class DecordVideo(_Frames):
     """A video file, read by decord: it may count too many frames, and repeat some for others."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, threads: int):
         try:
             import decord
         except ImportError as error:
             raise InputError("decoder 'decord' is absent: pip install decord") from error
         self.path, self._decord = path, decord
         try:
-            self._reader = decord.VideoReader(str(path), num_threads=_threads())
+            self._reader = decord.VideoReader(str(path), num_threads=threads)
         except (decord.DECORDError, RuntimeError, AssertionError) as error:
             raise DecodeError(f"{path}: {_cause(error)}") from error
         self.num_frames, self.fps = len(self._reader), float(self._reader.get_avg_fps())
@@ -328,14 +332,6 @@ def _natural(path: Path) -> list[str | int]:
     parts: list[str | int] = re.split(r"(\d+)", path.name)
     parts[1::2] = map(int, parts[1::2])
     return parts
-
-
-def _threads() -> int:
-    """Decoder threads, 0: as many as the decoder likes; one in each worker of a loader.
-
-    With av.logging.set_level these threads log through Python and may block for good: leave it off.
-    """
-    return 0 if get_worker_info() is None else 1
 
 
 def _cause(error: Exception) -> str:

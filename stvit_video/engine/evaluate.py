@@ -22,13 +22,15 @@ from .logs import progress
 class Scores:
     """Of N videos: mean softmax over views (N, K), labels (N,) (-1: none), views that were right (N,).
 
-    A video that could not be read has a row of zeros, and its cause in `failures` by index.
+    A video that could not be read has a row of zeros, and its cause in `failures` by index; `on_failure`
+    says whether it counts as "wrong", or is left out ("exclude").
     """
 
     scores: np.ndarray
     labels: np.ndarray
     views_right: np.ndarray
     failures: dict[int, str]
+    on_failure: str = "wrong"
 
     @property
     def predictions(self) -> np.ndarray:
@@ -38,8 +40,10 @@ class Scores:
         return best
 
     def metrics(self) -> dict[str, float | None]:
-        """Fractions from 0 to 1 over the labelled videos, unreadable ones counted as wrong."""
+        """Fractions from 0 to 1 over the labelled videos, None where no video counts."""
         known = self.labels >= 0
+        if self.on_failure == "exclude":
+            known[list(self.failures)] = False
         if not known.any():
             return dict.fromkeys(("top1", "top5", "mean_class_accuracy", "per_clip_top1"))
         labels, right = self.labels[known], (self.predictions == self.labels)[known]
@@ -87,6 +91,7 @@ def evaluate(
     num_classes: int,
     view_batch: int,
     bf16: bool = False,
+    on_failure: str = "wrong",
     title: str = "scoring",
 ) -> Scores:
     """Score this rank's share of the loader's videos, and gather all: the same Scores on every rank.
@@ -108,10 +113,11 @@ def evaluate(
         ):
             share[index] = (row, share_right)
     model.train(training)
-    return _merge(distributed.gather((share, failures)), loader.dataset.rows, num_classes)
+    shares = distributed.gather((share, failures))
+    return _merge(shares, loader.dataset.rows, num_classes, on_failure)
 
 
-def _merge(shares: list, rows: Sequence[Row], num_classes: int) -> Scores:
+def _merge(shares: list, rows: Sequence[Row], num_classes: int, on_failure: str = "wrong") -> Scores:
     seen = [index for share, failures in shares for index in (*share, *failures)]
     if sorted(seen) != list(range(len(rows))):
         raise RuntimeError(f"{len(rows)} videos, but {len(seen)} scored ({len(set(seen))} of them once)")
@@ -120,6 +126,7 @@ def _merge(shares: list, rows: Sequence[Row], num_classes: int) -> Scores:
         labels=np.array([-1 if row.label is None else row.label for row in rows]),
         views_right=np.zeros(len(rows)),
         failures={},
+        on_failure=on_failure,
     )
     for share, failures in shares:
         merged.failures |= failures
@@ -142,6 +149,8 @@ def write_report(
     report = scores.metrics() | {
         "num_videos": len(rows),
         "num_failed": len(scores.failures),
+        "num_scored": len(rows) - len(scores.failures),
+        "on_failure": scores.on_failure,
         "views": views,
         "checkpoint": checkpoint,
         "seconds": round(time.perf_counter() - started, 2),

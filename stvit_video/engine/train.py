@@ -1,6 +1,5 @@
 """Training, from top to bottom: `fit` runs epochs of updates, validates, and keeps checkpoints."""
 
-import csv
 import math
 import time
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from .evaluate import Scores, evaluate, use_bf16
 from .figures import draw_curves
 from .logs import RunLog, progress, read_log
 from .optim import make_optimizer, make_schedule, scaled_lr
+from .unreadable import gather_unreadable, note_unreadable
 
 
 @dataclass
@@ -117,6 +117,8 @@ def fit(
     *,
     num_classes: int,
     view_batch: int,
+    on_failure: str = "wrong",
+    max_unreadable: float = 1.0,
     output: Path,
     seed: int,
     resume: dict[str, Any] | None,
@@ -126,6 +128,8 @@ def fit(
 
     The model and `normalise` are on their device. Every update seeds torch with (seed, update, rank), so
     the random state of a run is its update counter.
+    on_failure: whether unreadable videos count as wrong in validation, or are left out ("exclude").
+    max_unreadable: share of an epoch's videos; with more unreadable ones the run stops.
     resume: contents of a checkpoint to continue from.
     details: what else belongs into checkpoints: class names, resolved settings.
     """
@@ -166,7 +170,17 @@ def fit(
     log = RunLog(output, epochs_done=run.epoch)
     details = details | {"random": {"seed": seed, "rule": "(seed, update, rank)"}}
     while run.epoch < config.epochs:
-        figures, failures = _epoch(run, normalise, mix, train_loader, config, log, seed=seed, bf16=bf16)
+        figures, failures = _epoch(
+            run,
+            normalise,
+            mix,
+            train_loader,
+            config,
+            log,
+            seed=seed,
+            bf16=bf16,
+            max_unreadable=max_unreadable,
+        )
         run.epoch += 1
         scores = None
         due = run.epoch % config.eval_every == 0 or run.epoch == config.epochs
@@ -179,6 +193,7 @@ def fit(
                 num_classes=num_classes,
                 view_batch=view_batch,
                 bf16=bf16,
+                on_failure=on_failure,
                 title="validating",
             )
         _close_epoch(run, figures, failures, scores, log, output, details)
@@ -205,12 +220,14 @@ def _epoch(
     *,
     seed: int,
     bf16: bool,
+    max_unreadable: float,
 ) -> tuple[dict[str, float], list[tuple[str, str]]]:
     """One pass over the training list -> its figures, and (path, cause) of what could not be read."""
     loader.sampler.epoch = run.epoch
     run.model.train()
     title = f"epoch {run.epoch + 1}/{config.epochs}"
     losses, failures, clips, waited = [], [], 0, 0.0
+    output = log.path.parent
     started = ready = time.perf_counter()
     with progress(total=len(loader), desc=title, unit="batch") as bar:
         for i, batch in enumerate(loader):
@@ -228,6 +245,7 @@ def _epoch(
             if whole:
                 _update(run, config)
                 if run.update % config.log_every == 0 or i + 1 == len(loader):
+                    gather_unreadable(failures, loader, max_unreadable, output, run.epoch + 1)
                     loss, passed = losses[-1].item(), time.perf_counter() - started
                     if not math.isfinite(loss):
                         remedy = "lower train.lr or set train.clip_grad"
@@ -243,10 +261,10 @@ def _epoch(
             bar.update()
             ready = time.perf_counter()
     seconds = time.perf_counter() - started
-    everywhere = distributed.gather((torch.stack(losses).mean().item(), failures))
-    failures = [failure for _, part in everywhere for failure in part]
+    everywhere = distributed.gather(torch.stack(losses).mean().item())
+    failures = gather_unreadable(failures, loader, max_unreadable, output, run.epoch + 1)
     figures = {
-        "loss": sum(loss for loss, _ in everywhere) / len(everywhere),
+        "loss": sum(everywhere) / len(everywhere),
         "lr": _lr(run),
         "clips_per_second": round(clips / seconds, 1),
         "data_wait": round(waited / seconds, 4),
@@ -315,15 +333,18 @@ def _close_epoch(
     if not distributed.is_main():
         return
     validation = {f"val_{key}": metrics.get(key) for key in ("top1", "top5")}
+    validation["val_failed"] = None if scores is None else len(scores.failures)
     log.write("epoch", step=run.update, at=run.epoch, epoch=run.epoch, **figures, **validation)
     if top1 is not None:
         print(
             f"epoch {run.epoch}: loss {figures['loss']:.4f}, one-view top-1 {top1:.2%}, best {run.best:.2%}"
         )
-    if failures:
-        with open(output / "unreadable.csv", "a", newline="") as file:
-            csv.writer(file).writerows((run.epoch, *failure) for failure in failures)
-        print(f"epoch {run.epoch}: {len(failures)} unreadable videos, see {file.name}")
+    note_unreadable(output, run.epoch, failures)
+    if scores is not None and scores.failures:
+        print(
+            f"epoch {run.epoch}: validation could not read {len(scores.failures)} videos, "
+            f"the first: {next(iter(scores.failures.values()))}"
+        )
     state = run.state() | details
     checkpoint.save(output / "last.pt", state)
     if better:

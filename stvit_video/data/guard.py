@@ -1,0 +1,236 @@
+"""Calls that may hang or crash, made in a child process that can be killed and replaced.
+
+Python cannot interrupt a native call (a decoder on a bad file), but the kernel can end a process. The child
+is a fork, made when it is first needed; results come back through shared memory.
+"""
+
+import ctypes
+import mmap
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+
+SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
+
+class GivenUp(Exception):
+    """A call that took too long, or whose process died: the message says which."""
+
+
+class Guard:
+    """guard(*args) is function(*args), or GivenUp after `timeout` seconds; the next call is as the first.
+
+    What the function raises is raised here: an InputError as it is, anything else as a RuntimeError with
+    its traceback. Arrays of a result arrive as copies, anything else pickled. One call at a time.
+    """
+
+    def __init__(self, function: Callable, timeout: float):
+        if not hasattr(os, "fork"):
+            raise InputError("data.timeout needs a system that can fork processes; null: no guard")
+        self.function, self.timeout = function, timeout
+        self._child: Child | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any) -> Any:
+        with self._lock:
+            # Away while it works: after an interruption its late answer must not pass for the next one.
+            child, self._child = self._child, None
+            if child is None or not child.lives():
+                child = Child(self.function)
+            try:
+                child.send(args)
+                if not child.link.poll(self.timeout):
+                    raise GivenUp(_too_long(self.timeout))
+                answer = child.answer()
+            except BaseException:
+                child.end()
+                raise
+            self._child = child
+        return answer()
+
+    def close(self) -> None:
+        self._child = None
+
+    def __reduce__(self):  # to another process goes the recipe, not the child
+        return Guard, (self.function, self.timeout)
+
+
+def guarded_map(
+    function: Callable, items: Iterable, *, workers: int, timeout: float | None
+) -> Iterator[tuple[Any, Any]]:
+    """(item, function(item) or the GivenUp) of each item, as they come, `workers` at a time."""
+    waiting, idle = deque(items), []
+    working: dict[Connection, tuple[Child, Any, float]] = {}
+    try:
+        while waiting or working:
+            while waiting and len(working) < workers:
+                child = idle.pop() if idle else Child(function)
+                item = waiting.popleft()
+                child.send((item,))
+                working[child.link] = child, item, time.monotonic() + (timeout or float("inf"))
+            soonest = min(deadline for *_, deadline in working.values()) - time.monotonic()
+            for link in wait(list(working), None if timeout is None else max(soonest, 0)):
+                child, item, _ = working.pop(link)
+                try:
+                    answer = child.answer()
+                except GivenUp as crash:
+                    yield item, crash
+                else:
+                    idle.append(child)
+                    yield item, answer()
+            for link, (child, item, deadline) in list(working.items()):
+                if deadline < time.monotonic() and not link.poll():
+                    del working[link]
+                    child.end()
+                    yield item, GivenUp(_too_long(timeout))
+    finally:
+        for child in (*idle, *(child for child, *_ in working.values())):
+            child.end()
+
+
+class Child:
+    """A process that answers calls of one function, one after the other."""
+
+    def __init__(self, function: Callable):
+        self.link, its_link = Pipe()
+        self.memory = SharedMemory()
+        self.owner = os.getpid()
+        self.pid = os.fork()
+        if not self.pid:
+            self.link.close()
+            _serve(function, its_link, self.memory, self.owner)
+        its_link.close()
+
+    def lives(self) -> bool:
+        """Whether it is this process's child, and has not ended (it ends with the thread that made it)."""
+        return self.owner == os.getpid() and self._status() is None
+
+    def send(self, args: tuple) -> None:
+        self.link.send(args)
+
+    def answer(self) -> Callable[[], Any]:
+        """What returns or raises what the function did. Raises GivenUp where the process crashed."""
+        try:
+            outcome, content, sizes = self.link.recv()
+        except (EOFError, ConnectionError):
+            raise GivenUp(f"the decoder crashed ({self.end(patience=1)})") from None
+        if outcome == "returned":
+            result = pickle.loads(content, buffers=self.memory.read(sizes))
+            return lambda: result
+        return lambda: _raise(content)
+
+    def end(self, patience: float = 0.0) -> str:
+        """Reap it, killed if it does not end by itself within `patience` seconds; -> how it ended."""
+        if self.owner != os.getpid() or not self.pid:
+            return "gone"
+        status = self._wait(patience)
+        if status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            status = self._wait(1)  # no longer: in a dead network file system not even this ends a process
+        self.link.close()
+        if status is None:
+            return "cannot be killed"
+        return f"signal {-status}" if status < 0 else f"exit code {status}"
+
+    def _wait(self, seconds: float) -> int | None:
+        give_up = time.monotonic() + seconds
+        while (status := self._status()) is None and time.monotonic() < give_up:
+            time.sleep(0.001)
+        return status
+
+    def _status(self) -> int | None:
+        """Exit code, or minus the signal; None while it lives."""
+        try:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:  # reaped by someone else
+            self.pid = 0
+            return 0
+        if not pid:
+            return None
+        self.pid = 0
+        return os.waitstatus_to_exitcode(status)
+
+    def __del__(self):
+        if getattr(self, "pid", 0):
+            self.end()
+
+
+class SharedMemory:
+    """Bytes from child to parent: nameless memory that both map, as large as the largest result so far."""
+
+    def __init__(self):
+        # not in /dev/shm, which containers keep small
+        nameless = hasattr(os, "memfd_create")
+        self.file = os.fdopen(os.memfd_create("clips"), "r+b") if nameless else tempfile.TemporaryFile()  # noqa: SIM115
+        self.size = 0
+
+    def write(self, buffers: list[pickle.PickleBuffer]) -> list[int]:
+        """Called by the child; -> the sizes of the buffers."""
+        parts = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+        sizes = [part.size for part in parts]
+        if sum(sizes) > self.size:
+            self.file.truncate(sum(sizes))
+        start, whole = 0, self._map(sum(sizes))
+        for part in parts:
+            whole[start : start + part.size] = part
+            start += part.size
+        return sizes
+
+    def read(self, sizes: list[int]) -> list[np.ndarray]:
+        """Called by the parent; -> copies, which the next result does not touch."""
+        whole = self._map(sum(sizes))
+        ends = np.cumsum(sizes).tolist()
+        return [whole[end - size : end].copy() for end, size in zip(ends, sizes, strict=True)]
+
+    def _map(self, size: int) -> np.ndarray:
+        if size > self.size:
+            self._mapped, self.size = mmap.mmap(self.file.fileno(), size), size
+        return np.frombuffer(self._mapped, np.uint8) if self.size else np.empty(0, np.uint8)
+
+
+def _serve(function: Callable, link: Connection, memory: SharedMemory, parent: int) -> NoReturn:
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends this process
+        for number in (signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+        torch.set_num_threads(1)  # the parent's pool of threads is not in a fork
+        while os.getppid() == parent:
+            args = link.recv()
+            buffers: list[pickle.PickleBuffer] = []
+            try:
+                result = pickle.dumps(function(*args), 5, buffer_callback=buffers.append)
+                answer = ("returned", result, memory.write(buffers))
+            except InputError as error:
+                answer = ("refused", error, [])
+            except Exception as error:  # whatever it is, the parent raises it
+                answer = ("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}", [])
+            link.send(answer)
+    except (EOFError, ConnectionError):
+        pass  # the parent has gone, or closed
+    finally:
+        os._exit(0)
+
+
+def _raise(content: InputError | str) -> NoReturn:
+    raise content if isinstance(content, InputError) else RuntimeError(content)
+
+
+def _too_long(timeout: float) -> str:
+    return f"took longer than {timeout:g} s (data.timeout)"
