@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from .config import Config, ConfigError, DataConfig
 from .data.annotations import Row, Rows, mirrored_classes, read_rows
-from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader
+from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
+from .data.shards import find_shards
 from .data.transforms import Normalise, TestTransform, TrainTransform
 from .data.views import Sampling, TestViews, TrainViews
 from .engine import distributed
@@ -70,7 +71,7 @@ def read_split(
         raise ConfigError(f"data.{split} is not set: a list file or a folder of class folders")
     if data.decoder == "decord" and find_spec("decord") is None:
         raise ConfigError("data.decoder=decord is not installed: pip install decord")
-    if data.preset == "demo":
+    if data.preset == "demo" and not find_shards(path):
         _prepare_demo(Path(path))
     if class_names is None and data.class_names is not None:
         class_names = _read_names(data.class_names)
@@ -149,6 +150,8 @@ def build_train_loader(
         seed=config.seed,
         rank=distributed.rank(),
         world=distributed.world(),
+        shards=shards_of(rows),
+        buffer=data.shuffle_buffer,
     )
     return _loader(config, dataset, sampler, config.train.batch_size, device)
 
