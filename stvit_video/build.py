@@ -1,6 +1,7 @@
 """The only place where settings become objects."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .config import Config, ConfigError, DataConfig
-from .data.annotations import Row, Rows, mirrored_classes, read_rows
+from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
 from .data.shards import find_shards
@@ -71,7 +72,7 @@ def read_split(
         raise ConfigError(f"data.{split} is not set: a list file or a folder of class folders")
     if data.decoder == "decord" and find_spec("decord") is None:
         raise ConfigError("data.decoder=decord is not installed: pip install decord")
-    if data.preset == "demo" and not find_shards(path):
+    if data.preset == "demo":
         _prepare_demo(Path(path))
     if class_names is None and data.class_names is not None:
         class_names = _read_names(data.class_names)
@@ -90,9 +91,45 @@ def read_split(
     return rows, list(names)
 
 
+def read_lists(config: Config) -> tuple[dict[str, list[Row]], list[str], dict[str, ListError]]:
+    """For checking: the rows of each list that is set, the class names, and the lists with unknown classes.
+
+    Labels are as the lists have them, also beyond the class names; where a list names a class that is
+    unknown its rows have none. Raises ConfigError or ListError for lists that cannot be read at all.
+    """
+    data = config.data
+    names = None if data.class_names is None else _read_names(data.class_names)
+    splits: dict[str, list[Row]] = {}
+    unknown: dict[str, ListError] = {}
+    for split in ("train", "val", "test"):
+        path = getattr(data, split)
+        if path is None:
+            continue
+        if data.preset == "demo":
+            _prepare_demo(Path(path))
+        options = {"root": data.root, "labels": data.labels}
+        rows = read_rows(path, **options)
+        if names is not None and rows.class_names is not None:
+            try:
+                rows = read_rows(path, **options, class_names=names)
+            except ListError as error:
+                unknown[split] = error
+                rows = Rows(replace(row, label=None) for row in rows)
+        if names is None:
+            highest = max((row.label for row in rows if row.label is not None), default=0)
+            names = rows.class_names or [str(i) for i in range(data.num_classes or highest + 1)]
+        splits[split] = rows
+    if not splits:
+        raise ConfigError("none of data.train, data.val and data.test is set: nothing to check")
+    if data.num_classes not in (None, len(names)):
+        raise ConfigError(f"data.num_classes={data.num_classes}, but there are {len(names)} class names")
+    return splits, names, unknown
+
+
 def _prepare_demo(path: Path) -> None:
-    """Render the demo set where the list is to be, unless something else lies there."""
-    if distributed.is_main() and (is_demo(path.parent) or not path.exists()):
+    """Render the demo set where the list is to be, unless something else lies there, or shards do."""
+    absent = not path.exists() and not find_shards(path)
+    if distributed.is_main() and (is_demo(path.parent) or absent):
         prepare_demo(path.parent)
     distributed.barrier()
 

@@ -1,6 +1,7 @@
-"""The commands: train, test, predict, shards. What `tools/` and the installed scripts call."""
+"""The commands: train, test, predict, check, shards. What `tools/` and the installed scripts call."""
 
 import argparse
+import csv
 import json
 import random
 import shutil
@@ -17,11 +18,13 @@ from tqdm import tqdm
 
 from . import build
 from .config import Config, ConfigError, make_parser, parse, resolve, to_dict
+from .data.check import FileCheck, Finding, check_files, check_labels, summary
 from .data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
 from .data.write_shards import write_shards
 from .engine import checkpoint as checkpoints
 from .engine import distributed
 from .engine.evaluate import evaluate, use_bf16, write_report
+from .engine.logs import progress
 from .engine.train import fit
 from .errors import InputError
 from .models.zoo import multiply_adds
@@ -209,6 +212,44 @@ def predict(args: Sequence[str]) -> None:
         np.savez(options.features, **features)
     if failed:
         sys.exit(1)
+
+
+@command
+def check(args: Sequence[str]) -> None:
+    """Check the lists of a config: files missing, unreadable, short or twice there, and wrong labels.
+
+    Exit code 0: all is well; 1: problems, each a line of the csv; 2: settings or a list that make no sense.
+    """
+    parser = make_parser(check.__doc__)
+    parser.add_argument("--thorough", action="store_true", help="Decode every frame, not only the first.")
+    parser.add_argument("--csv", metavar="FILE", help="Where findings go; default: OUTPUT/check.csv.")
+    config, flags = parse(parser, args)
+    data = resolve(config).data
+    splits, class_names, unknown = build.read_lists(resolve(config))
+    path = Path(flags.csv or Path(config.output, "check.csv"))
+    _make_folder(path.parent)
+    findings = [Finding(split, "", "mislabelled", str(error)) for split, error in unknown.items()]
+    findings += check_labels(splits, class_names)
+    files = {row.path for rows in splits.values() for row in rows}
+    with progress(total=len(files), desc="checking", unit="file") as bar:
+        findings += check_files(
+            splits,
+            FileCheck(data.decoder, flags.thorough),
+            workers=max(data.workers, 1),
+            timeout=data.timeout,
+            tick=bar.update,
+        )
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(Finding._fields)
+        writer.writerows(findings)
+    print(summary(splits, findings))
+    for finding in findings[:10]:
+        print(f"{finding.kind}: {finding.cause}")
+    if findings:
+        print(f"{len(findings)} findings, all in {path}")
+        sys.exit(1)
+    print("all is well" if flags.thorough else "nothing found; --thorough decodes every frame")
 
 
 @command

@@ -338,7 +338,7 @@ def _check_file(path: str) -> None:
     parser = make_parser("")  # without a command's own flags, which are no settings
     try:
         with open(path) as file:
-            values = yaml.safe_load(file)
+            values = yaml.safe_load(file)  # plain values only: a tag that names code is an error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not a readable YAML file: {_one_line(error)}") from None
     if not isinstance(values, dict):
@@ -351,18 +351,24 @@ def _check_file(path: str) -> None:
 
 
 def _check_keys(values: dict[str, Any], parser: ArgumentParser, source: str) -> None:
-    known = _known_keys(parser)
-    for key in _flat_keys(values):
+    known = _known_keys(parser) - {"cfg"}  # one file does not draw in another
+    try:
+        flat = _flat(values)
+    except RecursionError:
+        raise ConfigError(f"{source}: a mapping in it holds itself") from None
+    for key, value in flat.items():
         if key not in known:
             raise ConfigError(f"{source}: unknown key {key}{nearest(key, known)}")
+        if isinstance(value, str) and "${" in value:
+            raise ConfigError(f"{source}: {key}={value}: settings are plain values, nothing is filled in")
 
 
-def _flat_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
     for key, value in values.items():
         key = f"{prefix}{key}"
-        keys += _flat_keys(value, key + ".") if isinstance(value, dict) else [key]
-    return keys
+        flat |= _flat(value, key + ".") if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _known_keys(parser: ArgumentParser) -> set[str]:

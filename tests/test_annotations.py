@@ -84,13 +84,15 @@ def test_doubled_quotes_in_a_quoted_path(write):
 
 def test_relative_paths_lie_in_root_else_here_else_beside_the_list(write, tmp_path, monkeypatch):
     path = write("a.mp4 0\n/abs/b.mp4 1\nc.mp4 2\n")
+    inside = write("a.mp4 0\n/videos/b.mp4 1\nc.mp4 2\n", "inside.txt")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
     def paths(**kwargs):
         return [row.path for row in read_rows(path, **kwargs)]
 
-    assert paths(root="/videos") == ["/videos/a.mp4", "/abs/b.mp4", "/videos/c.mp4"]
+    found = [row.path for row in read_rows(inside, root="/videos")]
+    assert found == ["/videos/a.mp4", "/videos/b.mp4", "/videos/c.mp4"]
     assert paths() == [f"{tmp_path}/a.mp4", "/abs/b.mp4", f"{tmp_path}/c.mp4"]
     write.touch("here/c.mp4")  # not the first: no vote
     assert paths() == [f"{tmp_path}/a.mp4", "/abs/b.mp4", f"{tmp_path}/c.mp4"]
@@ -168,6 +170,54 @@ def test_unreadable_files(write, tmp_path):
     check_error(["none.txt: found No such file", "expected"], tmp_path / "none.txt")
     parts = ["list.txt:3: found byte 0xe9, expected UTF-8"]
     check_error(parts, write(b"a.mp4 0\nb.mp4 1\ncaf\xe9.mp4 2\n"))
+
+
+# Paths stay inside root
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../b.mp4",
+        "/abs/b.mp4",
+        "x/../b.mp4",
+        "x/../../b.mp4",
+        "/videos/../b.mp4",
+        "/videosother/b.mp4",
+        "..",
+    ],
+)
+@pytest.mark.parametrize("root", ["/videos", "videos", "/videos/"])
+def test_a_path_that_leaves_root_is_refused_by_name(write, name, root):
+    if root == "videos" and name == "/videos/../b.mp4":
+        name = f"{os.getcwd()}/videos/../b.mp4"
+    path = write(f"a.mp4 0\n\n{name} 1\n")
+    check_error(["list.txt:3: found path", "b.mp4" if "b" in name else "..", f"data.root={root}"],
+                path, root=root)  # fmt: skip
+    read_rows(path)  # without a root lists are free
+
+
+def test_frame_folders_csv_and_json_stay_inside_root_too(write):
+    check_error(["list.txt:2: found path"], write("a 3 0\n../b 3 1\n"), root="/f")
+    kinetics = write(HEADER + "x,a,1,11,val\n../../etc,b,1,11,val\n", "k.csv")
+    check_error(["k.csv:3: found path '/k/../../etc/b_"], kinetics, root="/k")
+    items = [{"id": "1", "template": "x"}, {"id": "../1", "template": "x"}]
+    path = write(items, "s.json")
+    check_error(["s.json: item 1: found path '/v/../1.webm'"], path, root="/v", class_names=["x"])
+
+
+def test_roots_may_climb_and_links_in_them_may_lead_elsewhere(write, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "videos").symlink_to(tmp_path / "disk")
+    write.touch("disk/a.mp4")
+    monkeypatch.chdir(tmp_path / "here")
+    path = write("a.mp4 0\n./b..c.mp4 1\n")
+    assert [row.path for row in read_rows(path, root="../videos")] == [
+        "../videos/a.mp4",
+        "../videos/./b..c.mp4",
+    ]
+    check_error(["list2.txt:1: found path"], write("../c.mp4 0\n", "list2.txt"), root="../videos")
 
 
 # Kinetics csv

@@ -1,4 +1,5 @@
 import dataclasses
+import typing
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from stvit_video.config import (
     ConfigError,
     DataConfig,
     EvalConfig,
+    ModelConfig,
     from_dict,
     make_parser,
     parse,
     resolve,
     to_dict,
 )
+from stvit_video.engine.train import TrainConfig
 
 
 def read(*args):
@@ -53,9 +56,22 @@ def test_the_command_line_overrides_the_file(settings):
         ("train: [", ["settings.yaml", "YAML"]),
         ("data: {decoder: gstreamer}", ["settings.yaml", "data.decoder", "gstreamer"]),
         ("model: {class_path: os.system}", ["settings.yaml", "model.class_path"]),
+        ("model: {class_path: os.system, init_args: {command: id}}", ["unknown key model.class_path"]),
+        ("model: {name: {class_path: os.system}}", ["unknown key model.name.class_path"]),
+        ("data: {mean: [{class_path: os.system}, 0, 0]}", ["settings.yaml", "data.mean"]),
+        ("class_path: os.system", ["unknown key class_path"]),
+        ("!!python/object/apply:os.system ['id']", ["settings.yaml", "YAML", "python/object/apply"]),
+        ("output: !!python/object/apply:os.system ['id']", ["settings.yaml", "YAML", "os.system"]),
+        ("output: !!python/name:os.system", ["settings.yaml", "YAML", "python/name"]),
+        ("output: !!python/module:os", ["settings.yaml", "YAML", "python/module"]),
+        ("output: ${HOME}/runs", ["settings.yaml", "output=${HOME}/runs", "plain values"]),
+        ("train: {lr: '${oc.env:LR}'}", ["settings.yaml", "train.lr", "plain values"]),
+        ("cfg: other.yaml", ["unknown key cfg"]),
+        ("model: &a {x: *a}", ["settings.yaml", "holds itself"]),
     ],
 )
 def test_errors_in_a_file_name_file_and_key(settings, text, parts):
+    """Among them: settings are data, and nothing in a file can name code to import or run."""
     with pytest.raises(ConfigError) as error:
         read("--cfg", settings(text))
     assert "\n" not in str(error.value)
@@ -77,6 +93,31 @@ def test_errors_on_the_command_line(args, parts):
         read(*args)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["os.system", "torch.load", "stvit_video.cli.train", "__import__('os')"])
+def test_a_model_is_a_name_of_the_zoo(settings, name):
+    config = resolve(read("--cfg", settings(yaml.safe_dump({"model": {"name": name}}))))
+    with pytest.raises(ConfigError, match="model: .*unknown model") as error:
+        build.build_model(config, 3)
+    assert "\n" not in str(error.value)
+
+
+def test_no_setting_takes_an_object():
+    """Every value is a string, a number, a flag, null or a tuple of these: jsonargparse imports nothing."""
+    plain = (str, int, float, bool, type(None), ...)
+
+    def check(hint):
+        arguments = typing.get_args(hint)
+        if typing.get_origin(hint) is typing.Literal:
+            return
+        assert hint in plain or arguments, hint
+        for argument in arguments:
+            check(argument)
+
+    for kind in (ModelConfig, DataConfig, EvalConfig, TrainConfig):
+        for hint in typing.get_type_hints(kind).values():
+            check(hint)
 
 
 def test_help_tells_every_key(capsys):

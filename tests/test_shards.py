@@ -249,11 +249,15 @@ def test_a_shard_that_changed_is_a_decode_error(tmp_path):
 
 @pytest.mark.parametrize("decoder", ["av", "decord"])
 @pytest.mark.parametrize("text", ["", "no video", "ffconcat version 1.0\nfile clip.mp4\n", "#EXTM3U\n"])
-def test_contents_that_are_no_video(tmp_path, decoder, text):
-    """A playlist would have the decoder read other files."""
+def test_what_is_no_video(tmp_path, demo_root, decoder, text):
+    """In a shard or a file; a playlist would have the decoder show other files."""
+    (tmp_path / "clip.mp4").write_bytes(next(demo_root.glob("test/*/*.mp4")).read_bytes())
     row = read_rows(make_tar(tmp_path / "a.tar", {"a.mp4": text.encode()}))[0]
     with pytest.raises(DecodeError, match=r"a\.tar/a\.mp4: "):
         opened(row, decoder)
+    (tmp_path / "a.mp4").write_text(text)
+    with pytest.raises(DecodeError, match=r"a\.mp4: "):
+        open_video(tmp_path / "a.mp4", decoder)
 
 
 def test_images(tmp_path):
@@ -401,3 +405,13 @@ def test_a_pattern_that_the_shell_expanded(root, capsys):
     shards = [f"--data.train={root}/train/0000{i}.tar" for i in range(2)]
     assert run(cli.train, *shards, f"--output={root}/never") == 2
     assert "quote" in capsys.readouterr().err
+
+
+def test_checking(tmp_path, root, demo_root, capsys):
+    args = [f"--data.train={root}/train", f"--data.val={root}/test", f"--output={tmp_path}"]
+    assert run(cli.check, *args) == 0, capsys.readouterr()
+    test = read_rows(root / "test")
+    write_shards([*test, read_rows(root / "train")[0]], tmp_path / "both", class_names=test.class_names)
+    assert run(cli.check, *args, f"--data.test={tmp_path}/both") == 1
+    found = [row["kind"] for row in csv.DictReader((tmp_path / "check.csv").read_text().splitlines())]
+    assert found == ["duplicate"] * 12

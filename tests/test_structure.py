@@ -64,7 +64,7 @@ def test_every_recipe_builds_its_model_and_data(path):
     assert path.read_text().startswith("#"), "a recipe begins with its command, cost and result"
 
 
-@pytest.mark.parametrize("tool", ["train_net", "test_net", "predict", "make_shards"])
+@pytest.mark.parametrize("tool", ["train_net", "test_net", "predict", "check_data", "make_shards"])
 def test_every_tool_runs(tool):
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / f"{tool}.py", "--help"], capture_output=True, text=True

@@ -74,8 +74,9 @@ def read_rows(
     """Rows of a list file, a folder of class folders, or WebDataset shards (`find_shards`), in order.
 
     root: folder of the videos, needed for the Kinetics csv and the Something-Something json.
-        Lines of a list may hold absolute paths; relative ones lie in root. Without root they lie
-        in the current directory if the first relative one exists there, else in the list's folder:
+        Relative paths lie in root, absolute ones must, and none may hold "..": a list reaches nothing
+        outside it but through links that lie there. Without root absolute paths are free, and relative
+        ones lie in the current directory if the first of them exists there, else in the list's folder:
         decided once for all lines. Class folders and shards need no root and ignore it.
     labels: labels json of a Something-Something list, by default the one beside the list.
     class_names: names by class id. They decide the ids where classes are named (instead of sorted
@@ -97,12 +98,12 @@ def read_rows(
     if not first:
         raise ListError(f"{path}: found an empty file, expected a list of videos")
     if is_json:
-        entries = _something(path, text, root)
+        entries = _inside(root, _something(path, text, root))
         if names is None:
             names = _something_names(path, labels, needed=any(name for _, _, name in entries))
         return _by_name(entries, names)
     if {"youtube_id", "time_start"} & {field.strip(' "') for field in first.split(",")}:
-        return _by_name(_kinetics(path, text, root), names)
+        return _by_name(_inside(root, _kinetics(path, text, root)), names)
     return _numbered(path, text, root, names)
 
 
@@ -126,7 +127,7 @@ def _numbered(path: Path, text: str, root: StrPath | None, names: list[str] | No
     Where every line ends in two integers and no path in a media suffix these are frame folders,
     unless of a first line "dir 12 3" there is a "dir 12" on disk and no "dir".
     """
-    lines = []
+    lines, places = [], []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -143,6 +144,7 @@ def _numbered(path: Path, text: str, root: StrPath | None, names: list[str] | No
                 "the number of class names (labels start at 0)"
             )
         lines.append((_unquote(file), int(label), _unquote(folder), count))
+        places.append(f"{path}:{number}")
 
     bases = ["", path.parent] if root is None else [root]
 
@@ -157,7 +159,21 @@ def _numbered(path: Path, text: str, root: StrPath | None, names: list[str] | No
         rows = [(file, label, None) for file, label, *_ in lines]
     relative = next((file for file, *_ in rows if not os.path.isabs(file)), "")
     base = (on_disk(relative) or bases[-1:])[0]
-    return Rows((Row(os.path.join(base, file), *rest) for file, *rest in rows), names)
+    files = [os.path.join(base, file) for file, *_ in rows]
+    _inside(root, [(place, file, "") for place, file in zip(places, files, strict=True)])
+    return Rows((Row(file, *rest) for file, (_, *rest) in zip(files, rows, strict=True)), names)
+
+
+def _inside(root: StrPath | None, entries: list[Entry]) -> list[Entry]:
+    """The entries, none of which may leave root, by the letter of its path; links are not followed."""
+    if root is not None:
+        base = os.path.abspath(root)
+        for where, file, _ in entries:
+            outside = os.path.commonpath([base, os.path.abspath(file)]) != base
+            # root itself may hold "..", but not what the list adds: a/../b is not b where a is a link
+            if outside or Path(file).parts.count("..") > Path(root).parts.count(".."):
+                raise ListError(f"{where}: found path {file!r}, expected one inside data.root={root}")
+    return entries
 
 
 def _by_name(entries: Sequence[Entry], names: list[str] | None) -> Rows:

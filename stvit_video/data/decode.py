@@ -7,17 +7,19 @@ whatever order. What cannot be read raises DecodeError; no other frame takes its
 import bisect
 import contextlib
 import io
+import itertools
 import operator
 import os
 import re
 import stat
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import av
 import numpy as np
 import torch
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -35,7 +37,7 @@ DECODERS = ("av", "decord")
 HIDING_CODECS = frozenset(("vp8", "mpeg4"))
 # Containers where a seek ends at the key frame asked for; elsewhere it may end at the start.
 SEEKABLE = frozenset(("avi", "matroska", "mov", "mpegts"))
-# Lists of other files (HLS, concat) that FFmpeg would follow out of the file that was asked for.
+# Lists of other files (HLS, concat): FFmpeg would show those, from anywhere, for the one asked for.
 PLAYLISTS = (b"#EXTM3U", b"ffconcat version")
 HIGHEST_RATE = 480  # frames/s; more (1000, 90000) is the clock of the container, not a rate
 
@@ -94,17 +96,26 @@ def open_video(
         raise DecodeError(f"{path}: empty file")
     if files:
         return FrameFolder(path, files)
+    try:
+        with open(path, "rb") as file:
+            _refuse_playlist(path, file.read(32))
+    except OSError as error:
+        raise DecodeError(f"{path}: {_cause(error)}") from error
     return AvVideo(path, threads) if decoder == "av" else DecordVideo(path, threads)
 
 
 def _open_contents(path: Path, decoder: str, threads: int, contents: bytes) -> Video:
     if not contents:
         raise DecodeError(f"{path}: empty file")
-    if contents.startswith(PLAYLISTS):
-        raise DecodeError(f"{path}: a playlist of other files, not a video")
     if _is_image(path):
         return FrameFolder(path, [path], contents)
+    _refuse_playlist(path, contents)
     return AvVideo(path, threads, contents) if decoder == "av" else DecordVideo(path, threads, contents)
+
+
+def _refuse_playlist(path: Path, start: bytes) -> None:
+    if start.startswith(PLAYLISTS):
+        raise DecodeError(f"{path}: a playlist of other files, not a video")
 
 
 class _Named(io.BytesIO):
@@ -120,6 +131,7 @@ class _Frames(Video):
 
     path: Path
     fps = 0.0
+    shortage: str | None = None  # what the header promises and the file does not hold: it was cut off
 
     def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
         """Rising indices, each once -> (index, uint8 (H, W, 3)) for each, in any order."""
@@ -198,41 +210,44 @@ class AvVideo(_Frames):
         # With av.logging.set_level these threads log through Python and may block for good: leave it off.
         self.path, self.threads, self.contents = path, threads, contents
         with self._open() as (container, stream):
-            packets = [
-                (packet.pts, packet.dts, packet.is_keyframe, packet.is_discard, packet.is_corrupt)
-                for packet in container.demux(stream)
-                if packet.size
-            ]
+            packets = [_Listed.of(packet) for packet in container.demux(stream) if packet.size]
             rate, unit = stream.average_rate, stream.time_base
             hides = stream.codec_context.name in HIDING_CODECS
             reorders = stream.codec_context.has_b_frames
             kind = container.format.name.partition(",")[0]
-        times = [pts for pts, *_ in packets]
-        shown = [pts for pts, _, _, discard, _ in packets if not discard]
+            self.shortage = _shortage(container, stream, packets)
+        times = [packet.pts for packet in packets]
+        shown = [packet.pts for packet in packets if not packet.discard]
         self._index: dict[int, int] = {}  # timestamp -> frame; empty: known by place
+        self._packets: dict[int, _Listed] = {}  # by timestamp
         self._keys: list[tuple[int, int]] = []  # (frame, where to seek to) of the key frames
+        self._places: dict[int, int] = {}  # frame -> its place in the order of decoding
+        self._until: dict[int, int] = {}  # frame -> the last one shown of those decoded up to it
         if (
             shown
             and not hides
             and None not in times
             and len(set(shown)) == len(shown)
-            and not any(corrupt for *_, corrupt in packets)
+            and not any(packet.corrupt for packet in packets)
             # frames in front of the first key frame refer to what is not there, and do not come out
-            and packets[0][2]
+            and packets[0].key
             and times[0] == min(times)
             # AVI stores no times: they are made up, in the order of decoding
             and not (reorders and times == sorted(times))
         ):
             shown.sort()
             self._index = {pts: index for index, pts in enumerate(shown)}
+            self._packets = {packet.pts: packet for packet in packets}
+            decoded = [self._index[packet.pts] for packet in packets if not packet.discard]
+            self._places = {index: place for place, index in enumerate(decoded)}
+            self._until = dict(zip(decoded, itertools.accumulate(decoded, max), strict=True))
             # A seek in Matroska goes by pts, elsewhere by dts; in MP4 by dts plus what the first
             # frame shown has between the two, as an edit list moves both.
-            leads = (pts - dts for pts, dts, _, discard, _ in packets if not discard)
-            lead = next(leads) if kind == "mov" else 0
+            lead = next(p.pts - p.dts for p in packets if not p.discard) if kind == "mov" else 0
             self._keys = sorted(
-                (bisect.bisect_left(shown, pts), pts if kind == "matroska" else dts + lead)
-                for pts, dts, key, *_ in packets
-                if key and kind in SEEKABLE and dts is not None
+                (bisect.bisect_left(shown, p.pts), p.pts if kind == "matroska" else p.dts + lead)
+                for p in packets
+                if p.key and kind in SEEKABLE and p.dts is not None
             )
         self.num_frames = len(self._index) or self._count()
         self.fps = float(rate or 0)
@@ -302,31 +317,132 @@ class AvVideo(_Frames):
         with self._open() as (container, stream):
             rgb = VideoReformatter()
             for start, run in runs:
-                pending, cause, broken = set(run), "the decoder gives no such frame", False
+                pending, cause = set(run), "the decoder gives no such frame"
+                until = max(self._until.get(index, index) for index in run)
+                sound = _Sound(self._places, None if start is not None else 0)
                 try:
                     if start is not None:
                         container.seek(start, stream=stream)
-                    for place, frame in enumerate(container.decode(stream)):
+                    frames = self._after_seek(container, stream)
+                    if start is None:
+                        frames = container.decode(stream)
+                    for place, frame in enumerate(frames):
                         if start is not None and place == 0 and not frame.key_frame:
                             break  # a key frame to the container only: it lacks what it refers to
-                        broken = frame.is_corrupt or (broken and not frame.key_frame)
                         index = self._index.get(frame.pts) if self._index else place
-                        if index not in pending:
+                        if index is None:
                             continue
-                        pending.remove(index)
-                        if broken:
-                            missing[index] = "corrupt, or decoded from a corrupt frame"
-                        else:
-                            # Plain swscale, by the matrix and range that the file names: the very
-                            # levels of decord. Threads would cost more here than they save.
-                            pixels = rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
-                            yield index, np.rot90(pixels, round(frame.rotation / 90))
-                        if not pending:
+                        whole = sound.next(index, frame)
+                        if index in pending:
+                            pending.remove(index)
+                            if whole:
+                                # Plain swscale, by the matrix and range that the file names: the very
+                                # levels of decord. Threads would cost more here than they save.
+                                pixels = rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                                yield index, np.rot90(pixels, round(frame.rotation / 90))
+                            else:
+                                sound.spoilt.add(index)
+                        if not pending and index >= until and sound.settled(frame):
                             break
                 except av.FFmpegError as error:
                     cause = _cause(error)
                 missing |= dict.fromkeys(pending, cause)
+                missing |= dict.fromkeys(
+                    sound.spoilt.intersection(run), "corrupt, or decoded from a corrupt frame"
+                )
         return missing
+
+    def _after_seek(self, container, stream) -> Iterator[av.VideoFrame]:
+        """Frames from where a seek has ended, as long as their packets are those first listed.
+
+        In a damaged file the times may be others after a seek than on the way from its start.
+        """
+        for packet in container.demux(stream):
+            listed = self._packets.get(packet.pts)
+            if packet.size and (listed is None or (listed.place, listed.size) != (packet.pos, packet.size)):
+                return
+            yield from packet.decode()
+
+
+class _Listed(NamedTuple):
+    """What is known of a packet without decoding it."""
+
+    pts: int | None
+    dts: int | None
+    key: bool
+    discard: bool
+    corrupt: bool
+    place: int | None  # in the file, bytes
+    size: int
+    duration: int
+
+    @classmethod
+    def of(cls, packet: av.Packet) -> Self:
+        flags = packet.is_keyframe, packet.is_discard, packet.is_corrupt
+        return cls(packet.pts, packet.dts, *flags, packet.pos, packet.size, packet.duration or 0)
+
+
+def _shortage(container: av.container.InputContainer, stream, packets: list[_Listed]) -> str | None:
+    """Compare the header's duration with the end of the last packet.
+
+    A file with its header in front (fast start) and its end cut off is silently short for decoders. The
+    container's duration is that of its longest stream, perhaps sound, so half a second and 5% may lack.
+    """
+    ends = [packet.pts + packet.duration for packet in packets if packet.pts is not None]
+    rate, unit = float(stream.average_rate or 0), float(stream.time_base or 0)
+    if not (ends and rate and unit):
+        return None
+    if stream.duration:
+        promised = stream.duration * unit
+        lasts, slack = (max(ends) - (stream.start_time or 0)) * unit, 2.5 / rate
+    elif container.duration:
+        promised = container.duration / av.time_base
+        lasts = max(ends) * unit - (container.start_time or 0) / av.time_base
+        slack = max(0.5, 0.05 * promised)
+    else:
+        return None
+    if promised - lasts <= slack:
+        return None
+    return f"the header says {promised:.2f} s, the frames last {lasts:.2f} s"
+
+
+class _Sound:
+    """Which of the frames that a decoder gives, in the order shown, are sound.
+
+    Not sound are those that it flags corrupt or leaves out; those shown after them, up to the next key
+    frame; and those shown before them but decoded later, which may refer to them: so frames already passed
+    may turn out `spoilt`.
+
+    places: frame -> its place in the order of decoding; empty: not known. Then the B-frames directly in
+        front are taken for decoded later.
+    first: the frame to come first, None: any.
+    """
+
+    def __init__(self, places: dict[int, int], first: int | None):
+        self.places, self.first = places, first
+        self.passed: list[int] = []
+        self.spoilt: set[int] = set()
+        self.broken = False
+
+    def next(self, index: int, frame: av.VideoFrame) -> bool:
+        """Whether this one is sound, as far as is known now."""
+        bad = list(range(index if self.first is None else self.first, index))
+        if frame.is_corrupt:
+            bad.append(index)
+        self.first = index + 1
+        self.broken = frame.is_corrupt or ((self.broken or bool(bad)) and not frame.key_frame)
+        if bad:
+            earliest = min(self.places.get(i, -1) for i in bad)
+            self.spoilt.update(i for i in self.passed if self.places.get(i, 0) > earliest)
+        if not self.places and frame.pict_type != PictureType.B:
+            self.passed.clear()
+        else:
+            self.passed.append(index)
+        return not self.broken
+
+    def settled(self, frame: av.VideoFrame) -> bool:
+        """Whether nothing that follows `frame` can spoil what was passed."""
+        return bool(self.places) or frame.pict_type != PictureType.B
 
 
 class DecordVideo(_Frames):

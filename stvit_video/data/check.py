@@ -1,0 +1,134 @@
+"""What is wrong with the files and labels of lists, before a run trips over it."""
+
+import collections
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from .annotations import Row
+from .decode import DecodeError, open_video
+from .guard import GivenUp, guarded_map
+
+KINDS = ("missing", "unreadable", "short", "mislabelled", "duplicate")
+HEAD = 1 << 16  # bytes that tell contents apart, with the size
+MEMORY = 1 << 28  # bytes of frames decoded at a time
+
+
+class Finding(NamedTuple):
+    """Something wrong with a row of a list; kind is one of KINDS."""
+
+    split: str
+    path: str
+    kind: str
+    cause: str
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """Reads one row in a child process: -> (what is wrong or None, what its content is known by or None).
+
+    thorough: decode every frame; else open it and decode the first one.
+    """
+
+    decoder: str
+    thorough: bool
+
+    def __call__(self, row: Row) -> tuple[tuple[str, str] | None, str | None]:
+        if row.place is None and not os.path.lexists(row.path):
+            return ("missing", f"{row.path}: no such file"), None
+        try:
+            contents = row.contents()
+            with open_video(row.path, self.decoder, threads=1, contents=contents) as video:
+                identity = _identity(Path(row.path), contents)
+                if row.num_frames is not None and video.num_frames < row.num_frames:
+                    cause = f"the list says {row.num_frames} frames, there are {video.num_frames}"
+                    return ("short", f"{row.path}: {cause}"), identity
+                first = video.read([0])
+                step = max(16, MEMORY // first.numel())
+                for start in range(1, video.num_frames, step) if self.thorough else ():
+                    video.read(range(start, min(start + step, video.num_frames)))
+                if video.shortage:
+                    return ("short", f"{row.path}: {video.shortage}"), identity
+        except DecodeError as error:
+            return ("unreadable", str(error)), None
+        return None, identity
+
+
+def check_files(
+    splits: dict[str, Sequence[Row]],
+    check: FileCheck,
+    *,
+    workers: int,
+    timeout: float | None,
+    tick: Callable[[], object],
+) -> list[Finding]:
+    """What is wrong with the files, each looked at once, in the first split that has it; `tick` counts.
+
+    Of a content that two splits have, the file of the later one is told.
+    """
+    rows: dict[str, tuple[str, Row]] = {}
+    for split, listed in splits.items():
+        for row in listed:
+            rows.setdefault(row.path, (split, row))
+    findings, identities = [], {}
+    every = [row for _, row in rows.values()]
+    for row, result in guarded_map(check, every, workers=workers, timeout=timeout):
+        tick()
+        lost = isinstance(result, GivenUp)
+        wrong, identity = (("unreadable", f"{row.path}: {result}"), None) if lost else result
+        identities[row.path] = identity
+        if wrong is not None:
+            findings.append(Finding(rows[row.path][0], row.path, *wrong))
+    first: dict[str, str] = {}
+    for path, (split, _) in rows.items():
+        if identities[path] is None:
+            continue
+        twin = first.setdefault(identities[path], path)
+        on_disk = os.path.exists(twin) and os.path.exists(path)  # and not in a shard
+        if rows[twin][0] != split and not (on_disk and os.path.samefile(twin, path)):
+            cause = f"{path}: the same content as {twin} of {rows[twin][0]}"
+            findings.append(Finding(split, path, "duplicate", cause))
+    return findings
+
+
+def check_labels(splits: dict[str, Sequence[Row]], class_names: Sequence[str]) -> Iterator[Finding]:
+    """Labels out of range, classes without videos, and rows that stand in a list, or in two, twice."""
+    first: dict[str, str] = {}
+    for split, rows in splits.items():
+        labels = {row.label for row in rows if row.label is not None}
+        for row in rows:
+            if row.label is not None and not 0 <= row.label < len(class_names):
+                cause = f"{row.path}: label {row.label} is not below {len(class_names)}"
+                yield Finding(split, row.path, "mislabelled", cause)
+            path = os.path.realpath(row.path)
+            if path in first:
+                yield Finding(split, row.path, "duplicate", f"{row.path}: stands in {first[path]} already")
+            first.setdefault(path, split)
+        if labels:
+            for label in sorted(set(range(len(class_names))) - labels):
+                cause = f"class {label}, {class_names[label]!r}, has no videos in {split}"
+                yield Finding(split, "", "mislabelled", cause)
+
+
+def summary(splits: dict[str, Sequence[Row]], findings: Iterable[Finding]) -> str:
+    """A table: a line a split, a column a kind."""
+    counts = collections.Counter((finding.split, finding.kind) for finding in findings)
+    lines = ["split    videos" + "".join(f"{kind:>13}" for kind in KINDS)]
+    for split, rows in splits.items():
+        numbers = "".join(f"{counts[split, kind]:>13}" for kind in KINDS)
+        lines.append(f"{split:<7}{len(rows):>8}{numbers}")
+    return "\n".join(lines)
+
+
+def _identity(path: Path, contents: bytes | None) -> str | None:
+    """Size and hash of the first bytes of a file; None for a folder."""
+    if contents is not None:
+        return f"{len(contents)} {hashlib.blake2b(contents[:HEAD], digest_size=16).hexdigest()}"
+    if path.is_dir():
+        return None
+    with open(path, "rb") as file:
+        head = hashlib.blake2b(file.read(HEAD), digest_size=16).hexdigest()
+    return f"{path.stat().st_size} {head}"
