@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-image test lint clean
+.PHONY: demo demo-image demo-finetune test lint clean soak
 
 demo: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_stvit.yaml --overwrite
@@ -16,8 +16,18 @@ demo-image: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_image_control.yaml --overwrite
 	$(RUN) tools/test_net.py --cfg configs/demo_image_control.yaml --checkpoint runs/demo_image_control/best.pt
 
+# From an image checkpoint: still frames by shape first, then motion in fewer epochs; beside it the demo's curve.
+demo-finetune: $(VENV)/installed
+	$(RUN) tools/train_net.py --cfg configs/demo_image.yaml --overwrite
+	$(RUN) tools/train_net.py --cfg configs/demo_finetune.yaml --overwrite
+	$(RUN) tools/test_net.py --cfg configs/demo_finetune.yaml --checkpoint runs/demo_finetune/best.pt
+
 test: lint
 	$(RUN) -m pytest
+
+# The long forms: a thousand damaged files, thousands of clips.
+soak: $(VENV)/installed
+	$(RUN) -m pytest -m slow -s
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -24,7 +24,8 @@ from .data.write_shards import write_shards
 from .engine import checkpoint as checkpoints
 from .engine import distributed
 from .engine.evaluate import evaluate, use_bf16, write_report
-from .engine.logs import progress
+from .engine.figures import draw_comparison
+from .engine.logs import progress, read_log
 from .engine.train import fit
 from .errors import InputError
 from .models.zoo import multiply_adds
@@ -55,16 +56,14 @@ def command(function):
 def train(args: Sequence[str]) -> None:
     """Train a model, and validate it with one view as it goes."""
     parser = make_parser(train.__doc__)
-    parser.add_argument("--resume", action="store_true", help="Continue output/last.pt.")
+    parser.add_argument("--resume", action="store_true", help="Continue the run in output, if any.")
     parser.add_argument("--overwrite", action="store_true", help="Start anew although output holds a run.")
     config, flags = parse(parser, args)
     config = resolve(config)
     device = distributed.start(config.device)
     output = Path(config.output)
-    last = output / "last.pt"
-    resume = checkpoints.load(last) if flags.resume else None
-    if last.exists() and not (flags.resume or flags.overwrite):
-        raise ConfigError(f"output={output} holds a run: --resume continues it, --overwrite discards it")
+    last = output / checkpoints.LAST
+    resume, damage = _find_run(output, resume=flags.resume, overwrite=flags.overwrite)
 
     rows, class_names = build.read_split(config, "train")
     run = {"seed": config.seed, "ranks": distributed.world(), "videos": len(rows)}
@@ -92,7 +91,9 @@ def train(args: Sequence[str]) -> None:
         _tell_weights(weights, output)
         print(f"training on {len(rows)} videos x {config.data.repeats} clips", end="")
         print("" if val_loader is None else f", validating on {len(val_loader.dataset)}")
-    distributed.barrier()
+    distributed.barrier()  # every rank has read its checkpoint
+    if distributed.is_main():
+        checkpoints.tidy(output, last_is_damaged=damage is not None)
     best = fit(
         model,
         normalise,
@@ -215,6 +216,25 @@ def predict(args: Sequence[str]) -> None:
 
 
 @command
+def curves(args: Sequence[str]) -> None:
+    """Draw the learning curves of several runs into one picture."""
+    parser = argparse.ArgumentParser(description=curves.__doc__, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's output folder; or NAME=FOLDER")
+    parser.add_argument("--picture", required=True, metavar="FILE.png", help="where to")
+    options = parser.parse_args(args)
+    runs = {}
+    for word in options.runs:
+        name, _, folder = word.rpartition("=")
+        log = Path(folder, "log.jsonl")
+        if not log.is_file():
+            raise InputError(f"{folder}: holds no run (no {log.name})")
+        runs[name or Path(folder).name] = read_log(log)
+    _make_folder(Path(options.picture).parent)
+    draw_comparison(runs, Path(options.picture))
+    print(options.picture)
+
+
+@command
 def check(args: Sequence[str]) -> None:
     """Check the lists of a config: files missing, unreadable, short or twice there, and wrong labels.
 
@@ -297,9 +317,31 @@ def _make_folder(path: Path) -> None:
         raise ConfigError(f"{path}: no folder can be made there ({error.strerror})") from None
 
 
+def _find_run(output: Path, *, resume: bool, overwrite: bool) -> tuple[dict | None, Exception | None]:
+    """The checkpoint to continue, None to start anew; and what is wrong with a newer one."""
+    held = [name for name in checkpoints.NAMES if (output / name).exists()]
+    if held and not (resume or overwrite):
+        raise ConfigError(f"output={output} holds a run: --resume continues it, --overwrite discards it")
+    if not resume:
+        return None, None
+    values, damage = checkpoints.load_last(output)
+    if values is None and held:
+        raise ConfigError(f"output={output} holds {held[0]} but no {checkpoints.LAST} to continue")
+    updates = distributed.gather(None if values is None else values["update"])
+    if len(set(updates)) > 1:
+        raise checkpoints.CheckpointError(f"{output}: the ranks read checkpoints of updates {updates}")
+    if distributed.is_main():
+        if damage is not None:
+            print(f"warning: {damage}; continuing the one before", file=sys.stderr)
+        found = "no run there yet, starting" if values is None else f"continuing after update {updates[0]}"
+        print(f"{output}: {found}")
+    return values, damage
+
+
 def _discard_run(output: Path) -> None:
     """What a former run left in `output` must not pass for this one's."""
-    for name in ("last.pt", "best.pt", "weights.json", "unreadable.csv", "curves.png"):
+    left = (*checkpoints.NAMES, checkpoints.DAMAGED, "weights.json", "unreadable.csv", "nonfinite.csv")
+    for name in (*left, "curves.png"):
         (output / name).unlink(missing_ok=True)
     shutil.rmtree(output / "tensorboard", ignore_errors=True)
 
@@ -326,17 +368,9 @@ def _check_resume(
 
 # What may differ between the parts of a resumed run: it changes neither model nor updates.
 _FREE_TO_CHANGE = (
-    "weights",
-    "inflate",
-    "fresh",
-    "root",
-    "val",
-    "test",
-    "workers",
-    "timeout",
-    "max_unreadable",
-    "eval_every",
-    "log_every",
+    *("weights", "inflate", "fresh"),
+    *("root", "val", "test", "workers", "timeout", "max_unreadable"),
+    *("eval_every", "log_every", "max_nonfinite", "checkpoint_minutes", "parallel"),
 )
 
 # What a checkpoint decides; the rest of `data` and all of `eval` is the scorer's.

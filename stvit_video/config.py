@@ -35,19 +35,23 @@ class ModelConfig:
     patch_size: Three | Auto = "auto"
     """Frames, height and width of a tubelet, e.g. [2, 16, 16]."""
     embed_dim: int | Auto = "auto"
-    """Width of the tokens."""
+    """Width of the tokens (Swin: of the first stage; it doubles from stage to stage)."""
     depth: int | Auto = "auto"
     """Number of layers."""
-    num_heads: int | Auto = "auto"
-    """Attention heads; divides embed_dim."""
+    depths: list[int] | Auto = "auto"
+    """Swin: number of layers of each of the four stages."""
+    num_heads: int | list[int] | Auto = "auto"
+    """Attention heads; divides the width. Swin: of each of the four stages."""
+    window_size: Three | Auto = "auto"
+    """Swin: tubelets of a window (time, height, width)."""
     mlp_ratio: float | Auto = "auto"
     """Width of a layer's hidden layer over embed_dim."""
     pos_embed: Literal["learned", "sincos"] | Auto = "auto"
     """Position table: learned, or VideoMAE's fixed sine-cosine."""
     semantic_tokens: Three | None | Auto = "auto"
-    """How many semantic tokens (time, height, width); null: the dense backbone."""
+    """How many semantic tokens (time, height, width; Swin: of each window); null: the dense backbone."""
     base_depth: int | Auto = "auto"
-    """Layers on all patches, before the semantic ones."""
+    """Layers on all patches, before the semantic ones (Swin: of stage 3)."""
     semantic_layers: int | Auto = "auto"
     """Layers that make the semantic tokens."""
     pool: Literal["max", "avg"] | Auto = "auto"
@@ -57,7 +61,7 @@ class ModelConfig:
     drop_path: float | Auto = "auto"
     """Stochastic depth: rate of the last layer, rising linearly from 0."""
     layer_scale: float | None | Auto = "auto"
-    """Initial layer scale from base_depth on; null: none."""
+    """Initial layer scale from base_depth on (Swin: in stage 3 only); null: none."""
     checkpointing: bool | Auto = "auto"
     """Recompute activations in the backward pass: less memory, a third more time."""
 
@@ -213,7 +217,7 @@ def resolve(config: Config) -> Config:
         value = getattr(getattr(config, group) if group else config, leaf)
         if value in (None, "auto"):
             continue
-        for number in value if isinstance(value, tuple) else (value,):
+        for number in value if isinstance(value, tuple | list) else (value,):
             if not low <= number <= high:
                 raise ConfigError(f"{key}={value}: must lie between {low:g} and {high:g}")
     for key in ("scale", "ratio"):
@@ -228,6 +232,7 @@ LIMITS = {
     "seed": _ANY,
     "model.embed_dim": _SOME,
     "model.depth": _SOME,
+    "model.depths": _SOME,
     "model.num_heads": _SOME,
     "model.mlp_ratio": (0.01, math.inf),
     "model.drop_path": (0, 0.999),
@@ -264,6 +269,8 @@ LIMITS = {
     "train.ema": (0, 0.999999),
     "train.eval_every": _SOME,
     "train.log_every": _SOME,
+    "train.max_nonfinite": _SOME,
+    "train.checkpoint_minutes": _ANY,
     "eval.clips": _SOME,
     "eval.crops": _SOME,
     "eval.crop_ratio": (0.01, 1),

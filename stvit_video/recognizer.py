@@ -104,7 +104,7 @@ class Recognizer:
             raise InputError(f"{self.config.model.name} has no semantic tokens to draw")
         clip = self._clips(path, build_test_views(self.config, 1, 1))[0]  # (1, 3, T, H, W)
         maps = self.model.semantic_maps(self.normalise(clip.to(self.normalise.mean.device)))[0]
-        step = clip.shape[2] // maps.shape[1]
+        step = -(-clip.shape[2] // maps.shape[1])
         frames = clip[0, :, ::step].permute(1, 2, 3, 0).numpy()
         draw_maps(frames, maps.unflatten(0, semantic.tokens).cpu().numpy(), Path(picture))
 

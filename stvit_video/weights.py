@@ -10,24 +10,22 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from .adapters import ADAPTERS, DROPS, RECOMPUTED, Adapter, State, square
 from .errors import InputError, nearest
-from .models.embed import sincos_table
+from .models.embed import resize_grid, sincos_table
 from .models.zoo import MODELS, create_model
 
-State = dict[str, Tensor]
 Inflate = Literal["average", "centre"]
 
 
@@ -118,6 +116,8 @@ def load_weights(
         else:
             getattr(report, kind)[name] = f"{_shape(tensor)} -> {_shape(targets[name])}"
     for name in (name for name in targets if name not in state):
+        if name.endswith("num_batches_tracked"):
+            continue  # BatchNorm's counter, which it does not use
         if name == "pos_embed" and found.adapter.fixed_positions:
             fitted[name] = sincos_table(targets[name].shape[1:4], targets[name].shape[-1])
             report.fresh[name] = f"{_shape(targets[name])}: starts from the fixed sine-cosine table"
@@ -206,7 +206,7 @@ class _Found:
 
     name: str
     state: State
-    adapter: "Adapter"
+    adapter: Adapter
     class_names: Sequence[str] | None = None
     by_class: frozenset[str] = frozenset()
 
@@ -267,150 +267,9 @@ def _checked(values: Mapping[str, Any], name: str) -> State:
     return dict(values)
 
 
-# ---- adapters: another project's names -> ours; what they do not know stays, and is unexpected then
-
-
-class Adapter(NamedTuple):
-    """origin: for the report; fixed_positions: its checkpoints hold no position table, it is VideoMAE's."""
-
-    origin: str
-    matches: Callable[[State], bool]
-    convert: Callable[[State], State]
-    fixed_positions: bool = False
-
-
-# What other projects' checkpoints hold, and the models here have no place for.
-TOKENS = ("cls_token", "dist_token", "reg_token", "register_tokens")
-DROPS = re.compile(
-    rf"({'|'.join(TOKENS)}|mask_token|pos_embed_class)$"
-    r"|(head_dist|encoder_to_decoder)\.|decoder(_\w+)?(\.|$)"
-)
-
-
-def from_timm(state: State) -> State:
-    """timm's ViT, DeiT and DINOv2, and whoever speaks its names: (1, N, C) positions, layer scale.
-
-    The norm before a class token becomes the norm after pooling, which is what it is in a model pooled by
-    timm itself; class and register tokens and their positions are dropped.
-    """
-    state = _common(state)
-    table = state["pos_embed"]
-    tokens = {name: state[name] for name in TOKENS if name in state}
-    misshapen = {name for name, t in tokens.items() if t.ndim != 3 or t.shape[::2] != table.shape[::2]}
-    state["pos_embed"] = _patch_rows(table, tokens, any(".ls1." in name for name in state))
-    return {name: t for name, t in state.items() if not DROPS.match(name) or name in misshapen}
-
-
-def from_videomae(state: State) -> State:
-    """VideoMAE and V2, pre-trained encoder or fine-tuned: biases of q and v alone (k has none)."""
-    state = {name: tensor for name, tensor in _common(state).items() if not DROPS.match(name)}
-    for name in [name for name in state if name.endswith(".q_bias")]:
-        block = name.removesuffix("q_bias")
-        if f"{block}v_bias" in state:
-            q, v = state.pop(name), state.pop(f"{block}v_bias")
-            state[f"{block}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
-    return state
-
-
-HUGGING_FACE = {
-    "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
-    "attention.output.dense.": "attn.proj.",
-    "attention.attention.": "attn.",
-    "intermediate.dense.": "mlp.fc1.",
-    "output.dense.": "mlp.fc2.",
-    "layernorm_before.": "norm1.",
-    "layernorm_after.": "norm2.",
-    "layernorm.": "norm.",
-    "classifier.": "head.",
-}
-
-
-def from_hugging_face(state: State) -> State:
-    """VideoMAE in transformers' layout: q, k and v apart, their biases spelled in two ways."""
-    out = {}
-    for name, tensor in state.items():
-        name = re.sub(r"^(encoder\.)?layer\.(\d+)\.", r"blocks.\2.", name.removeprefix("videomae."))
-        for theirs, ours in HUGGING_FACE.items():
-            name = re.sub(rf"(^|\.){re.escape(theirs)}", rf"\g<1>{ours}", name, count=1)
-        name = re.sub(r"attn\.([qkv])_bias$", lambda m: f"attn.{m[1]}.bias", name)
-        name = re.sub(r"attn\.(q|k|v)(uery|ey|alue)\.", r"attn.\1.", name)
-        out[name] = tensor
-    return {name: tensor for name, tensor in _joined(_common(out)).items() if not DROPS.match(name)}
-
-
-def from_mae_st(state: State) -> State:
-    """MAE-ST: q, k and v apart, and one position table for space and one for time."""
-    state = _joined(_common(state))
-    if {"pos_embed_spatial", "pos_embed_temporal"} <= state.keys():
-        space, time = state.pop("pos_embed_spatial"), state.pop("pos_embed_temporal")
-        state["pos_embed"] = _square(space) + time.unflatten(1, (-1, 1, 1))
-    return {name: tensor for name, tensor in state.items() if not DROPS.match(name)}
-
-
-ADAPTERS = [
-    Adapter(
-        "VideoMAE, Hugging Face layout",
-        lambda state: any(".attention.attention." in name for name in state),
-        from_hugging_face,
-        fixed_positions=True,
-    ),
-    Adapter(
-        "VideoMAE",
-        lambda state: any(name.endswith(".attn.q_bias") for name in state),
-        from_videomae,
-        fixed_positions=True,
-    ),
-    Adapter("MAE-ST", lambda state: "pos_embed_spatial" in state, from_mae_st),
-    Adapter("timm ViT", lambda s: "pos_embed" in s and s["pos_embed"].ndim == 3, from_timm),
-    Adapter("this toolbox", lambda state: True, dict),
-]
-
-
-def _common(state: State) -> State:
-    """Names that many share: layer scale as gamma_1 and gamma_2, and `norm` where there is no fc_norm."""
-    state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): tensor for name, tensor in state.items()}
-    if not any(name.startswith("fc_norm.") for name in state):
-        state = {re.sub(r"^norm\.", "fc_norm.", name): tensor for name, tensor in state.items()}
-    return state
-
-
-def _joined(state: State) -> State:
-    """`attn.q`, `attn.k`, `attn.v` of each block as one `attn.qkv`; a k without bias gets zeros."""
-    state = dict(state)
-    for q in [name for name in state if name.endswith("attn.q.weight")]:
-        block = q.removesuffix("q.weight")
-        weights, biases = ([f"{block}{part}.{kind}" for part in "qkv"] for kind in ("weight", "bias"))
-        if len({state[name].shape if name in state else None for name in weights}) == 1:
-            state[f"{block}qkv.weight"] = torch.cat([state.pop(name) for name in weights])
-        if biases[0] in state:
-            state.setdefault(biases[1], torch.zeros_like(state[biases[0]]))
-        if len({state[name].shape if name in state else None for name in biases}) == 1:
-            state[f"{block}qkv.bias"] = torch.cat([state.pop(name) for name in biases])
-    return state
-
-
-def _patch_rows(table: Tensor, tokens: State, layer_scale: bool) -> Tensor:
-    """A position table (1, N, C) without the rows of class, distillation and register tokens.
-
-    Some models give no position to registers, or (those with registers or layer scale) to no token at all.
-    Which it is shows in the number of patches being square; where none is, every token is taken to have it.
-    """
-    rows = table.shape[1]
-    counts = [
-        sum(t.shape[1] for t in some if t.ndim == 3)
-        for some in (
-            tokens.values(),
-            [t for name, t in tokens.items() if name in ("cls_token", "dist_token")],
-        )
-    ]
-    if counts[0] > counts[1] or layer_scale:
-        counts.append(0)
-    square = [n for n in counts if math.isqrt(max(rows - n, 0)) ** 2 == rows - n > 0]
-    return table[:, square[0] if square else counts[0] :]
-
-
 def _dropped(before: State, after: State) -> dict[str, str]:
     dropped = {name: _shape(t) for name, t in before.items() if DROPS.match(name) and name not in after}
+    dropped |= {name: "recomputed from sizes" for name in before if RECOMPUTED.search(name)}
     if "pos_embed" in before and after["pos_embed"].numel() < before["pos_embed"].numel():
         rows = before["pos_embed"].shape[1] - after["pos_embed"].shape[1]
         dropped[f"pos_embed[:, :{rows}]"] = f"(1, {rows}, {before['pos_embed'].shape[2]})"
@@ -430,13 +289,17 @@ def _fit(name: str, tensor: Tensor, target: Tensor, inflate: Inflate, found: _Fo
         raise _Misfit(f"{tensor.dtype} is not {target.dtype}")
     if tensor.shape == target.shape:
         return "loaded", tensor
-    if name == "patch_embed.proj.weight":
-        image = tensor.unsqueeze(2) if tensor.ndim == 4 else tensor
-        own = found.adapter.convert is dict
-        if image.ndim == 5 and image.shape[2] == 1 and (own or tensor.ndim == 4):
-            kernel = _inflated(image, target.shape[2], inflate)
-            if kernel.shape == target.shape:
-                return ("loaded" if target.shape[2] == 1 else "inflated"), kernel
+    if name.startswith("patch_embed.") and target.ndim == 5:
+        kernel = tensor.unsqueeze(2) if tensor.ndim == 4 else tensor
+        if kernel.shape == target.shape:
+            return "loaded", kernel
+        of_images = tensor.ndim == 4 or (tensor.ndim == 5 and found.adapter.convert is dict)
+        if of_images and kernel.shape == (*target.shape[:2], 1, *target.shape[3:]):
+            return "inflated", _inflated(kernel, target.shape[2], inflate)
+    if name.endswith("relative_position_bias_table") and tensor.shape[1:] == target.shape[1:]:
+        repeats, rest = divmod(len(target), max(len(tensor), 1))
+        if repeats % 2 and not rest:  # 2t - 1 distances in time
+            return "inflated", tensor.repeat(repeats, 1)
     if name == "pos_embed" or name.endswith("semantic.centres"):
         grid = _as_grid(tensor, target.shape)
         if grid is not None and grid.shape == target.shape:
@@ -463,31 +326,7 @@ def _as_grid(table: Tensor, target: torch.Size) -> Tensor | None:
         return None
     if table.shape[1] == math.prod(target[1:4]):
         return table.unflatten(1, target[1:4])
-    return _square(table)
-
-
-def _square(table: Tensor) -> Tensor | None:
-    side = math.isqrt(table.shape[1])
-    return table.unflatten(1, (1, side, side)) if side**2 == table.shape[1] else None
-
-
-def resize_grid(table: Tensor, grid: Sequence[int]) -> Tensor:
-    """Positions or G (1, t, h, w, C) -> (1, *grid, C).
-
-    In space bicubic (timm's function), in time linear; a table of one frame is repeated.
-    """
-    _, t, h, w, c = table.shape
-    if (h, w) != tuple(grid[1:]):
-        frames = table.float().permute(0, 2, 3, 1, 4).reshape(1, h * w, t * c)
-        frames = resample_abs_pos_embed(frames, list(grid[1:]), [h, w], num_prefix_tokens=0)
-        table = frames.view(1, *grid[1:], t, c).permute(0, 3, 1, 2, 4)
-    if t == 1:
-        return table.repeat(1, grid[0], 1, 1, 1)
-    if t != grid[0]:
-        rows = table.float().flatten(2).transpose(1, 2)  # (1, h w C, t)
-        rows = F.interpolate(rows, size=grid[0], mode="linear")
-        table = rows.transpose(1, 2).unflatten(2, (*grid[1:], c))
-    return table
+    return square(table)
 
 
 def _fold_layer_scale(state: State, targets: State, report: LoadReport) -> None:

@@ -81,11 +81,23 @@ def test_bad_checkpoints_are_one_line(tmp_path, damage):
     elif damage == "foreign":
         torch.save({"model": {}}, path)
     else:
-        torch.save({"format": checkpoint.FORMAT, "f": print}, path)
+        checkpoint.save(path, {"f": print})
     with pytest.raises(checkpoint.CheckpointError) as error:
         checkpoint.load(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_one_changed_byte_is_noticed_wherever_it_is(tmp_path):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, {"model": {"weight": torch.arange(10.0)}, "class_names": ["a", "b"]})
+    good = path.read_bytes()
+    for place in range(0, len(good), 3):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+        with pytest.raises(checkpoint.CheckpointError, match="checksum"):
+            checkpoint.load(path)
+    path.write_bytes(good)
+    assert torch.equal(torch.load(path)["model"]["weight"], torch.arange(10.0))  # torch minds no comment
 
 
 def scores():

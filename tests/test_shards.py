@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launch import finish, launch
 from PIL import Image
-from test_end_to_end import SMALL, TEST_NET, figures, run, settings, torchrun
+from test_end_to_end import SMALL, figures, run, settings
 
 from stvit_video import cli
 from stvit_video.data.annotations import ListError, Row, read_rows
@@ -310,6 +311,9 @@ def test_training_order_of_shards():
             assert all(len({index // 10 for index in buffer}) == 2 for buffer in buffers)
             assert part != sorted(part)
     assert len(epoch(0, 0, 7)) == 120 // 35 * 5
+    resumed = TrainSampler(120, **options)
+    resumed.batches_done = 4
+    assert [index for _, index in resumed] == epoch(0)[20:]
     tiny = TrainSampler(3, batch_size=2, seed=0, rank=1, world=2, shards=[range(3)])
     assert len(list(tiny)) == 2
 
@@ -358,14 +362,26 @@ def test_files_in_the_order_of_shards_train_alike(trained, root, demo_root, tmp_
     assert figures(tmp_path / "files") == figures(folder)
 
 
-def test_two_processes_score_shards_exactly_like_one(trained, tmp_path):
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_more_processes_score_shards_exactly_like_one(trained, tmp_path, ranks):
     folder, args = trained
     one = score(folder, tmp_path / "one", *args)
-    torchrun(2, TEST_NET, *args, f"--checkpoint={folder}/best.pt", f"--output={tmp_path}/two")
-    two = report(tmp_path / "two")
-    assert one[0] == two[0]
-    assert [row["path"] for row in one[1]] == [row["path"] for row in two[1]]
-    assert len(two[1]) == 11
+    given = [*args, f"--checkpoint={folder}/best.pt", f"--output={tmp_path}/more"]
+    assert finish(launch(cli.test, *given, ranks=ranks)) == [0] * ranks
+    more = report(tmp_path / "more")
+    assert one[0] == more[0]
+    assert len(more[1]) == 11
+    for a, b in zip(one[1], more[1], strict=True):
+        assert (a["path"], a["prediction"]) == (b["path"], b["prediction"])
+        assert float(a["top1_score"]) == pytest.approx(float(b["top1_score"]), abs=1e-5)
+
+
+def test_two_processes_train_from_shards(root, tmp_path):
+    args = settings(tmp_path, root, SMALL.replace("epochs: 2", "epochs: 1"))
+    given = [*args, f"--output={tmp_path}/run", "--train.batch_size=2", "--data.shuffle_buffer=4"]
+    log = tmp_path / "log.txt"
+    assert finish(launch(cli.train, *given, ranks=2, log=log)) == [0, 0], log.read_text()
+    assert figures(tmp_path / "run")[-1]["unreadable"] == 0
 
 
 def test_a_damaged_sample_costs_one_line(trained, root, tmp_path):

@@ -40,7 +40,9 @@ def epochs(folder):
 
 def listed(folder):
     with open(folder / "run" / "unreadable.csv", newline="") as file:
-        return list(csv.reader(file))
+        header, *rows = csv.reader(file)
+    assert header == ["epoch", "path", "cause"]
+    return rows
 
 
 def test_training_goes_on_counts_and_lists(tmp_path, lists, demo_root, capsys):

@@ -1,5 +1,8 @@
 """Rows become batches: samples by (epoch, index), each with its own seed; collate, samplers, loader."""
 
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -155,6 +158,7 @@ class TrainSampler(Sampler):
         self.rank, self.world = rank, world
         self.shards, self.buffer = shards, buffer
         self.epoch = 0
+        self.batches_done = 0  # of this epoch: a resumed run goes on behind them
 
     def __len__(self) -> int:
         return max(self.length // (self.batch_size * self.world), 1) * self.batch_size
@@ -176,6 +180,7 @@ class TrainSampler(Sampler):
             share = [index for piece in pieces for index in shuffled(piece)]
         else:
             share = order[self.rank :: self.world]
+        share = share[self.batches_done * self.batch_size :]
         return ((self.epoch, index) for index in share)
 
 
@@ -211,7 +216,7 @@ def make_loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
 
 
@@ -220,5 +225,17 @@ def mixed_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    """One thread; and signals that are sent to all processes of a job are the main process's to answer."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    """End by the parent's SIGTERM, which ends the job, and by nobody else's: the parent needs its data."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,11 +1,17 @@
 """One process or many: `torchrun` says which through its environment."""
 
 import os
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from ..errors import InputError
+
+# A process that waits longer for the others gives up. Long enough for one of them to render the demo set or
+# to write a checkpoint; a process that died is noticed at once, by torchrun and by its closed connections.
+TIMEOUT = timedelta(minutes=10)
 
 
 def start(device: str = "auto") -> torch.device:
@@ -17,7 +23,7 @@ def start(device: str = "auto") -> torch.device:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
     return chosen
 
 
@@ -59,11 +65,17 @@ def barrier() -> None:
         dist.barrier()
 
 
-def share_buffers(model: torch.nn.Module) -> None:
-    """Rank 0's buffers on every rank: BatchNorm's statistics are each rank's own while training."""
+def kept_buffers(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Buffers that a checkpoint holds: BatchNorm's statistics, each rank's own in training; no tables."""
+    kept = model.state_dict().keys()
+    return [buffer for name, buffer in model.named_buffers() if name in kept]
+
+
+def share(tensors: Iterable[torch.Tensor]) -> None:
+    """Rank 0's values, in every rank's tensors."""
     if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def gather(value) -> list:
@@ -73,3 +85,18 @@ def gather(value) -> list:
     values = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def to_main(items: list) -> list:
+    """The items of all ranks, in rank order, on the main process; none on the others."""
+    parts = gather(items)
+    return [item for part in parts for item in part] if is_main() else []
+
+
+def total(values: Sequence[float], device: torch.device) -> list[float]:
+    """Sums over the ranks, the same on every rank: what ranks decide by, they decide alike."""
+    if not dist.is_initialized():
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()

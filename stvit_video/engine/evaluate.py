@@ -3,7 +3,7 @@
 import csv
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +93,7 @@ def evaluate(
     bf16: bool = False,
     on_failure: str = "wrong",
     title: str = "scoring",
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Score this rank's share of the loader's videos, and gather all: the same Scores on every rank.
 
@@ -112,6 +113,7 @@ def evaluate(
             batch.indices.tolist(), scores.numpy(), right.tolist(), strict=True
         ):
             share[index] = (row, share_right)
+        after_batch()
     model.train(training)
     shares = distributed.gather((share, failures))
     return _merge(shares, loader.dataset.rows, num_classes, on_failure)

@@ -1,6 +1,6 @@
 """What people would rather look at than read: learning curves and the confusion matrix."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -26,11 +26,22 @@ def draw_curves(entries: Sequence[dict], picture: Path) -> None:
     right.set(title="validation, one view", xlabel="epoch", ylabel="%", ylim=(0, 101))
     if scored:
         right.legend(frameon=False, loc="lower right")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    _finish(figure, (left, right), picture)
+
+
+def draw_comparison(runs: Mapping[str, Sequence[dict]], picture: Path) -> None:
+    """Entries of several runs' `log.jsonl` -> their losses and validation accuracies in one picture."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    for name, entries in runs.items():
+        epochs = [entry for entry in entries if entry["kind"] == "epoch"]
+        scored = [entry for entry in epochs if entry.get("val_top1") is not None]
+        left.plot([e["epoch"] for e in epochs], [e["loss"] for e in epochs], marker=".")
+        at, top1 = [e["epoch"] for e in scored], [100 * e["val_top1"] for e in scored]
+        right.plot(at, top1, marker=".", label=name)
+    left.set(title="training loss, mean of an epoch", xlabel="epoch", ylim=(0, None))
+    right.set(title="validation top-1, one view", xlabel="epoch", ylabel="%", ylim=(0, 101))
+    right.legend(frameon=False, loc="lower right")
+    _finish(figure, (left, right), picture)
 
 
 def draw_confusion(
@@ -82,16 +93,27 @@ def draw_maps(frames: np.ndarray, maps: np.ndarray, picture: Path) -> None:
         squeeze=False,
         constrained_layout=True,
     )
+    patch = np.ix_(  # of each pixel
+        np.arange(frames.shape[1]) * height // frames.shape[1],
+        np.arange(frames.shape[2]) * width // frames.shape[2],
+    )
     for axis, at in zip(axes.T, columns, strict=True):
         axis[0].imshow(frames[at])
         axis[0].set_title(f"time {at}, {height * width} patches", fontsize=8)
         for row, token in enumerate(tokens[at * times // slices], 1):
             share = token[at] / token.max()
-            heat = np.kron(share, np.ones((frames.shape[1] // height, frames.shape[2] // width)))
-            shade = (0.25 + 0.75 * heat)[..., None]
+            shade = (0.25 + 0.75 * share[patch])[..., None]
             axis[row].imshow((frames[at] * shade).astype(np.uint8))
             axis[row].set_title(f"token {row}: {token[at].sum():.0%} from here", fontsize=8)
     for axis in axes.flat:
         axis.set_axis_off()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def _finish(figure: plt.Figure, axes: Sequence[plt.Axes], picture: Path) -> None:
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=120)
     plt.close(figure)

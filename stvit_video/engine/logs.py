@@ -1,7 +1,10 @@
 """What can be read while a run goes on: a progress bar, `log.jsonl` and TensorBoard events."""
 
+import csv
 import json
+import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -27,21 +30,50 @@ def read_log(path: Path) -> list[dict]:
     return entries
 
 
-class RunLog:
-    """Entries of a kind ("step" or "epoch") with figures; written by the main process only.
+def append_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Rows at the end of a csv file, under a header if they are the first."""
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([header, *rows] if new else rows)
 
-    A resumed run drops the entries of the epochs that it runs anew.
+
+def cut_rows(path: Path, column: str, last: int) -> None:
+    """Drop the rows of a csv file whose number in `column` is above `last`, and an unfinished line."""
+    if not path.exists():
+        return
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(line for line in file if line.endswith("\n")))
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    kept = [row for row in rows if int(row[column]) <= last]
+    if kept:
+        append_rows(part, list(kept[0]), [row.values() for row in kept])
+        os.replace(part, path)
+    else:
+        path.unlink()
+
+
+class RunLog:
+    """`log.jsonl`, with entries of a kind ("step" or "epoch"), and lists of trouble in csv files.
+
+    Written by the main process only. A resumed run drops what is beyond its `epoch` epochs and `update`
+    updates, which it runs anew.
     """
 
-    def __init__(self, output: Path, *, epochs_done: int):
-        self.path = output / "log.jsonl"
+    def __init__(self, output: Path, *, epoch: int, update: int):
+        self.folder, self.path = output, output / "log.jsonl"
         self.events = None
         if distributed.is_main():
             kept = []
-            if epochs_done and self.path.exists():
-                kept = [entry for entry in read_log(self.path) if entry["at"] <= epochs_done]
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            self.events = SummaryWriter(output / "tensorboard")
+            if update and self.path.exists():
+                done = {"step": update, "epoch": epoch}  # an entry counts by the key of its kind's name
+                kept = [e for e in read_log(self.path) if e[e["kind"]] <= done[e["kind"]]]
+            part = self.path.with_name(self.path.name + ".part")
+            part.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            os.replace(part, self.path)
+            cut_rows(output / "unreadable.csv", "epoch", epoch)
+            cut_rows(output / "nonfinite.csv", "update", update)
+            self.events = SummaryWriter(output / "tensorboard", purge_step=update + 1)
 
     def write(self, kind: str, *, step: int, at: float, **figures: float | None) -> None:
         """`step`: updates so far; `at`: epochs so far, as a fraction."""
@@ -52,6 +84,11 @@ class RunLog:
         for name, value in figures.items():
             if value is not None:
                 self.events.add_scalar(f"{kind}/{name}", value, step)
+
+    def append(self, name: str, header: Sequence[str], rows: Sequence[Sequence]) -> None:
+        """Rows of a csv file beside the log; `header` has the column "epoch" or "update" to cut it by."""
+        if self.events is not None and rows:
+            append_rows(self.folder / name, header, rows)
 
     def close(self) -> None:
         if self.events is not None:

@@ -1,8 +1,10 @@
 """Training, from top to bottom: `fit` runs epochs of updates, validates, and keeps checkpoints."""
 
+import copy
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -12,18 +14,20 @@ import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from ..data.annotations import Row
 from ..data.dataset import Batch, mixed_seed
 from ..data.transforms import Mix
 from ..errors import InputError
-from . import checkpoint, distributed
+from . import checkpoint, distributed, parallel
 from .evaluate import Scores, evaluate, use_bf16
 from .figures import draw_curves
 from .logs import RunLog, progress, read_log
 from .optim import make_optimizer, make_schedule, scaled_lr
-from .unreadable import gather_unreadable, note_unreadable
+from .parallel import Parallel
+from .preemption import EXIT_CODE, Preemption
+from .run import EpochSoFar, Run
 
 
 @dataclass
@@ -66,46 +70,16 @@ class TrainConfig:
     """Decay of the averaged weights, which are then the ones validated and scored; null: none."""
     bf16: bool | None = None
     """bfloat16 autocast; null: on CUDA only."""
+    max_nonfinite: int = 10
+    """Updates in a row with a loss or gradient that is not finite, all skipped, before the run stops."""
     eval_every: int = 1
     """Epochs between validations."""
     log_every: int = 10
     """Updates between log entries."""
-
-
-@dataclass
-class Run:
-    """What changes while training, and is resumed."""
-
-    model: nn.Module  # bare, or in DistributedDataParallel
-    bare: nn.Module
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    epoch: int = 0  # epochs done
-    update: int = 0  # updates done
-    best: float = -1.0  # best validation top-1 so far
-
-    def scored_model(self) -> nn.Module:
-        return self.bare if self.ema is None else self.ema.module
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "model": self.bare.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "epoch": self.epoch,
-            "update": self.update,
-            "best": self.best,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.bare.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.epoch, self.update, self.best = state["epoch"], state["update"], state["best"]
+    checkpoint_minutes: float | None = 15.0
+    """Minutes between checkpoints within an epoch; null: only where one ends."""
+    parallel: Parallel = "ddp"
+    """Several processes: a model each (ddp), or one model in shares (fsdp2: less memory, more traffic)."""
 
 
 def fit(
@@ -141,6 +115,82 @@ def fit(
         for value in (config.lr, config.warmup_lr, config.min_lr)
     )
     updates_an_epoch = math.ceil(len(train_loader) / config.accumulate)
+    run = _start(model, config, (lr, warmup_lr, min_lr), updates_an_epoch, device)
+    if resume is not None:
+        run.load(resume)
+    mix = Mix(num_classes, erasing=config.erasing, mixup=config.mixup, cutmix=config.cutmix)
+    if distributed.is_main():
+        print(
+            f"learning rate {lr:.3g} = {config.lr:g} (train.lr) x {per_update} videos an update "
+            f"({config.batch_size} x {config.accumulate} accumulated x {distributed.world()} ranks; "
+            f"repeated clips not counted) / {config.lr_per} (train.lr_per)"
+        )
+    details = details | {"random": {"seed": seed, "rule": "(seed, update, rank)"}}
+
+    def save(best: bool = False) -> None:
+        """Every rank calls this. `best.pt` first: killed before `last.pt`, the epoch's end is repeated."""
+        state = run.state() | details
+        if distributed.is_main():
+            if best:
+                checkpoint.save(output / checkpoint.BEST, state)
+            checkpoint.save_last(output, state)
+
+    log = RunLog(output, epoch=run.epoch, update=run.update)
+    with Preemption() as preemption, closing(log):
+        while run.epoch < config.epochs:
+            _epoch(
+                run,
+                normalise,
+                mix,
+                train_loader,
+                config,
+                log,
+                save,
+                preemption,
+                seed=seed,
+                bf16=bf16,
+                max_unreadable=max_unreadable,
+            )
+            scores = None
+            due = (run.epoch + 1) % config.eval_every == 0 or run.epoch + 1 == config.epochs
+            if val_loader is not None and due:
+                save()  # so that SIGTERM and failures of the validation cost the validation alone
+                scores = evaluate(
+                    run.scored_model(),
+                    normalise,
+                    val_loader,
+                    num_classes=num_classes,
+                    view_batch=view_batch,
+                    bf16=bf16,
+                    on_failure=on_failure,
+                    title="validating",
+                    after_batch=preemption.exit_if_asked,
+                )
+            save(best=_close_epoch(run, scores, log))
+    if distributed.is_main():
+        draw_curves(read_log(log.path), output / "curves.png")
+    distributed.barrier()
+    return output / (checkpoint.LAST if val_loader is None else checkpoint.BEST)
+
+
+def _start(
+    model: nn.Module,
+    config: TrainConfig,
+    rates: tuple[float, float, float],
+    updates_an_epoch: int,
+    device: torch.device,
+) -> Run:
+    """A new run. rates: peak, first and last learning rate."""
+    lr, warmup_lr, min_lr = rates
+    sharded = config.parallel == "fsdp2" and distributed.world() > 1
+    plain = copy.deepcopy(model).cpu() if sharded else None
+    ema = None
+    if config.ema is not None:
+        one_by_one = bool(distributed.kept_buffers(model))  # buffers are not sharded, parameters may be
+        ema = ModelEmaV3(model, decay=config.ema, use_warmup=True, foreach=not one_by_one)
+        if sharded:
+            parallel.shard(ema.module, device)
+    wrapped = parallel.wrap(model, config.parallel, device)
     optimizer = make_optimizer(
         model,
         lr=lr,
@@ -155,59 +205,7 @@ def fit(
         warmup_lr=warmup_lr,
         min_lr=min_lr,
     )
-    ema = None if config.ema is None else ModelEmaV3(model, decay=config.ema, use_warmup=True)
-    run = Run(_parallel(model, device), model, ema, optimizer, schedule)
-    if resume is not None:
-        run.load(resume)
-    mix = Mix(num_classes, erasing=config.erasing, mixup=config.mixup, cutmix=config.cutmix)
-    if distributed.is_main():
-        print(
-            f"learning rate {lr:.3g} = {config.lr:g} (train.lr) x {per_update} videos an update "
-            f"({config.batch_size} x {config.accumulate} accumulated x {distributed.world()} ranks; "
-            f"repeated clips not counted) / {config.lr_per} (train.lr_per)"
-        )
-
-    log = RunLog(output, epochs_done=run.epoch)
-    details = details | {"random": {"seed": seed, "rule": "(seed, update, rank)"}}
-    while run.epoch < config.epochs:
-        figures, failures = _epoch(
-            run,
-            normalise,
-            mix,
-            train_loader,
-            config,
-            log,
-            seed=seed,
-            bf16=bf16,
-            max_unreadable=max_unreadable,
-        )
-        run.epoch += 1
-        scores = None
-        due = run.epoch % config.eval_every == 0 or run.epoch == config.epochs
-        if val_loader is not None and due:
-            distributed.share_buffers(run.scored_model())
-            scores = evaluate(
-                run.scored_model(),
-                normalise,
-                val_loader,
-                num_classes=num_classes,
-                view_batch=view_batch,
-                bf16=bf16,
-                on_failure=on_failure,
-                title="validating",
-            )
-        _close_epoch(run, figures, failures, scores, log, output, details)
-    log.close()
-    if distributed.is_main():
-        draw_curves(read_log(log.path), output / "curves.png")
-    distributed.barrier()
-    return output / ("last.pt" if val_loader is None else "best.pt")
-
-
-def _parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    if distributed.world() == 1:
-        return model
-    return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    return Run(wrapped, model, ema, optimizer, schedule, plain)
 
 
 def _epoch(
@@ -217,61 +215,90 @@ def _epoch(
     loader: DataLoader,
     config: TrainConfig,
     log: RunLog,
+    save: Callable[[], None],
+    preemption: Preemption,
     *,
     seed: int,
     bf16: bool,
     max_unreadable: float,
-) -> tuple[dict[str, float], list[tuple[str, str]]]:
-    """One pass over the training list -> its figures, and (path, cause) of what could not be read."""
-    loader.sampler.epoch = run.epoch
+) -> None:
+    """One pass over the training list, or what is left of it; its figures are in `run.so_far`.
+
+    save: writes a checkpoint; every rank calls it.
+    Raises SystemExit(143) after an update and its checkpoint, when SIGTERM came.
+    """
+    device = normalise.mean.device
+    so_far = run.so_far
+    loader.sampler.epoch, loader.sampler.batches_done = run.epoch, so_far.batches
+    batches = iter(loader)
     run.model.train()
+    videos = min(len(loader.sampler) * distributed.world(), len(loader.dataset))  # of a whole epoch
     title = f"epoch {run.epoch + 1}/{config.epochs}"
-    losses, failures, clips, waited = [], [], 0, 0.0
-    output = log.path.parent
-    started = ready = time.perf_counter()
-    with progress(total=len(loader), desc=title, unit="batch") as bar:
-        for i, batch in enumerate(loader):
-            waited += time.perf_counter() - ready
-            failures += batch.failures
-            if batch.failed:
-                raise InputError(f"{len(failures)} videos in a row unreadable, the first: {failures[0][1]}")
-            group = i // config.accumulate * config.accumulate  # the batches of one update start here
-            if i == group:
-                torch.manual_seed(mixed_seed(seed, run.update, distributed.rank()))
-            parts = min(config.accumulate, len(loader) - group)
-            whole = i + 1 == group + parts
-            losses.append(_forward_backward(run, normalise, mix, batch, config, bf16, parts, whole))
-            clips += batch.labels.numel() * distributed.world()
-            if whole:
-                _update(run, config)
-                if run.update % config.log_every == 0 or i + 1 == len(loader):
-                    gather_unreadable(failures, loader, max_unreadable, output, run.epoch + 1)
-                    loss, passed = losses[-1].item(), time.perf_counter() - started
-                    if not math.isfinite(loss):
-                        remedy = "lower train.lr or set train.clip_grad"
-                        raise InputError(f"the loss is {loss} at update {run.update}: {remedy}")
-                    at = round(run.epoch + (i + 1) / len(loader), 4)
-                    log.write("step", step=run.update, at=at, loss=loss, lr=_lr(run))
-                    left = passed / (i + 1) * ((config.epochs - run.epoch) * len(loader) - i - 1)
-                    bar.set_postfix_str(
-                        f"loss {loss:.3f}, lr {_lr(run):.1e}, {clips / passed:.0f} clips/s, "
-                        f"data wait {waited / passed:.0%}, training ends in {timedelta(seconds=int(left))}",
-                        refresh=False,
-                    )
-            bar.update()
+    ready = saved = time.perf_counter()
+    with progress(total=len(loader), initial=so_far.batches, desc=title, unit="batch") as bar:
+        while so_far.batches < len(loader):
+            torch.manual_seed(mixed_seed(seed, run.update, distributed.rank()))
+            buffers = [buffer.clone() for buffer in distributed.kept_buffers(run.bare)]
+            parts = min(config.accumulate, len(loader) - so_far.batches)
+            passes = []
+            for part in range(parts):
+                asked = time.perf_counter()
+                batch = next(batches)
+                so_far.waited += time.perf_counter() - asked
+                so_far.failures |= dict(batch.failures)
+                if batch.failed:
+                    found = batch.failures
+                    raise InputError(f"{len(found)} videos in a row unreadable, the first: {found[0][1]}")
+                last = part + 1 == parts
+                loss = _forward_backward(run, normalise, mix, batch, config, bf16, parts, last)
+                passes.append((batch.indices, loss))
+                so_far.clips += batch.labels.numel() * distributed.world()
+                so_far.batches += 1
+                bar.update()
+
+            norm = parallel.gradient_norm(run.bare)
+            loss, size = torch.stack([sum(loss for _, loss in passes) / parts, norm]).tolist()
+            broken = not (math.isfinite(loss) and math.isfinite(size))
+            minutes = (time.perf_counter() - saved) / 60
+            due = config.checkpoint_minutes is not None and minutes >= config.checkpoint_minutes
+            # What the ranks do next they must do alike, so they go by the sums of what each has seen.
+            seen = (loss, broken, due and distributed.is_main(), preemption.asked, len(so_far.failures))
+            loss, broken, due, stop, unreadable = distributed.total(seen, device)
+            if broken:
+                run.skip(buffers)
+                log.append("nonfinite.csv", RECORD, _record(run, passes, loader.dataset.rows))
+            else:
+                run.change(norm, config.clip_grad)
+                so_far.loss += loss / distributed.world() * parts
+                so_far.counted += parts
+            so_far.seconds += time.perf_counter() - ready
+
+            if run.update % config.log_every == 0 or so_far.batches == len(loader):
+                shown = None if broken else loss / distributed.world()
+                at = round(run.epoch + so_far.batches / len(loader), 4)
+                log.write("step", step=run.update, at=at, loss=shown, lr=run.lr())
+                bar.set_postfix_str(_postfix(run, shown, config, len(loader)), refresh=False)
+            if unreadable > max_unreadable * videos:
+                found = _list_unreadable(run, log)
+                first = f", the first: {found[0][1]}" if found else ""
+                raise InputError(
+                    f"{unreadable:.0f} unreadable videos are more than data.max_unreadable="
+                    f"{max_unreadable:g} of the {videos} of an epoch{first}"
+                )
+            if run.in_a_row >= config.max_nonfinite:
+                raise InputError(
+                    f"update {run.update}: loss or gradient not finite {run.in_a_row} times in a row "
+                    "(train.max_nonfinite): lower train.lr or set train.clip_grad; their videos are in "
+                    f"{log.folder / 'nonfinite.csv'}"
+                )
+            if due or stop:
+                save()
+                saved = time.perf_counter()
+            if stop:
+                if distributed.is_main():
+                    bar.write(f"SIGTERM: stopped after update {run.update}, --resume continues")
+                raise SystemExit(EXIT_CODE)
             ready = time.perf_counter()
-    seconds = time.perf_counter() - started
-    everywhere = distributed.gather(torch.stack(losses).mean().item())
-    failures = gather_unreadable(failures, loader, max_unreadable, output, run.epoch + 1)
-    figures = {
-        "loss": sum(everywhere) / len(everywhere),
-        "lr": _lr(run),
-        "clips_per_second": round(clips / seconds, 1),
-        "data_wait": round(waited / seconds, 4),
-        "seconds": round(seconds, 1),
-        "unreadable": len(failures),
-    }
-    return figures, failures
 
 
 def _forward_backward(
@@ -282,16 +309,15 @@ def _forward_backward(
     config: TrainConfig,
     bf16: bool,
     parts: int,
-    whole: bool,
+    last: bool,
 ) -> Tensor:
-    """One batch of an update's `parts`; gradients are exchanged between ranks with its last."""
+    """One batch of an update's `parts`; gradients are exchanged between ranks with the last."""
     device = normalise.mean.device
     # Views first: mixing pairs neighbours, and clips of one video are not to be mixed with each other.
     clips = batch.clips.transpose(0, 1).flatten(0, 1).to(device, non_blocking=True)
     labels = batch.labels.t().flatten().to(device, non_blocking=True)
     clips, targets = mix(normalise(clips), labels)
-    alone = nullcontext() if whole or distributed.world() == 1 else run.model.no_sync()
-    with alone:
+    with parallel.exchange(run.model, last):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = run.model(clips)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
@@ -299,53 +325,67 @@ def _forward_backward(
     return loss.detach()
 
 
-def _update(run: Run, config: TrainConfig) -> None:
-    if config.clip_grad is not None:
-        nn.utils.clip_grad_norm_(run.bare.parameters(), config.clip_grad)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.update += 1
-    run.schedule.step_update(run.update)
-    if run.ema is not None:
-        run.ema.update(run.bare, run.update)
+RECORD = ("epoch", "update", "rank", "loss", "index", "path")
 
 
-def _lr(run: Run) -> float:
-    """The learning rate of layers that are not decayed."""
-    return max(group["lr"] for group in run.optimizer.param_groups)
+def _record(run: Run, passes: Sequence[tuple[Tensor, Tensor]], rows: Sequence[Row]) -> list[tuple]:
+    """The videos of an update that was skipped, a row each, of all ranks. passes: (indices, loss)."""
+    own = [
+        (run.epoch + 1, run.update, distributed.rank(), loss.item(), index, rows[index].path)
+        for indices, loss in passes
+        for index in indices.tolist()
+    ]
+    return distributed.to_main(own)
 
 
-def _close_epoch(
-    run: Run,
-    figures: dict[str, float],
-    failures: list[tuple[str, str]],
-    scores: Scores | None,
-    log: RunLog,
-    output: Path,
-    details: dict[str, Any],
-) -> None:
-    """Log line, list of unreadable files, and checkpoints of a finished epoch; main process only."""
+def _postfix(run: Run, loss: float | None, config: TrainConfig, batches: int) -> str:
+    """The progress bar's end. batches: of an epoch."""
+    so_far = run.so_far
+    left = (config.epochs - run.epoch) * batches - so_far.batches
+    seconds = int(so_far.seconds / so_far.batches * left)
+    return (
+        f"loss {'not finite' if loss is None else f'{loss:.3f}'}, lr {run.lr():.1e}, "
+        f"{so_far.clips / so_far.seconds:.0f} clips/s, data wait {so_far.waited / so_far.seconds:.0%}, "
+        f"training ends in {timedelta(seconds=seconds)}"
+    )
+
+
+def _close_epoch(run: Run, scores: Scores | None, log: RunLog) -> bool:
+    """The epoch's entry in the log and its list of unreadable files; -> whether it is the best so far."""
+    failures = _list_unreadable(run, log)
+    figures = run.so_far.figures() | {"lr": run.lr(), "unreadable": len(failures)}
+    run.epoch += 1
+    run.so_far = EpochSoFar()
     metrics = {} if scores is None else scores.metrics()
+    validation = {f"val_{key}": metrics.get(key) for key in ("top1", "top5")}
+    validation["val_failed"] = None if scores is None else len(scores.failures)
+    log.write("epoch", step=run.update, at=run.epoch, epoch=run.epoch, **figures, **validation)
     top1 = metrics.get("top1")
     better = top1 is not None and top1 > run.best
     if better:
         run.best = top1
-    if not distributed.is_main():
-        return
-    validation = {f"val_{key}": metrics.get(key) for key in ("top1", "top5")}
-    validation["val_failed"] = None if scores is None else len(scores.failures)
-    log.write("epoch", step=run.update, at=run.epoch, epoch=run.epoch, **figures, **validation)
-    if top1 is not None:
-        print(
-            f"epoch {run.epoch}: loss {figures['loss']:.4f}, one-view top-1 {top1:.2%}, best {run.best:.2%}"
-        )
-    note_unreadable(output, run.epoch, failures)
-    if scores is not None and scores.failures:
-        print(
-            f"epoch {run.epoch}: validation could not read {len(scores.failures)} videos, "
-            f"the first: {next(iter(scores.failures.values()))}"
-        )
-    state = run.state() | details
-    checkpoint.save(output / "last.pt", state)
-    if better:
-        checkpoint.save(output / "best.pt", state)
+    if distributed.is_main():
+        for key, what in (("unreadable", "unreadable videos"), ("nonfinite", "updates skipped")):
+            if figures[key]:
+                print(f"epoch {run.epoch}: {figures[key]} {what}, see {log.folder / key}.csv")
+        if top1 is not None:
+            loss = "not finite" if figures["loss"] is None else f"{figures['loss']:.4f}"
+            print(f"epoch {run.epoch}: loss {loss}, one-view top-1 {top1:.2%}, best {run.best:.2%}")
+        if scores is not None and scores.failures:
+            first = next(iter(scores.failures.values()))
+            print(
+                f"epoch {run.epoch}: validation could not read {len(scores.failures)} videos, "
+                f"the first: {first}"
+            )
+    return better
+
+
+def _list_unreadable(run: Run, log: RunLog) -> list[tuple[str, str]]:
+    """Into `unreadable.csv` what the epoch under way could not read.
+
+    -> (path, cause) of all ranks on the main process. Every rank calls this.
+    """
+    failures = list(dict(distributed.to_main(list(run.so_far.failures.items()))).items())
+    header = ("epoch", "path", "cause")
+    log.append("unreadable.csv", header, [(run.epoch + 1, *failure) for failure in failures])
+    return failures

@@ -1,8 +1,11 @@
 """From pixels to a grid of tokens: tubelet embedding and position tables."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 Size3 = tuple[int, int, int]
@@ -40,9 +43,65 @@ class PatchEmbed(nn.Module):
                 f"input of shape {tuple(x.shape)}, but the model takes (B, 3, {frames}, {rows}, "
                 f"{columns}) (num_frames={frames}, image_size={(rows, columns)})"
             )
-        pt, ph, pw = self.patch_size
-        x = rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        return tubelets(x, self.proj)
+
+
+class PaddedPatchEmbed(nn.Module):
+    """Swin's: clips of any size, padded with zeros at their ends to whole tubelets; then a LayerNorm."""
+
+    def __init__(self, patch_size: Size3, dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv3d(3, dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W), or (B, 3, H, W) for one frame -> grid (B, t, h, w, C)."""
+        x = as_clip(x)
+        missing = [-size % patch for size, patch in zip(x.shape[2:], self.patch_size, strict=True)]
+        x = F.pad(x, [0, missing[2], 0, missing[1], 0, missing[0]])
+        return self.norm(tubelets(x, self.proj))
+
+
+class ConvStem(nn.Module):
+    """STViT-R's: twice a 3x3 convolution of stride 2, BatchNorm and Hardswish; no norm after it.
+
+    On video, the first convolution covers the frames of a tubelet.
+    """
+
+    def __init__(self, patch_size: Size3, dim: int):
+        super().__init__()
+        frames = patch_size[0]
+        if patch_size[1:] != (4, 4):
+            raise ValueError(f"patch_size={patch_size}: a convolutional stem has strides of (t, 4, 4)")
+        self.frames = frames
+        self.conv1 = nn.Conv3d(3, dim // 2, (frames, 3, 3), (frames, 2, 2), (0, 1, 1), bias=False)
+        self.norm1 = nn.BatchNorm3d(dim // 2)
+        self.conv2 = nn.Conv3d(dim // 2, dim, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False)
+        self.norm2 = nn.BatchNorm3d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W), or (B, 3, H, W) for one frame -> grid (B, t, h, w, C)."""
+        x = as_clip(x)
+        x = F.pad(x, [0, 0, 0, 0, 0, -x.shape[2] % self.frames])
+        x = F.hardswish(self.norm1(self.conv1(x)))
+        x = F.hardswish(self.norm2(self.conv2(x)))
+        return x.movedim(1, -1)
+
+
+def as_clip(x: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, 1, H, W); clips (B, 3, T, H, W) stay. Raises ValueError for other shapes."""
+    clip = x.unsqueeze(2) if x.ndim == 4 else x
+    if clip.ndim != 5 or clip.shape[1] != 3:
+        raise ValueError(f"input of shape {tuple(x.shape)}, but the model takes (B, 3, T, H, W)")
+    return clip
+
+
+def tubelets(x: Tensor, proj: nn.Conv3d) -> Tensor:
+    """Clips (B, 3, T, H, W) of whole tubelets, each projected to one token: (B, t, h, w, C)."""
+    pt, ph, pw = proj.kernel_size
+    x = rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+    return F.linear(x, proj.weight.flatten(1), proj.bias)
 
 
 def sincos_table(grid: Size3, dim: int) -> Tensor:
@@ -56,3 +115,22 @@ def sincos_table(grid: Size3, dim: int) -> Tensor:
     angle = position[:, None] / 10000 ** (2 * (feature // 2) / dim)
     table = torch.where(feature % 2 == 0, angle.sin(), angle.cos())
     return table.float().view(1, *grid, dim)
+
+
+def resize_grid(table: Tensor, grid: Sequence[int]) -> Tensor:
+    """Positions or G (1, t, h, w, C) -> (1, *grid, C).
+
+    In space bicubic (timm's function), in time linear; a table of one frame is repeated.
+    """
+    _, t, h, w, c = table.shape
+    if (h, w) != tuple(grid[1:]):
+        frames = table.float().permute(0, 2, 3, 1, 4).reshape(1, h * w, t * c)
+        frames = resample_abs_pos_embed(frames, list(grid[1:]), [h, w], num_prefix_tokens=0)
+        table = frames.view(1, *grid[1:], t, c).permute(0, 3, 1, 2, 4)
+    if t == 1:
+        return table.repeat(1, grid[0], 1, 1, 1)
+    if t != grid[0]:
+        rows = table.float().flatten(2).transpose(1, 2)  # (1, h w C, t)
+        rows = F.interpolate(rows, size=grid[0], mode="linear")
+        table = rows.transpose(1, 2).unflatten(2, (*grid[1:], c))
+    return table

@@ -4,42 +4,63 @@ Parameter names are timm's (`norm1`, `attn.qkv`, `attn.proj`, `ls1`, `norm2`, `m
 every ViT checkpoint speaks.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+Regroup = Callable[[Tensor], Tensor]
+
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` over `context` (over itself without one), fused."""
+    """Multi-head attention of `x` over `context` (over itself without one), fused.
+
+    regroup: rearranges the projected context (B, M, 2C) into the keys and values of each group of
+        queries (B', M', 2C), so that what several groups ask (overlapping windows) is projected once.
+    """
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        if dim % num_heads:
+        if not isinstance(num_heads, int) or dim % num_heads:
             raise ValueError(f"embed_dim {dim} does not divide into num_heads {num_heads}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None):
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        bias: Tensor | None = None,
+        regroup: Regroup | None = None,
+    ) -> Tensor:
         """(B, N, C) [, (B, M, C), bias broadcastable to (B, heads, N, M)] -> (B, N, C)."""
-        q, k, v = self._qkv(x, context)
+        q, k, v = self._qkv(x, context, regroup)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).flatten(2))
 
-    def weights(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None):
+    def weights(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        bias: Tensor | None = None,
+        regroup: Regroup | None = None,
+    ) -> Tensor:
         """The attention matrix that `forward` never builds: (B, heads, N, M), rows sum to 1."""
-        q, k, _ = self._qkv(x, context)
+        q, k, _ = self._qkv(x, context, regroup)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(-1)
 
-    def _qkv(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
+    def _qkv(self, x: Tensor, context: Tensor | None, regroup: Regroup | None) -> list[Tensor]:
         if context is None:
             parts = self.qkv(x).chunk(3, -1)
         else:  # the same weights, each row of them applied only to those it serves
             dim, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
             q = F.linear(x, weight[:dim], bias[:dim])
-            parts = (q, *F.linear(context, weight[dim:], bias[dim:]).chunk(2, -1))
+            kv = F.linear(context, weight[dim:], bias[dim:])
+            parts = (q, *(kv if regroup is None else regroup(kv)).chunk(2, -1))
         return [p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in parts]
 
 
@@ -49,7 +70,9 @@ class Block(nn.Module):
     One LayerNorm serves queries and keys (as in the authors' released code), so
     `block(x) == block(x, context=x)` and a pretrained ViT layer can take any role.
 
+    attention: what makes `attn` of (dim, num_heads).
     layer_scale: initial value of the residual branches' learned scale; None: no scale.
+    residual: False keeps the queries out of what the attention gives: `attn(norm1(x), norm1(context))`.
     checkpointing: recompute activations in the backward pass instead of keeping them.
     """
 
@@ -61,32 +84,50 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        norm_eps: float = 1e-6,
+        attention: Callable[[int, int], nn.Module] = Attention,
+        residual: bool = True,
         checkpointing: bool = False,
     ):
         super().__init__()
-        self.checkpointing = checkpointing
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.residual, self.checkpointing = residual, checkpointing
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.ls1, self.ls2 = (
             nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)
         )
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None):
-        """(B, N, C) [, (B, M, C)] -> (B, N, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        bias: Tensor | None = None,
+        regroup: Regroup | None = None,
+    ) -> Tensor:
+        """(B, N, C) [, (B, M, C)] -> (B, N, C); whatever shape `attn` takes."""
         if self.checkpointing and self.training:
-            return checkpoint(self._forward, x, context, bias, use_reentrant=False)
-        return self._forward(x, context, bias)
+            return checkpoint(self._forward, x, context, bias, regroup, use_reentrant=False)
+        return self._forward(x, context, bias, regroup)
 
-    def _forward(self, x: Tensor, context: Tensor | None, bias: Tensor | None) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(*self._normed(x, context), bias)))
+    def _forward(
+        self, x: Tensor, context: Tensor | None, bias: Tensor | None, regroup: Regroup | None
+    ) -> Tensor:
+        taken = self.drop_path(self.ls1(self.attn(*self._normed(x, context), bias, regroup)))
+        x = x + taken if self.residual else taken
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
-    def attention_map(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None):
+    def attention_map(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        bias: Tensor | None = None,
+        regroup: Regroup | None = None,
+    ) -> Tensor:
         """How much each of `x` takes from each of `context`: (B, heads, N, M)."""
-        return self.attn.weights(*self._normed(x, context), bias)
+        return self.attn.weights(*self._normed(x, context), bias, regroup)
 
     def _normed(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.norm1(x), None if context is None else self.norm1(context)

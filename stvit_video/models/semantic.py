@@ -1,7 +1,8 @@
 """Semantic tokens: a few cluster centres, pooled from a grid of patch tokens and recovered by attention.
 
 "Making Vision Transformers Efficient from A Token Sparsification View" (CVPR 2023), section 3; the
-pooling over time and space is this project's extension to video.
+pooling over time and space is this project's extension to video. On the whole grid (`SemanticTokens`, for
+ViT), in windows (`SemanticWindows`, for Swin), and back to the patches (`recover`, STViT-R).
 """
 
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .embed import Size3
-from .layers import Block
+from . import windows
+from .embed import Size3, resize_grid
+from .layers import Block, Regroup
 
 POOLS = {"max": F.adaptive_max_pool3d, "avg": F.adaptive_avg_pool3d}
 
@@ -33,9 +35,7 @@ class SemanticTokens(nn.Module):
                 f"semantic_tokens={tokens} (t, h, w) must each lie between 1 and the number of "
                 f"patches along its axis, here {grid}"
             )
-        if pool not in POOLS:
-            raise ValueError(f"pool={pool!r} is none of {sorted(POOLS)}")
-        self.tokens, self.pool = tokens, POOLS[pool]
+        self.tokens, self.pool = tokens, _pool(pool)
         self.centres = nn.Parameter(torch.zeros(1, *tokens, dim)) if centres else None
 
     def forward(self, x: Tensor, layers: Sequence[Block]) -> Tensor:
@@ -62,3 +62,120 @@ class SemanticTokens(nn.Module):
                 query = tokens + self.centres.flatten(1, 3)
             context = torch.cat([tokens, x], 1)
         return query, context
+
+
+class SemanticWindows(nn.Module):
+    """Condense each window of a grid into (t, h, w) tokens with the layers it is handed.
+
+    P = each window's pooled X. The layers ask within a window and across all windows by turns, beginning
+    within: there, the keys are the window's own tokens and X in a larger window around it; across, all
+    tokens and all of X. The first `semantic_layers` ask X too, the rest only the semantic tokens. G joins
+    before the second layer, as on the whole grid.
+
+    size: the grid that it is made for; others are taken too, and G is resized.
+    window: (t, h, w) patches; per_window: how many tokens (t, h, w) for each.
+    `tokens` says how many there are on the grid that it is made for.
+    """
+
+    def __init__(
+        self,
+        size: Size3,
+        window: Size3,
+        per_window: Size3,
+        dim: int,
+        *,
+        semantic_layers: int = 2,
+        pool: str = "max",
+        centres: bool = False,
+    ):
+        super().__init__()
+        if len(per_window) != 3 or not all(1 <= n <= w for n, w in zip(per_window, window, strict=True)):
+            raise ValueError(
+                f"semantic_tokens={per_window} (t, h, w) must each lie between 1 and the window's "
+                f"patches along its axis, here {window} (window_size)"
+            )
+        self.window, self.per_window, self.semantic_layers = window, per_window, semantic_layers
+        self.pool = _pool(pool)
+        clamped, own = self._clamped(size)
+        self.tokens = tuple(-(-n // w) * k for n, w, k in zip(size, clamped, own, strict=True))
+        self.centres = nn.Parameter(torch.zeros(1, *self.tokens, dim)) if centres else None
+
+    def forward(self, x: Tensor, layers: Sequence[Block], *, centres: bool = True) -> Tensor:
+        """Grid (B, T, H, W, C) and the layers -> all windows' tokens as one grid (B, t, h, w, C).
+
+        centres: False leaves G out.
+        """
+        tokens = self._pooled(x)
+        for i, layer in enumerate(layers):
+            tokens = self._answer(i, layer(*self._question(i, tokens, x, centres)), tokens, x)
+        return tokens
+
+    def maps(self, x: Tensor, layers: Sequence[Block]) -> Tensor:
+        """How much each semantic token took from each patch: (B, n, T, H, W), each summing to 1.
+
+        The last layer that asks X, averaged over heads, restricted to the patches and renormalised.
+        """
+        last = self.semantic_layers - 1
+        tokens, size = self.forward(x, layers[:last]), x.shape[1:4]
+        weights = layers[last].attention_map(*self._question(last, tokens, x, True)).mean(1)
+        if last % 2 == 0:  # each window has looked at its own patches: put them into their places
+            patch = torch.arange(size.numel(), device=x.device).view(1, *size, 1)
+            patch = windows.enlarge(patch, self._clamped(size)[0]).mT  # (windows, 1, M)
+            weights = weights[..., -patch.shape[-1] :]
+            patch = patch.repeat(len(x), weights.shape[1], 1)
+            weights = weights.new_zeros(*weights.shape[:2], size.numel()).scatter(-1, patch, weights)
+            weights = self._answer(last, weights, tokens, x).flatten(1, 3)
+        weights = weights[..., -size.numel() :]
+        return (weights / weights.sum(-1, keepdim=True)).unflatten(-1, size)
+
+    def _clamped(self, size: Size3) -> tuple[Size3, Size3]:
+        """The window on a grid of `size`, and its tokens: no more than it has patches."""
+        window, _ = windows.clamp_window(self.window, (0, 0, 0), size)
+        return window, tuple(map(min, self.per_window, window))
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        window, own = self._clamped(x.shape[1:4])
+        x = windows.pad(x, window)
+        size = tuple(n // w * k for n, w, k in zip(x.shape[1:4], window, own, strict=True))
+        parts = windows.partition(x, window).unflatten(1, window).movedim(-1, 1)
+        return windows.merge(self.pool(parts, own).flatten(2).transpose(1, 2), own, size)
+
+    def _question(
+        self, i: int, tokens: Tensor, x: Tensor, centres: bool
+    ) -> tuple[Tensor, Tensor | None, None, Regroup | None]:
+        """What layer i asks, whom, (no bias,) and how the keys belong to the windows."""
+        window, own = self._clamped(x.shape[1:4])
+        context = regroup = None
+        if i < self.semantic_layers:
+            context = torch.cat([tokens.flatten(1, 3), x.flatten(1, 3)], 1)
+        if i == 1 and centres and self.centres is not None:
+            tokens = tokens + resize_grid(self.centres, tokens.shape[1:4])
+        if i % 2:
+            return tokens.flatten(1, 3), context, None, None
+        if context is not None:
+            sizes = tokens.shape[1:4], x.shape[1:4]
+
+            def regroup(kv: Tensor) -> Tensor:
+                own_kv, around = kv.split([size.numel() for size in sizes], 1)
+                own_kv = windows.partition(own_kv.unflatten(1, sizes[0]), own)
+                return torch.cat([own_kv, windows.enlarge(around.unflatten(1, sizes[1]), window)], 1)
+
+        return windows.partition(tokens, own), context, None, regroup
+
+    def _answer(self, i: int, answer: Tensor, tokens: Tensor, x: Tensor) -> Tensor:
+        """What layer i gave, as a grid of the shape of `tokens`."""
+        size = tokens.shape[1:4]
+        if i % 2:
+            return answer.unflatten(1, size)
+        return windows.merge(answer, self._clamped(x.shape[1:4])[1], size)
+
+
+def recover(x: Tensor, tokens: Tensor, layer: Block) -> Tensor:
+    """The patches (B, T, H, W, C) ask the semantic tokens (B, t, h, w, C): back to the patch grid."""
+    return layer(x.flatten(1, 3), tokens.flatten(1, 3)).unflatten(1, x.shape[1:4])
+
+
+def _pool(name: str):
+    if name not in POOLS:
+        raise ValueError(f"pool={name!r} is none of {sorted(POOLS)}")
+    return POOLS[name]

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import nearest
 from . import baselines
+from .swin import VideoSwin
 from .vit import VideoViT
 
 
@@ -49,14 +50,44 @@ def _vit_family() -> dict[str, Entry]:
     return models
 
 
-MODELS: dict[str, Entry] = _vit_family() | {
-    build.__name__: Entry(build, {}, _sizes(build))
-    for build in (
-        baselines.ptv_mvit_base_16x4,
-        baselines.ptv_slowfast_r50,
-        baselines.ptv_x3d_m,
-    )
-}
+def _swin_family() -> dict[str, Entry]:
+    models = {}
+    known = _sizes(VideoSwin) - {"recovery"}
+    dense_only = known - _SEMANTIC - {"layer_scale"}
+    recovering = known - {"base_depth", "semantic_layers"}
+    for size, embed_dim, depth, num_heads, base_depth in (
+        ("tiny", 96, 6, [3, 6, 12, 24], 3),
+        ("small", 96, 18, [3, 6, 12, 24], 11),
+        ("base", 128, 18, [4, 8, 16, 32], 11),
+    ):
+        dense = {"embed_dim": embed_dim, "depths": [2, 2, depth, 2], "num_heads": num_heads}
+        image = dense | {"patch_size": (1, 4, 4), "window_size": (1, 7, 7)}
+        video = dense | {"patch_size": (2, 4, 4), "window_size": (8, 7, 7)}
+        for sizes, tokens, name in (
+            (image, (1, 3, 3), f"swin_{size}_patch4_window7_224"),
+            (video, (8, 3, 3), f"video_swin_{size}"),
+        ):
+            semantic = sizes | {"semantic_tokens": tokens}
+            models[name] = Entry(VideoSwin, sizes, dense_only)
+            models[f"stvit_{name}"] = Entry(VideoSwin, semantic | {"base_depth": base_depth}, known)
+            if size != "tiny":
+                units = semantic | {"recovery": True, "layer_scale": 1e-5}
+                models[f"stvit_r_{name}"] = Entry(VideoSwin, units, recovering)
+    return models
+
+
+MODELS: dict[str, Entry] = (
+    _vit_family()
+    | _swin_family()
+    | {
+        build.__name__: Entry(build, {}, _sizes(build))
+        for build in (
+            baselines.ptv_mvit_base_16x4,
+            baselines.ptv_slowfast_r50,
+            baselines.ptv_x3d_m,
+        )
+    }
+)
 
 
 def list_models() -> list[str]:

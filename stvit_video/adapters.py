@@ -1,0 +1,231 @@
+"""Other projects' names -> ours: one pure function from state dict to state dict for each origin.
+
+What an adapter does not know keeps its name, and is unexpected then; what no model here has a place for
+(`DROPS`) is left out, unless it is misshapen.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+class Adapter(NamedTuple):
+    """origin: for the report; fixed_positions: its checkpoints hold no position table, it is VideoMAE's."""
+
+    origin: str
+    matches: Callable[[State], bool]
+    convert: Callable[[State], State]
+    fixed_positions: bool = False
+
+
+# What other projects' checkpoints hold, and the models here have no place for.
+TOKENS = ("cls_token", "dist_token", "reg_token", "register_tokens")
+DROPS = re.compile(
+    rf"({'|'.join(TOKENS)}|mask_token|pos_embed_class)$"
+    r"|(head_dist|encoder_to_decoder)\.|decoder(_\w+)?(\.|$)"
+)
+RECOMPUTED = re.compile(r"\.(relative_position_index|attn_mask)$")  # buffers that follow from the sizes
+
+
+def from_timm(state: State) -> State:
+    """timm's ViT, DeiT and DINOv2, and whoever speaks its names: (1, N, C) positions, layer scale.
+
+    The norm before a class token becomes the norm after pooling, which is what it is in a model pooled by
+    timm itself; class and register tokens and their positions are dropped.
+    """
+    state = _common(state)
+    table = state["pos_embed"]
+    tokens = {name: state[name] for name in TOKENS if name in state}
+    misshapen = {name for name, t in tokens.items() if t.ndim != 3 or t.shape[::2] != table.shape[::2]}
+    state["pos_embed"] = _patch_rows(table, tokens, any(".ls1." in name for name in state))
+    return {name: t for name, t in state.items() if not DROPS.match(name) or name in misshapen}
+
+
+def from_videomae(state: State) -> State:
+    """VideoMAE and V2, pre-trained encoder or fine-tuned: biases of q and v alone (k has none)."""
+    state = {name: tensor for name, tensor in _common(state).items() if not DROPS.match(name)}
+    for name in [name for name in state if name.endswith(".q_bias")]:
+        block = name.removesuffix("q_bias")
+        if f"{block}v_bias" in state:
+            q, v = state.pop(name), state.pop(f"{block}v_bias")
+            state[f"{block}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+    return state
+
+
+HUGGING_FACE = {
+    "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
+    "attention.output.dense.": "attn.proj.",
+    "attention.attention.": "attn.",
+    "intermediate.dense.": "mlp.fc1.",
+    "output.dense.": "mlp.fc2.",
+    "layernorm_before.": "norm1.",
+    "layernorm_after.": "norm2.",
+    "layernorm.": "norm.",
+    "classifier.": "head.",
+}
+
+
+def from_hugging_face(state: State) -> State:
+    """VideoMAE in transformers' layout: q, k and v apart, their biases spelled in two ways."""
+    out = {}
+    for name, tensor in state.items():
+        name = re.sub(r"^(encoder\.)?layer\.(\d+)\.", r"blocks.\2.", name.removeprefix("videomae."))
+        for theirs, ours in HUGGING_FACE.items():
+            name = re.sub(rf"(^|\.){re.escape(theirs)}", rf"\g<1>{ours}", name, count=1)
+        name = re.sub(r"attn\.([qkv])_bias$", lambda m: f"attn.{m[1]}.bias", name)
+        name = re.sub(r"attn\.(q|k|v)(uery|ey|alue)\.", r"attn.\1.", name)
+        out[name] = tensor
+    return {name: tensor for name, tensor in _joined(_common(out)).items() if not DROPS.match(name)}
+
+
+def from_mae_st(state: State) -> State:
+    """MAE-ST: q, k and v apart, and one position table for space and one for time."""
+    state = _joined(_common(state))
+    space, time = (state.get(f"pos_embed_{axes}") for axes in ("spatial", "temporal"))
+    if all(t is not None and t.ndim == 3 and t.shape[0] == 1 and t.shape[1] for t in (space, time)):
+        grid = square(space)
+        if grid is not None and grid.shape[-1] == time.shape[-1]:
+            state["pos_embed"] = grid + time.unflatten(1, (-1, 1, 1))
+            del state["pos_embed_spatial"], state["pos_embed_temporal"]
+    return {name: tensor for name, tensor in state.items() if not DROPS.match(name)}
+
+
+def from_torchvision_swin(state: State) -> State:
+    """torchvision's `swin3d_t/s/b` and image `swin_t/s/b`: stages and mergings are numbered in one list."""
+
+    def rename(name: str) -> str:
+        if features := re.match(r"features\.(\d+)\.(.*)", name):
+            index = int(features[1])
+            place = "downsample" if index % 2 else "blocks"
+            name = f"layers.{(index + 1) // 2}.{place}.{features[2]}"
+        return name.replace(".mlp.0.", ".mlp.fc1.").replace(".mlp.3.", ".mlp.fc2.")
+
+    return _renamed(state, rename)
+
+
+def from_timm_swin(state: State) -> State:
+    """timm's image Swin."""
+    return _renamed(state, lambda name: name.replace("head.fc.", "head."))
+
+
+def from_microsoft_swin(state: State) -> State:
+    """Microsoft's Swin and Video Swin: the merging stands at the end of the stage before it."""
+
+    def rename(name: str) -> str:
+        name = name.replace("cls_head.fc_cls.", "head.")
+        return re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", name)
+
+    return _renamed(state, rename)
+
+
+def from_stvit_r(state: State) -> State:
+    """The authors' STViT-R-Swin: keys and values apart from queries, a stem numbered by position."""
+    stem = {"0.c": "conv1", "0.bn": "norm1", "2.c": "conv2", "2.bn": "norm2"}
+    state = from_microsoft_swin(state)
+    for q in [name for name in state if ".attn.q." in name]:
+        kv = q.replace(".q.", ".kv.")
+        if kv in state and state[kv].shape[1:] == state[q].shape[1:]:
+            state[q.replace(".q.", ".qkv.")] = torch.cat([state.pop(q), state.pop(kv)])
+
+    def rename(name: str) -> str:
+        name = re.sub(
+            r"^patch_embed\.proj\.([02]\.(?:c|bn))\.", lambda m: f"patch_embed.{stem[m[1]]}.", name
+        )
+        return re.sub(r"layer_scale_(\d)$", r"ls\1.gamma", name)
+
+    return _renamed(state, rename)
+
+
+def square(table: Tensor) -> Tensor | None:
+    """A flat table (1, N, C) as the grid (1, 1, n, n, C) of a square image; None if N is no square."""
+    side = math.isqrt(table.shape[1])
+    return table.unflatten(1, (1, side, side)) if side**2 == table.shape[1] else None
+
+
+def _renamed(state: State, rename: Callable[[str], str]) -> State:
+    return {rename(name): tensor for name, tensor in state.items() if not RECOMPUTED.search(name)}
+
+
+def _common(state: State) -> State:
+    """Names that many share: layer scale as gamma_1 and gamma_2, and `norm` where there is no fc_norm."""
+    state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): tensor for name, tensor in state.items()}
+    if not any(name.startswith("fc_norm.") for name in state):
+        state = {re.sub(r"^norm\.", "fc_norm.", name): tensor for name, tensor in state.items()}
+    return state
+
+
+def _joined(state: State) -> State:
+    """`attn.q`, `attn.k`, `attn.v` of each block as one `attn.qkv`; where no k has a bias, it is zero."""
+    state = dict(state)
+    biased = any(name.endswith("attn.k.bias") for name in state)
+    for q in [name for name in state if name.endswith("attn.q.weight")]:
+        block = q.removesuffix("q.weight")
+        weights, biases = ([f"{block}{part}.{kind}" for part in "qkv"] for kind in ("weight", "bias"))
+        if len({state[name].shape if name in state else None for name in weights}) == 1:
+            state[f"{block}qkv.weight"] = torch.cat([state.pop(name) for name in weights])
+        if biases[0] in state and not biased:
+            state.setdefault(biases[1], torch.zeros_like(state[biases[0]]))
+        if len({state[name].shape if name in state else None for name in biases}) == 1:
+            state[f"{block}qkv.bias"] = torch.cat([state.pop(name) for name in biases])
+    return state
+
+
+def _patch_rows(table: Tensor, tokens: State, layer_scale: bool) -> Tensor:
+    """A position table (1, N, C) without the rows of class, distillation and register tokens.
+
+    Some models give no position to registers, or (those with registers or layer scale) to no token at all.
+    Which it is shows in the number of patches being square; where none is, every token is taken to have it.
+    """
+    rows = table.shape[1]
+    counts = [
+        sum(t.shape[1] for t in some if t.ndim == 3)
+        for some in (
+            tokens.values(),
+            [t for name, t in tokens.items() if name in ("cls_token", "dist_token")],
+        )
+    ]
+    if counts[0] > counts[1] or layer_scale:
+        counts.append(0)
+    square = [n for n in counts if math.isqrt(max(rows - n, 0)) ** 2 == rows - n > 0]
+    return table[:, square[0] if square else counts[0] :]
+
+
+ADAPTERS = [
+    Adapter(
+        "VideoMAE, Hugging Face layout",
+        lambda state: any(".attention.attention." in name for name in state),
+        from_hugging_face,
+        fixed_positions=True,
+    ),
+    Adapter(
+        "VideoMAE",
+        lambda state: any(name.endswith(".attn.q_bias") for name in state),
+        from_videomae,
+        fixed_positions=True,
+    ),
+    Adapter("STViT-R", lambda state: any(".blocks.1.attn.kv." in name for name in state), from_stvit_r),
+    Adapter(
+        "torchvision Swin",
+        lambda state: any(re.match(r"features\.0\.\d+\.attn\.relative", name) for name in state),
+        from_torchvision_swin,
+    ),
+    Adapter(
+        "timm Swin",
+        lambda state: "layers.0.blocks.0.norm1.weight" in state and "head.fc.weight" in state,
+        from_timm_swin,
+    ),
+    Adapter(
+        "Microsoft Swin",
+        lambda state: any(name.startswith("layers.0.downsample.") for name in state),
+        from_microsoft_swin,
+    ),
+    Adapter("MAE-ST", lambda state: "pos_embed_spatial" in state, from_mae_st),
+    Adapter("timm ViT", lambda s: "pos_embed" in s and s["pos_embed"].ndim == 3, from_timm),
+    Adapter("this toolbox", lambda state: True, dict),
+]

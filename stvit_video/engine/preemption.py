@@ -1,0 +1,30 @@
+"""SIGTERM is a request: the run ends at its next update, with a checkpoint, and exits with code 143."""
+
+import signal
+
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Preemption:
+    """While entered, SIGTERM sets `asked` and does nothing else, however often it comes.
+
+    Main thread only: Python delivers signals nowhere else.
+    """
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Preemption":
+        self._former = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGTERM, self._former)
+
+    def exit_if_asked(self) -> None:
+        """For where all is saved and no other rank is waited for. Raises SystemExit(143)."""
+        if self.asked:
+            raise SystemExit(EXIT_CODE)
+
+    def _note(self, *_) -> None:
+        self.asked = True

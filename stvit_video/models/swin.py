@@ -1,0 +1,298 @@
+"""Swin and Video Swin: dense, STViT on windows, and STViT-R. An image is a clip of one frame.
+
+Parameter names are timm's (`layers.i.blocks.j.attn.qkv`, `layers.i.downsample.reduction`, ...).
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from einops import rearrange
+from timm.layers import calculate_drop_path_rates
+from torch import Tensor, nn
+
+from . import windows
+from .embed import ConvStem, PaddedPatchEmbed, Size3
+from .layers import Attention, Block
+from .semantic import SemanticWindows, recover
+
+NORM_EPS = 1e-5
+SEMANTIC_STAGE = 2  # the third, at stride 16
+UNIT = 6  # blocks of an STViT-R unit: a Swin block, four on semantic tokens, recovery
+
+
+class WindowAttention(Attention):
+    """Attention among the tokens of each window, with a learned bias for every distance between two."""
+
+    def __init__(self, dim: int, num_heads: int, *, window: Size3, shift: Size3):
+        super().__init__(dim, num_heads)
+        self.window, self.shift = window, shift
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(windows.table_rows(window), num_heads))
+
+    def forward(self, x: Tensor, context: None = None, bias: None = None, regroup: None = None) -> Tensor:
+        """Grid (B, T, H, W, C) -> the same shape. A window asks itself: nothing else can be handed in."""
+        size = x.shape[1:4]
+        window, shift = windows.clamp_window(self.window, self.shift, size)
+        bias = windows.relative_bias(self.relative_position_bias_table, self.window, window)
+        x = windows.pad(x, window)
+        if any(shift):
+            given, x = x, torch.empty_like(x)
+            for slab, mask in windows.slabs(tuple(x.shape[1:4]), window, shift, x.device):
+                masked = bias if mask is None else bias + mask
+                windows.put(x, slab, self._in_windows(windows.take(given, slab), window, masked))
+        else:
+            x = self._in_windows(x, window, bias)
+        return x[:, : size[0], : size[1], : size[2]]
+
+    def _in_windows(self, x: Tensor, window: Size3, bias: Tensor) -> Tensor:
+        attended = super().forward(windows.partition(x, window), bias=bias)
+        return windows.merge(attended, window, x.shape[1:4])
+
+
+class PatchMerging(nn.Module):
+    """Half the height and width, twice the channels; odd sizes are padded with zeros at the end."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=NORM_EPS)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H, W, C) -> (B, T, H/2, W/2, 2C)."""
+        x = windows.pad(x, (1, 2, 2))
+        return self.reduction(self.norm(rearrange(x, "b t (h p) (w q) c -> b t h w (q p c)", p=2, q=2)))
+
+
+class Stage(nn.Module):
+    """Patch merging (not in the first stage), then blocks on the grid of patches."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[Block]):
+        super().__init__()
+        self.downsample, self.blocks = downsample, nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H, W, C) -> the stage's last grid."""
+        return self.through(self.downsample(x))
+
+    def through(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class SemanticStage(Stage):
+    """`base_depth` blocks on the patches, the rest on semantic tokens; gives the grid of the latter."""
+
+    def __init__(self, downsample, blocks, semantic: SemanticWindows, base_depth: int):
+        super().__init__(downsample, blocks)
+        self.semantic, self.base_depth = semantic, base_depth
+
+    def through(self, x: Tensor) -> Tensor:
+        return self.semantic(self.base(x), self.blocks[self.base_depth :])
+
+    def base(self, x: Tensor) -> Tensor:
+        """What the semantic tokens are made of."""
+        for block in self.blocks[: self.base_depth]:
+            x = block(x)
+        return x
+
+
+class RecoverStage(SemanticStage):
+    """STViT-R: units that condense the patches and recover them, so that the stage gives its patch grid."""
+
+    def __init__(self, downsample, blocks, semantic: SemanticWindows):
+        super().__init__(downsample, blocks, semantic, base_depth=1)
+
+    def through(self, x: Tensor) -> Tensor:
+        for first in range(0, len(self.blocks), UNIT):
+            swin, *layers, last = self.blocks[first : first + UNIT]
+            x = swin(x)
+            x = recover(x, self.semantic(x, layers, centres=first == 0), last)
+        return x
+
+
+class VideoSwin(nn.Module):
+    """Swin on tubelets; stage 3 on a few semantic tokens a window from `base_depth` on (STViT), or with
+    units that condense and recover the patches (STViT-R).
+
+    Takes clips of any size; num_frames and image_size say for which G is made (pixels: one number or
+    (height, width)).
+    patch_size: (frames, height, width) of one tubelet; window_size: in tubelets, for every stage.
+    embed_dim: channels of stage 1; they double from stage to stage. depths, num_heads: of the four stages.
+    semantic_tokens: (t, h, w) of them a window; None: the plain, dense backbone.
+    base_depth, semantic_layers: stage 3's layers on all patches, then those that make the semantic tokens,
+        which the rest of stage 3 and stage 4 run on. STViT-R has units of six layers instead: see `UNIT`.
+    centres: learn G, which needs semantic_layers >= 2.
+    recovery: STViT-R, with its convolutional stem and without the pooled residual in its first semantic
+        layer, as released.
+    layer_scale: initial value, in the layers on semantic tokens and in recovery.
+    Raises ValueError, naming value and rule, where sizes do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        num_frames: int,
+        image_size: int | tuple[int, int],
+        patch_size: Size3,
+        embed_dim: int,
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        window_size: Size3,
+        mlp_ratio: float = 4.0,
+        semantic_tokens: Size3 | None = None,
+        base_depth: int = 3,
+        semantic_layers: int = 2,
+        pool: str = "max",
+        centres: bool = False,
+        recovery: bool = False,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        for key, values, count in (
+            ("depths", depths, 4),
+            ("num_heads", num_heads, 4),
+            ("patch_size", patch_size, 3),
+            ("window_size", window_size, 3),
+        ):
+            if not isinstance(values, Sequence) or len(values) != count or min(values) < 1:
+                raise ValueError(f"{key}={values} must be {count} numbers from 1 up")
+        patch, window = tuple(patch_size), tuple(window_size)
+        height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
+        depth = depths[SEMANTIC_STAGE]
+        self.patch_embed = (ConvStem if recovery else PaddedPatchEmbed)(patch, embed_dim)
+        semantic = None
+        if semantic_tokens is not None:
+            if recovery and depth % UNIT:
+                raise ValueError(f"depths={list(depths)}: stage 3 of STViT-R has units of {UNIT} layers")
+            if not recovery and (
+                base_depth < 0 or semantic_layers < 1 or base_depth + semantic_layers > depth
+            ):
+                raise ValueError(
+                    f"base_depth={base_depth} and semantic_layers={semantic_layers} (at least 1) "
+                    f"must fit into stage 3's depth, {depth} (depths)"
+                )
+            strides = (patch[0], *(p * 2**SEMANTIC_STAGE for p in patch[1:]))
+            semantic = SemanticWindows(
+                tuple(-(-n // s) for n, s in zip((num_frames, height, width), strides, strict=True)),
+                window,
+                tuple(semantic_tokens),
+                embed_dim * 2**SEMANTIC_STAGE,
+                semantic_layers=semantic_layers,
+                pool=pool,
+                centres=centres and semantic_layers > 1,
+            )
+
+        def swin_block(index: int, **sizes) -> Block:
+            shift = tuple(n // 2 for n in window) if index % 2 else (0, 0, 0)
+            return Block(**sizes, attention=partial(WindowAttention, window=window, shift=shift))
+
+        def stage_3_block(index: int, **sizes) -> Block:
+            if semantic is None or (index % UNIT == 0 if recovery else index < base_depth):
+                return swin_block(index, **sizes)
+            return Block(**sizes, layer_scale=layer_scale, residual=not (recovery and index % UNIT == 1))
+
+        rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
+        self.layers = nn.ModuleList()
+        for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+            dim = embed_dim * 2**i
+            block = stage_3_block if i == SEMANTIC_STAGE else swin_block
+            blocks = [
+                block(
+                    j,
+                    dim=dim,
+                    num_heads=heads,
+                    mlp_ratio=mlp_ratio,
+                    drop_path=next(rates),
+                    norm_eps=NORM_EPS,
+                    checkpointing=checkpointing,
+                )
+                for j in range(depth)
+            ]
+            downsample = PatchMerging(dim // 2) if i else nn.Identity()
+            if semantic is None or i != SEMANTIC_STAGE:
+                stage = Stage(downsample, blocks)
+            elif recovery:
+                stage = RecoverStage(downsample, blocks, semantic)
+            else:
+                stage = SemanticStage(downsample, blocks, semantic, base_depth)
+            self.layers.append(stage)
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.head = nn.Linear(dim, num_classes)
+        self.apply(_init_linear)
+        for name in self.no_weight_decay():
+            nn.init.trunc_normal_(self.get_parameter(name), std=0.02)
+
+    @property
+    def semantic(self) -> SemanticWindows | None:
+        """What makes the semantic tokens; None in a dense model."""
+        return getattr(self.layers[SEMANTIC_STAGE], "semantic", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W), or (B, 3, H, W) for one frame -> logits (B, num_classes)."""
+        return self.head(self.pooled_features(x))
+
+    def pooled_features(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> (B, C): the mean of the last tokens, each normalised; what the head sees."""
+        return self.norm(self.forward_features(x)).mean((1, 2, 3))
+
+    def forward_features(self, x: Tensor, stages: Sequence[int] | None = None) -> Tensor | list[Tensor]:
+        """(B, 3, T, H, W) -> the last layer's token grid (B, t, h, w, C).
+
+        stages: instead, the patch grids that these stages (1 to 4) end with, in that order, as a list:
+            at strides 4, 8, 16 and 32, not normalised. Raises ValueError where there is none: in stages
+            3 and 4 of an STViT without recovery.
+        """
+        if stages is None:
+            return list(self._grids(x))[-1]
+        patches = 2 if type(self.layers[SEMANTIC_STAGE]) is SemanticStage else 4
+        for stage in stages:
+            if not 1 <= stage <= patches:
+                raise ValueError(
+                    f"stages={tuple(stages)}: this model has patch grids in stages 1 to {patches}"
+                )
+        grids = [grid for grid, _ in zip(self._grids(x), range(max(stages, default=0)), strict=False)]
+        return [grids[stage - 1] for stage in stages]
+
+    def semantic_maps(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> how much each semantic token took from each patch (B, n, T', H', W').
+
+        n semantic tokens of all windows over stage 3's grid; each map sums to 1. STViT-R: its first unit.
+        """
+        if self.semantic is None:
+            raise ValueError("a dense model (semantic_tokens=None) has no semantic maps")
+        stage = self.layers[SEMANTIC_STAGE]
+        (x,) = self.forward_features(x, stages=(SEMANTIC_STAGE,))
+        return self.semantic.maps(stage.base(stage.downsample(x)), stage.blocks[stage.base_depth :])
+
+    def _grids(self, x: Tensor) -> Iterator[Tensor]:
+        x = self.patch_embed(x)
+        for stage in self.layers:
+            x = stage(x)
+            yield x
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that AdamW leaves undecayed, beside one-dimensional ones (timm's protocol)."""
+        ends = ("relative_position_bias_table", "semantic.centres")
+        return {name for name, _ in self.named_parameters() if name.endswith(ends)}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layer groups for layer decay (timm's protocol): embedding, each block, then norm and head.
+
+        Merging joins the block after it, G the block that it enters.
+        """
+        blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", (0,))]
+        if self.semantic is not None:
+            entered = self.layers[SEMANTIC_STAGE].base_depth + 1
+            blocks.append((r"^layers\.(\d+)\.semantic", (entered,)))
+        return {"stem": r"^patch_embed", "blocks": blocks, "head": r"^(?:norm|head)"}
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
