@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 from .config import Config, ConfigError, DataConfig
 from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
-from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader
+from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
+from .data.shards import find_shards
 from .data.transforms import Normalise, TestTransform, TrainTransform
 from .data.views import Sampling, TestViews, TrainViews
 from .engine import distributed
@@ -126,8 +127,9 @@ def read_lists(config: Config) -> tuple[dict[str, list[Row]], list[str], dict[st
 
 
 def _prepare_demo(path: Path) -> None:
-    """Render the demo set where the list is to be, unless something else lies there."""
-    if distributed.is_main() and (is_demo(path.parent) or not path.exists()):
+    """Render the demo set where the list is to be, unless something else lies there, or shards do."""
+    absent = not path.exists() and not find_shards(path)
+    if distributed.is_main() and (is_demo(path.parent) or absent):
         prepare_demo(path.parent)
     distributed.barrier()
 
@@ -185,6 +187,8 @@ def build_train_loader(
         seed=config.seed,
         rank=distributed.rank(),
         world=distributed.world(),
+        shards=shards_of(rows),
+        buffer=data.shuffle_buffer,
     )
     return _loader(config, dataset, sampler, config.train.batch_size, device)
 

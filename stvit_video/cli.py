@@ -1,8 +1,9 @@
-"""The commands: train, test, predict, check. What `tools/` and the installed scripts call."""
+"""The commands: train, test, predict, check, shards. What `tools/` and the installed scripts call."""
 
 import argparse
 import csv
 import json
+import random
 import shutil
 import sys
 import time
@@ -19,6 +20,7 @@ from . import build
 from .config import Config, ConfigError, make_parser, parse, resolve, to_dict
 from .data.check import FileCheck, Finding, check_files, check_labels, summary
 from .data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
+from .data.write_shards import write_shards
 from .engine import checkpoint as checkpoints
 from .engine import distributed
 from .engine.evaluate import evaluate, use_bf16, write_report
@@ -268,6 +270,36 @@ def check(args: Sequence[str]) -> None:
         print(f"{len(findings)} findings, all in {path}")
         sys.exit(1)
     print("all is well" if flags.thorough else "nothing found; --thorough decodes every frame")
+
+
+@command
+def shards(args: Sequence[str]) -> None:
+    """Write a list's videos into WebDataset shards, with the class names beside them.
+
+    Training videos are shuffled (by the seed), as lists are often sorted by class; others keep their order.
+    """
+    parser = make_parser(shards.__doc__)
+    parser.add_argument("--split", choices=("train", "val", "test"), default="train", help="Which list.")
+    parser.add_argument("--to", required=True, metavar="FOLDER", help="Where to; must not exist.")
+    parser.add_argument("--videos", type=int, default=1000, help="Videos of a shard, at most.")
+    parser.add_argument("--megabytes", type=int, default=1000, help="Megabytes of a shard, at most.")
+    config, flags = parse(parser, args)
+    if min(flags.videos, flags.megabytes) < 1:
+        raise ConfigError(f"--videos {flags.videos} --megabytes {flags.megabytes}: must be 1 or more")
+    names = None
+    if flags.split != "train" and config.data.train is not None:
+        names = build.read_split(config, "train")[0].class_names
+    rows, _ = build.read_split(config, flags.split, names)
+    names = rows.class_names
+    if flags.split == "train":
+        random.Random(config.seed).shuffle(rows)
+    written = write_shards(
+        rows, flags.to, class_names=names, videos=flags.videos, size=flags.megabytes * 1_000_000
+    )
+    size = sum(shard.stat().st_size for shard in written)
+    print(
+        f"{len(rows)} videos in {len(written)} shards, {size / 1e6:.1f} MB: --data.{flags.split} {flags.to}"
+    )
 
 
 def _videos(path: Path, suffixes: Collection[str]) -> list[Path]:

@@ -86,7 +86,7 @@ class DataConfig:
     preset: Literal["custom", "kinetics", "ssv2", "imagenet", "demo"] = "custom"
     """Carries sampling, flip, mean, std and views of a data set; custom leaves them free."""
     train: str | None = None
-    """Training list: any format of the field, or a folder of class folders."""
+    """Training list: any format of the field, a folder of class folders, or WebDataset shards."""
     val: str | None = None
     """Validation list, looked at every train.eval_every epochs with one view."""
     test: str | None = None
@@ -127,6 +127,8 @@ class DataConfig:
     """Random clips of each decoded training video (repeated augmentation)."""
     workers: int = 2
     """Loader processes a rank."""
+    shuffle_buffer: int = 10_000
+    """Training from shards: videos of a rank that are shuffled at a time, after the order of the shards."""
     timeout: float | None = 60.0
     """Seconds after which a video that does not come is given up as unreadable; null: never."""
     max_unreadable: float = 0.1
@@ -245,6 +247,7 @@ LIMITS = {
     "data.rand_augment": (0, 10),
     "data.repeats": _SOME,
     "data.workers": _ANY,
+    "data.shuffle_buffer": _SOME,
     "data.timeout": (0.1, 1e6),
     "data.max_unreadable": (0, 1),
     "train.epochs": _SOME,
@@ -324,6 +327,10 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespac
         if word.startswith("--cfg"):
             files.append(value if equals or not words else words.pop(0))
         else:
+            if value.endswith(".tar") and any(flag.startswith(f"--{key}=") for flag in flags):
+                raise ConfigError(
+                    f"command line: {key} is given twice; quote a pattern, or the shell expands its braces"
+                )
             flags.append(word)
     for file in files:
         _check_file(file)

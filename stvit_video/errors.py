@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class ListError(InputError):
+    """A list of videos that cannot be read: file and line, what was found, what was expected."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all of them."""
     known = sorted(known)

@@ -103,7 +103,8 @@ def load_weights(
     fitted = {}
     for name, tensor in state.items():
         if name not in targets:
-            report.unexpected[name] = _shape(tensor)
+            kind = "dropped" if _is_idle_bias(name, targets) else "unexpected"
+            getattr(report, kind)[name] = _shape(tensor)
             continue
         try:
             if name in other_classes:
@@ -312,6 +313,12 @@ def _fold_layer_scale(state: State, targets: State, report: LoadReport) -> None:
         state[f"{last}.weight"] = gamma.float()[:, None] * weight.float()
         state[f"{last}.bias"] = gamma.float() * bias.float()
         report.dropped[name] = f"{_shape(gamma)}: multiplied into {last}"
+
+
+def _is_idle_bias(name: str, targets: State) -> bool:
+    """A window's bias table, of a layer that the model has as a semantic one, without a window."""
+    attention, _, table = name.rpartition(".")
+    return table == "relative_position_bias_table" and f"{attention}.qkv.weight" in targets
 
 
 def _choose_classes(

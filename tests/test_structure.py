@@ -74,7 +74,9 @@ def test_every_test_that_the_documents_name_exists():
             assert f"def {name}(" in tests, f"{page.name} names {name}"
 
 
-@pytest.mark.parametrize("tool", ["train_net", "test_net", "predict", "check_data", "draw_curves"])
+@pytest.mark.parametrize(
+    "tool", ["train_net", "test_net", "predict", "check_data", "draw_curves", "make_shards"]
+)
 def test_every_tool_runs(tool):
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / f"{tool}.py", "--help"], capture_output=True, text=True

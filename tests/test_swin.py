@@ -143,6 +143,15 @@ def test_a_still_clip_through_an_inflated_model_is_the_image():
     torch.testing.assert_close(video(still), image_model(image), **CLOSE)
 
 
+def test_an_stvit_from_a_dense_swin():
+    dense, ours = shake(tiny("video_swin_tiny")), tiny(base_depth=2)
+    report = load_weights(ours, dense.state_dict(), fresh=())
+    replaced = {f"layers.2.blocks.{i}.attn.relative_position_bias_table" for i in range(2, 6)}
+    assert set(report.dropped) == replaced
+    state = dense.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
+
+
 # --- published figures ---
 
 

@@ -1,7 +1,8 @@
-"""Lists of videos: five formats of the field, told apart by their content, read into rows.
+"""Lists of videos: six formats of the field, told apart by their content, read into rows.
 
 Two formats number their classes: `path label` and `folder num_frames label` lines. Three name them:
-the Kinetics csv, the Something-Something V2 json and a folder of class folders. Whatever is wrong
+the Kinetics csv, the Something-Something V2 json and a folder of class folders. WebDataset shards
+do either. Whatever is wrong
 with a list becomes a `ListError`: one line that says where, what was found and what was expected.
 """
 
@@ -13,16 +14,18 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import ListError
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from .shards import Place, find_shards, index_shards
 
 IMAGES = tuple(IMAGE_SUFFIXES)
 MEDIA = (*VIDEO_SUFFIXES, *IMAGES)
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
 KINETICS_SUFFIXES = (".mp4", ".mkv", ".webm")  # in order of preference
+SHARDS_NAMES = "class_names.txt"  # beside shards: the class names of their ids, one a line
 SOMETHING_LABELS = ("labels.json", "something-something-v2-labels.json")
 
 OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
@@ -36,17 +39,21 @@ Entry = tuple[str, str, str]  # where it stands (for errors), the path, the clas
 Listing = Callable[[str], frozenset[str]]  # folder -> names in it
 
 
-class ListError(InputError):
-    """A list that cannot be read: file and line, what was found, what was expected."""
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A video, an image or a folder of frames; label and num_frames None where not given."""
+    """A video, an image or a folder of frames; label and num_frames None where not given.
+
+    place: where it lies in a shard; `path` is then its name, shard/member.
+    """
 
     path: str
     label: int | None
     num_frames: int | None = None
+    place: Place | None = None
+
+    def contents(self) -> bytes | None:
+        """The file's bytes where it lies in a shard; None: it lies at `path`. Raises DecodeError."""
+        return None if self.place is None else self.place.read(self.path)
 
 
 class Rows(list[Row]):
@@ -64,13 +71,13 @@ def read_rows(
     labels: StrPath | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Rows:
-    """Rows of a list file or of a folder of class folders, in order.
+    """Rows of a list file, a folder of class folders, or WebDataset shards (`find_shards`), in order.
 
     root: folder of the videos, needed for the Kinetics csv and the Something-Something json.
         Relative paths lie in root, absolute ones must, and none may hold "..": a list reaches nothing
         outside it but through links that lie there. Without root absolute paths are free, and relative
         ones lie in the current directory if the first of them exists there, else in the list's folder:
-        decided once for all lines. A folder of class folders needs no root and ignores it.
+        decided once for all lines. Class folders and shards need no root and ignore it.
     labels: labels json of a Something-Something list, by default the one beside the list.
     class_names: names by class id. They decide the ids where classes are named (instead of sorted
         order or the labels json; a space equals an underscore), and bound them where numbered.
@@ -78,11 +85,14 @@ def read_rows(
     Raises ListError. Only the decoder looks whether a video is there.
     """
     path, names = Path(path), None if class_names is None else list(class_names)
-    text = "" if path.is_dir() else _read_text(path)
+    shards = find_shards(path)
+    text = "" if shards or path.is_dir() else _read_text(path)
     first = next(filter(str.strip, text.split("\n")), "")
     is_json = path.suffix.lower() == ".json" or re.match(r'\s*(\[\s*[{\]]|\{\s*["}])', text)
     if labels is not None and not (first and is_json):
         raise ListError(f"{path}: found labels={labels}, expected only with Something-Something")
+    if shards:
+        return _sharded(shards, names)
     if path.is_dir():
         return _by_name(_class_folders(path), names)
     if not first:
@@ -291,6 +301,42 @@ def _is_readable(entry: os.DirEntry[str]) -> bool:
     if entry.is_dir():
         return any(file.name.lower().endswith(IMAGES) for file in _visible(entry))
     return entry.name.lower().endswith(MEDIA)
+
+
+def _sharded(shards: Sequence[str], names: list[str] | None) -> Rows:
+    """Rows of shards; ids are those of the class names beside the shards, where there are some."""
+    own, found = _shards_names(shards), index_shards(shards)
+    limit = own or names
+    for path, label, _ in found:
+        if type(label) is not type(found[0].label):
+            first = f"label {found[0].label!r} of {found[0].path}"
+            raise ListError(f"{path}: found label {label!r} and {first}, expected all of a kind, or none")
+        if isinstance(label, int) and limit is not None and label >= len(limit):
+            raise ListError(
+                f"{path}: found label {label}, expected one below {len(limit)}, "
+                "the number of class names (labels start at 0)"
+            )
+    named = own is not None or any(isinstance(sample.label, str) for sample in found)
+    rows = Rows((Row(path, label, None, place) for path, label, place in found), names)
+    if not named:
+        return rows
+    labels = (own[label] if isinstance(label, int) else label or "" for _, label, _ in found)
+    entries = [(row.path, row.path, label) for row, label in zip(rows, labels, strict=True)]
+    ids = _by_name(entries, own if names is None else names)
+    both = zip(rows, ids, strict=True)
+    return Rows((replace(row, label=by_name.label) for row, by_name in both), ids.class_names)
+
+
+def _shards_names(shards: Sequence[str]) -> list[str] | None:
+    """The class names beside the shards. In several folders they must agree."""
+    files = dict.fromkeys(os.path.join(os.path.dirname(shard), SHARDS_NAMES) for shard in shards)
+    texts = [_read_text(file) if os.path.exists(file) else "" for file in files]
+    if len(set(texts)) > 1:
+        raise ListError(f"{', '.join(files)}: found different class names, expected the same")
+    names = [line.strip() for line in texts[0].splitlines() if line.strip()]
+    if len(set(names)) < len(names):
+        raise ListError(f"{next(iter(files))}: found a class name twice, expected each once")
+    return names or None
 
 
 def _visible(folder: StrPath) -> list[os.DirEntry[str]]:

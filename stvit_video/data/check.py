@@ -37,11 +37,12 @@ class FileCheck:
     thorough: bool
 
     def __call__(self, row: Row) -> tuple[tuple[str, str] | None, str | None]:
-        if not os.path.lexists(row.path):
+        if row.place is None and not os.path.lexists(row.path):
             return ("missing", f"{row.path}: no such file"), None
         try:
-            with open_video(row.path, self.decoder, threads=1) as video:
-                identity = _identity(Path(row.path))
+            contents = row.contents()
+            with open_video(row.path, self.decoder, threads=1, contents=contents) as video:
+                identity = _identity(Path(row.path), contents)
                 if row.num_frames is not None and video.num_frames < row.num_frames:
                     cause = f"the list says {row.num_frames} frames, there are {video.num_frames}"
                     return ("short", f"{row.path}: {cause}"), identity
@@ -86,7 +87,8 @@ def check_files(
         if identities[path] is None:
             continue
         twin = first.setdefault(identities[path], path)
-        if rows[twin][0] != split and not os.path.samefile(twin, path):
+        on_disk = os.path.exists(twin) and os.path.exists(path)  # and not in a shard
+        if rows[twin][0] != split and not (on_disk and os.path.samefile(twin, path)):
             cause = f"{path}: the same content as {twin} of {rows[twin][0]}"
             findings.append(Finding(split, path, "duplicate", cause))
     return findings
@@ -121,8 +123,10 @@ def summary(splits: dict[str, Sequence[Row]], findings: Iterable[Finding]) -> st
     return "\n".join(lines)
 
 
-def _identity(path: Path) -> str | None:
+def _identity(path: Path, contents: bytes | None) -> str | None:
     """Size and hash of the first bytes of a file; None for a folder."""
+    if contents is not None:
+        return f"{len(contents)} {hashlib.blake2b(contents[:HEAD], digest_size=16).hexdigest()}"
     if path.is_dir():
         return None
     with open(path, "rb") as file:

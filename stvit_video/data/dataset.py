@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -106,7 +107,7 @@ class VideoDataset(Dataset):
             # one decoder thread: what is read does not depend on the number of workers
             with (
                 torch.random.fork_rng(devices=[]),
-                open_video(row.path, self.decoder, threads=1) as video,
+                open_video(row.path, self.decoder, threads=1, contents=row.contents()) as video,
             ):
                 if row.num_frames is not None and video.num_frames < row.num_frames:
                     raise DecodeError(
@@ -137,11 +138,25 @@ class TrainSampler(Sampler):
 
     The last, incomplete round of batches over all ranks is dropped, as is usual in training; a set smaller
     than one round is repeated up to one.
+    shards: the rows of each tar file, where rows lie in some. They are then shuffled in two steps, so that
+        a disk or network is read file by file: the files are put in a random order and dealt to the ranks
+        in one piece each, which is shuffled `buffer` rows at a time.
     """
 
-    def __init__(self, length: int, *, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        shards: Sequence[range] = (),
+        buffer: int = 10_000,
+    ):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world = rank, world
+        self.shards, self.buffer = shards, buffer
         self.epoch = 0
         self.batches_done = 0  # of this epoch: a resumed run goes on behind them
 
@@ -150,10 +165,31 @@ class TrainSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator).tolist()
+
+        def shuffled(items: Sequence) -> list:
+            return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+
+        if self.shards:
+            order = [index for shard in shuffled(self.shards) for index in shard]
+        else:
+            order = shuffled(range(self.length))
         order = [order[i % self.length] for i in range(len(self) * self.world)]
-        share = order[self.rank :: self.world][self.batches_done * self.batch_size :]
+        if self.shards:
+            share = order[self.rank * len(self) : (self.rank + 1) * len(self)]
+            pieces = (share[i : i + self.buffer] for i in range(0, len(share), self.buffer))
+            share = [index for piece in pieces for index in shuffled(piece)]
+        else:
+            share = order[self.rank :: self.world]
+        share = share[self.batches_done * self.batch_size :]
         return ((self.epoch, index) for index in share)
+
+
+def shards_of(rows: Sequence[Row]) -> list[range]:
+    """The rows of each shard, in order; none where some row is a file of its own."""
+    if any(row.place is None for row in rows):
+        return []
+    runs = groupby(range(len(rows)), key=lambda i: rows[i].place.shard)
+    return [range(run[0], run[-1] + 1) for run in (list(run) for _, run in runs)]
 
 
 class TestSampler(Sampler):

@@ -6,6 +6,7 @@ whatever order. What cannot be read raises DecodeError; no other frame takes its
 
 import bisect
 import contextlib
+import io
 import itertools
 import operator
 import os
@@ -36,6 +37,8 @@ DECODERS = ("av", "decord")
 HIDING_CODECS = frozenset(("vp8", "mpeg4"))
 # Containers where a seek ends at the key frame asked for; elsewhere it may end at the start.
 SEEKABLE = frozenset(("avi", "matroska", "mov", "mpegts"))
+# Lists of other files (HLS, concat): FFmpeg would show those, from anywhere, for the one asked for.
+PLAYLISTS = (b"#EXTM3U", b"ffconcat version")
 HIGHEST_RATE = 480  # frames/s; more (1000, 90000) is the clock of the container, not a rate
 
 
@@ -61,17 +64,22 @@ class Video(Protocol):
         self.close()
 
 
-def open_video(path: str | os.PathLike[str], decoder: str = "av", threads: int = 0) -> Video:
+def open_video(
+    path: str | os.PathLike[str], decoder: str = "av", threads: int = 0, contents: bytes | None = None
+) -> Video:
     """Open a video file, a folder of frames, or an image: a video of one frame.
 
     decoder: what reads video files, "av" (exact) or "decord" (as it counts and seeks).
     threads: of the decoder, 0: as many as it likes. With one, also what it makes of a damaged file is the
         same each time.
+    contents: of a video or image file, where they are in memory already; `path` is but its name then.
     Raises DecodeError for what cannot be opened, InputError for an unknown or absent decoder.
     """
     if decoder not in DECODERS:
         raise InputError(f"unknown decoder {decoder!r}{nearest(decoder, DECODERS)}")
     path = Path(path)
+    if contents is not None:
+        return _open_contents(path, decoder, threads, contents)
     try:
         found = path.stat()
         folder = stat.S_ISDIR(found.st_mode)
@@ -88,7 +96,34 @@ def open_video(path: str | os.PathLike[str], decoder: str = "av", threads: int =
         raise DecodeError(f"{path}: empty file")
     if files:
         return FrameFolder(path, files)
+    try:
+        with open(path, "rb") as file:
+            _refuse_playlist(path, file.read(32))
+    except OSError as error:
+        raise DecodeError(f"{path}: {_cause(error)}") from error
     return AvVideo(path, threads) if decoder == "av" else DecordVideo(path, threads)
+
+
+def _open_contents(path: Path, decoder: str, threads: int, contents: bytes) -> Video:
+    if not contents:
+        raise DecodeError(f"{path}: empty file")
+    if _is_image(path):
+        return FrameFolder(path, [path], contents)
+    _refuse_playlist(path, contents)
+    return AvVideo(path, threads, contents) if decoder == "av" else DecordVideo(path, threads, contents)
+
+
+def _refuse_playlist(path: Path, start: bytes) -> None:
+    if start.startswith(PLAYLISTS):
+        raise DecodeError(f"{path}: a playlist of other files, not a video")
+
+
+class _Named(io.BytesIO):
+    """A file in memory with its name, which helps FFmpeg to tell the format as it does on disk."""
+
+    def __init__(self, contents: bytes, name: str):
+        super().__init__(contents)
+        self.name = name
 
 
 class _Frames(Video):
@@ -134,10 +169,10 @@ class _Frames(Video):
 class FrameFolder(_Frames):
     """Image files in natural order, img_2 before img_10, at an unknown rate."""
 
-    def __init__(self, path: Path, files: list[Path]):
+    def __init__(self, path: Path, files: list[Path], contents: bytes | None = None):
         if not files:
             raise DecodeError(f"{path}: a folder without images")
-        self.path, self.files, self.num_frames = path, files, len(files)
+        self.path, self.files, self.num_frames, self.contents = path, files, len(files), contents
         names = [re.fullmatch(r"(.*?)(\d+)(\.\w+)", file.name) for file in files]
         if all(names) and len({name.group(1, 3) for name in names}) == 1:
             numbers = {int(name[2]) for name in names}
@@ -150,10 +185,13 @@ class FrameFolder(_Frames):
 
     def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
         for index in wanted:
-            if not self.files[index].is_file():
-                raise self._error(index, f"{self.files[index].name}: not a regular file")
+            file = self.files[index]
+            if self.contents is not None:
+                file = io.BytesIO(self.contents)
+            elif not file.is_file():
+                raise self._error(index, f"{file.name}: not a regular file")
             try:
-                with Image.open(self.files[index]) as image:
+                with Image.open(file) as image:
                     pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise self._error(index, f"{self.files[index].name}: {_cause(error)}") from error
@@ -168,9 +206,9 @@ class AvVideo(_Frames):
     counted by decoding them all, and known by their place in that order.
     """
 
-    def __init__(self, path: Path, threads: int):
+    def __init__(self, path: Path, threads: int, contents: bytes | None = None):
         # With av.logging.set_level these threads log through Python and may block for good: leave it off.
-        self.path, self.threads = path, threads
+        self.path, self.threads, self.contents = path, threads, contents
         with self._open() as (container, stream):
             packets = [_Listed.of(packet) for packet in container.demux(stream) if packet.size]
             rate, unit = stream.average_rate, stream.time_base
@@ -220,9 +258,13 @@ class AvVideo(_Frames):
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+        # "file:" as a name may hold a colon; what is in memory refers to nothing outside: no protocol
+        source, options = f"file:{self.path}", {}
+        if self.contents is not None:
+            source, options = _Named(self.contents, str(self.path)), {"protocol_whitelist": "none"}
         try:
-            # "file:" as a name may hold a colon; "ignore" as a title need not be UTF-8
-            with av.open(f"file:{self.path}", metadata_errors="ignore") as container:
+            # "ignore" as a title need not be UTF-8
+            with av.open(source, options=options, metadata_errors="ignore") as container:
                 cover = av.stream.Disposition.attached_pic
                 streams = [s for s in container.streams.video if not s.disposition & cover]
                 best = container.streams.best("video")
@@ -406,14 +448,15 @@ class _Sound:
 class DecordVideo(_Frames):
     """A video file, read by decord: it may count too many frames, and repeat some for others."""
 
-    def __init__(self, path: Path, threads: int):
+    def __init__(self, path: Path, threads: int, contents: bytes | None = None):
         try:
             import decord
         except ImportError as error:
             raise InputError("decoder 'decord' is absent: pip install decord") from error
         self.path, self._decord = path, decord
+        source = str(path) if contents is None else io.BytesIO(contents)
         try:
-            self._reader = decord.VideoReader(str(path), num_threads=threads)
+            self._reader = decord.VideoReader(source, num_threads=threads)
         except (decord.DECORDError, RuntimeError, AssertionError) as error:
             raise DecodeError(f"{path}: {_cause(error)}") from error
         self.num_frames, self.fps = len(self._reader), float(self._reader.get_avg_fps())
