@@ -86,9 +86,7 @@ def test_stvit_r_is_the_authors():
     state = {
         k.removeprefix("weights/"): v.float() for k, v in reference.items() if k.startswith("weights/")
     }
-    model = create_model(
-        "stvit_r_swin_small_patch4_window7_224", num_frames=1, **TINY | {"num_classes": 10}
-    )
+    model = create_model("stvit_r_swin_small", num_frames=1, **TINY | {"num_classes": 10})
     assert load_weights(model.eval(), state, fresh=()).origin == "STViT-R"
     i = torch.arange(2 * 3 * 224 * 224, dtype=torch.float64)
     image = ((0.0137 * i).sin() + 0.5 * (0.00071 * i + 0.3).cos()).float().view(2, 3, 224, 224)
@@ -107,7 +105,7 @@ def test_every_tensor_of_the_authors_checkpoint_finds_its_place():
         name: torch.zeros(shape, **counters if name.endswith("num_batches_tracked") else {})
         for name, shape in shapes.items()
     }
-    model = create_model("stvit_r_swin_small_patch4_window7_224", num_classes=1000, num_frames=1)
+    model = create_model("stvit_r_swin_small", num_classes=1000, num_frames=1)
     report = load_weights(model, {"model": theirs}, fresh=())
     assert report.loaded.keys() == model.state_dict().keys()
     assert {name.rpartition(".")[2] for name in report.dropped} == {"relative_position_index", "attn_mask"}
@@ -161,7 +159,7 @@ def test_an_stvit_from_a_dense_swin():
 )
 def test_stvit_r_costs_what_was_published(name, parameters, published):
     with torch.device("meta"):
-        model = create_model(f"stvit_r_swin_{name}_patch4_window7_224", num_classes=1000, num_frames=1)
+        model = create_model(f"stvit_r_swin_{name}", num_classes=1000, num_frames=1)
     assert sum(p.numel() for p in model.parameters()) == parameters
     cost = multiply_adds(model, num_frames=1, image_size=224) / 1e9
     assert 0.95 * published < cost <= published
@@ -369,8 +367,8 @@ NAMES = ["video_swin_tiny", "stvit_video_swin_tiny", "stvit_r_video_swin_small"]
         ("stvit_video_swin_tiny", {}),
         ("stvit_video_swin_tiny", {"centres": True, "semantic_layers": 3, "layer_scale": 0.1}),
         ("stvit_video_swin_tiny", {"base_depth": 0, "semantic_layers": 1, "pool": "avg"}),
-        ("stvit_swin_tiny_patch4_window7_224", {"num_frames": 1, "checkpointing": True}),
-        ("stvit_r_swin_small_patch4_window7_224", {"num_frames": 1, "layer_scale": 0.1}),
+        ("stvit_swin_tiny", {"num_frames": 1, "checkpointing": True}),
+        ("stvit_r_swin_small", {"num_frames": 1, "layer_scale": 0.1}),
         ("stvit_r_video_swin_base", {"centres": True, "depths": [1, 1, 12, 1], "layer_scale": 0.1}),
     ],
 )

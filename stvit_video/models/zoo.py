@@ -16,9 +16,12 @@ from .vit import VideoViT
 
 
 class Entry(NamedTuple):
+    """How a name is built: constructor, arguments, which of them a caller may change, frames of a clip."""
+
     build: Callable[..., nn.Module]
     defaults: dict
     sizes: frozenset[str]
+    num_frames: int = 16
 
 
 _COMMON = {"num_classes", "num_frames", "image_size"}
@@ -63,16 +66,17 @@ def _swin_family() -> dict[str, Entry]:
         dense = {"embed_dim": embed_dim, "depths": [2, 2, depth, 2], "num_heads": num_heads}
         image = dense | {"patch_size": (1, 4, 4), "window_size": (1, 7, 7)}
         video = dense | {"patch_size": (2, 4, 4), "window_size": (8, 7, 7)}
-        for sizes, tokens, name in (
-            (image, (1, 3, 3), f"swin_{size}_patch4_window7_224"),
-            (video, (8, 3, 3), f"video_swin_{size}"),
+        for name, pretrained_name, sizes, tokens, frames in (
+            (f"swin_{size}", f"swin_{size}_patch4_window7_224", image, (1, 3, 3), 1),
+            (f"video_swin_{size}", f"video_swin_{size}", video, (8, 3, 3), 32),
         ):
             semantic = sizes | {"semantic_tokens": tokens}
-            models[name] = Entry(VideoSwin, sizes, dense_only)
-            models[f"stvit_{name}"] = Entry(VideoSwin, semantic | {"base_depth": base_depth}, known)
+            depths = semantic | {"base_depth": base_depth}
+            models[pretrained_name] = Entry(VideoSwin, sizes, dense_only, frames)
+            models[f"stvit_{name}"] = Entry(VideoSwin, depths, known, frames)
             if size != "tiny":
                 units = semantic | {"recovery": True, "layer_scale": 1e-5}
-                models[f"stvit_r_{name}"] = Entry(VideoSwin, units, recovering)
+                models[f"stvit_r_{name}"] = Entry(VideoSwin, units, recovering, frames)
     return models
 
 
@@ -99,23 +103,24 @@ def create_model(
     name: str,
     *,
     num_classes: int,
-    num_frames: int = 16,
+    num_frames: int | None = None,
     image_size: int | tuple[int, int] = 224,
     **sizes,
 ) -> nn.Module:
     """A model with random weights that takes (B, 3, T, H, W) and gives logits (B, num_classes).
 
-    `num_frames=1` is image mode: (B, 3, H, W) is taken too, and default tubelets and semantic tokens
-    span one frame: patch_size (1, 16, 16), semantic_tokens (1, 4, 4).
-
-    sizes: what else to change, by the names of `VideoViT`'s arguments (`embed_dim`, `depth`,
-        `semantic_tokens`, ...). `semantic_tokens=None` makes an STViT its dense backbone.
+    num_frames: None: 16 for a ViT, 32 for a Video Swin, 1 for an image Swin. 1 is image mode: (B, 3, H, W)
+        is taken too, and default tubelets, windows and semantic tokens span one frame, as in patch_size
+        (1, 16, 16) and semantic_tokens (1, 4, 4).
+    sizes: what else to change, by the names of `VideoViT`'s or `VideoSwin`'s arguments (`embed_dim`,
+        `depth`, `semantic_tokens`, ...). `semantic_tokens=None` makes an STViT its dense backbone.
     Raises ValueError for an unknown model or sizes that do not fit each other; TypeError for an unknown
         size; both with the nearest known one.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}{nearest(name, MODELS)}")
-    build, defaults, known = MODELS[name]
+    build, defaults, known, frames = MODELS[name]
+    num_frames = frames if num_frames is None else num_frames
     for size in sizes:
         if size not in known:
             raise TypeError(f"{name} takes no size {size!r}{nearest(size, known)}")
