@@ -1,12 +1,13 @@
 """Other projects' names -> ours: one pure function from state dict to state dict for each origin.
 
 What an adapter does not know keeps its name, and is unexpected then; what no model here has a place for
-(`DROPS`) is left out, unless it is misshapen.
+(`DROPS`) is left out.
 """
 
 import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,9 +53,10 @@ def from_videomae(state: State) -> State:
     state = {name: tensor for name, tensor in _common(state).items() if not DROPS.match(name)}
     for name in [name for name in state if name.endswith(".q_bias")]:
         block = name.removesuffix("q_bias")
-        if f"{block}v_bias" in state:
-            q, v = state.pop(name), state.pop(f"{block}v_bias")
-            state[f"{block}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+        q, v, joined = state[name], state.get(f"{block}v_bias"), f"{block}qkv.bias"
+        if v is not None and q.ndim == 1 and q.shape == v.shape and joined not in state:
+            del state[name], state[f"{block}v_bias"]
+            state[joined] = torch.cat([q, torch.zeros_like(q), v])
     return state
 
 
@@ -73,22 +75,25 @@ HUGGING_FACE = {
 
 def from_hugging_face(state: State) -> State:
     """VideoMAE in transformers' layout: q, k and v apart, their biases spelled in two ways."""
-    out = {}
-    for name, tensor in state.items():
+
+    def rename(name: str) -> str:
         name = re.sub(r"^(encoder\.)?layer\.(\d+)\.", r"blocks.\2.", name.removeprefix("videomae."))
         for theirs, ours in HUGGING_FACE.items():
             name = re.sub(rf"(^|\.){re.escape(theirs)}", rf"\g<1>{ours}", name, count=1)
         name = re.sub(r"attn\.([qkv])_bias$", lambda m: f"attn.{m[1]}.bias", name)
-        name = re.sub(r"attn\.(q|k|v)(uery|ey|alue)\.", r"attn.\1.", name)
-        out[name] = tensor
-    return {name: tensor for name, tensor in _joined(_common(out)).items() if not DROPS.match(name)}
+        return re.sub(r"attn\.(q|k|v)(uery|ey|alue)\.", r"attn.\1.", name)
+
+    state = _joined(_common(_renamed(state, rename)))
+    return {name: tensor for name, tensor in state.items() if not DROPS.match(name)}
 
 
 def from_mae_st(state: State) -> State:
     """MAE-ST: q, k and v apart, and one position table for space and one for time."""
     state = _joined(_common(state))
     space, time = (state.get(f"pos_embed_{axes}") for axes in ("spatial", "temporal"))
-    if all(t is not None and t.ndim == 3 and t.shape[0] == 1 and t.shape[1] for t in (space, time)):
+    if "pos_embed" not in state and all(
+        t is not None and t.ndim == 3 and t.shape[0] == 1 and t.shape[1] for t in (space, time)
+    ):
         grid = square(space)
         if grid is not None and grid.shape[-1] == time.shape[-1]:
             state["pos_embed"] = grid + time.unflatten(1, (-1, 1, 1))
@@ -130,8 +135,10 @@ def from_stvit_r(state: State) -> State:
     state = from_microsoft_swin(state)
     for q in [name for name in state if ".attn.q." in name]:
         kv = q.replace(".q.", ".kv.")
-        if kv in state and state[kv].shape[1:] == state[q].shape[1:]:
-            state[q.replace(".q.", ".qkv.")] = torch.cat([state.pop(q), state.pop(kv)])
+        joined = q.replace(".q.", ".qkv.")
+        fits = kv in state and state[kv].ndim == state[q].ndim > 0 and joined not in state
+        if fits and state[kv].shape[1:] == state[q].shape[1:]:
+            state[joined] = torch.cat([state.pop(q), state.pop(kv)])
 
     def rename(name: str) -> str:
         name = re.sub(
@@ -149,14 +156,17 @@ def square(table: Tensor) -> Tensor | None:
 
 
 def _renamed(state: State, rename: Callable[[str], str]) -> State:
-    return {rename(name): tensor for name, tensor in state.items() if not RECOMPUTED.search(name)}
+    """With new names; one that several would have is given to none, so that they are unexpected."""
+    names = {name: rename(name) for name in state if not RECOMPUTED.search(name)}
+    times = Counter(names.values())
+    return {new if times[new] == 1 else name: state[name] for name, new in names.items()}
 
 
 def _common(state: State) -> State:
     """Names that many share: layer scale as gamma_1 and gamma_2, and `norm` where there is no fc_norm."""
-    state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): tensor for name, tensor in state.items()}
+    state = _renamed(state, lambda name: re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name))
     if not any(name.startswith("fc_norm.") for name in state):
-        state = {re.sub(r"^norm\.", "fc_norm.", name): tensor for name, tensor in state.items()}
+        state = _renamed(state, lambda name: re.sub(r"^norm\.", "fc_norm.", name))
     return state
 
 
@@ -167,13 +177,19 @@ def _joined(state: State) -> State:
     for q in [name for name in state if name.endswith("attn.q.weight")]:
         block = q.removesuffix("q.weight")
         weights, biases = ([f"{block}{part}.{kind}" for part in "qkv"] for kind in ("weight", "bias"))
-        if len({state[name].shape if name in state else None for name in weights}) == 1:
+        if _alike(state, weights) and f"{block}qkv.weight" not in state:
             state[f"{block}qkv.weight"] = torch.cat([state.pop(name) for name in weights])
         if biases[0] in state and not biased:
             state.setdefault(biases[1], torch.zeros_like(state[biases[0]]))
-        if len({state[name].shape if name in state else None for name in biases}) == 1:
+        if _alike(state, biases) and f"{block}qkv.bias" not in state:
             state[f"{block}qkv.bias"] = torch.cat([state.pop(name) for name in biases])
     return state
+
+
+def _alike(state: State, names: Sequence[str]) -> bool:
+    """Whether these are all there, of one shape."""
+    shapes = {state[name].shape if name in state else torch.Size() for name in names}
+    return len(shapes) == 1 and shapes != {torch.Size()}
 
 
 def _patch_rows(table: Tensor, tokens: State, layer_scale: bool) -> Tensor:

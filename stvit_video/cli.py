@@ -125,6 +125,8 @@ def test(args: Sequence[str]) -> None:
     config, flags = parse(parser, args)
     config = resolve(config)
     started = time.perf_counter()
+    if flags.checkpoint is not None and any(word.startswith("--model.weights") for word in args):
+        raise ConfigError("--checkpoint or --model.weights, not both: which of them is to be scored?")
     if flags.checkpoint is not None:
         own, class_names, model = load_model(flags.checkpoint)
         config = _with_checkpoint(config, own, args)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .adapters import ADAPTERS, DROPS, RECOMPUTED, Adapter, State, square
 from .errors import InputError, nearest
 from .files import FileError, read_torch
-from .models.embed import resize_grid, sincos_table
+from .models.embed import Size3, resize_grid, sincos_table
+from .models.windows import table_rows
 from .models.zoo import MODELS, create_model
 
 Inflate = Literal["average", "centre"]
@@ -100,6 +101,13 @@ def load_weights(
     targets = model.state_dict()
     _fold_layer_scale(state, targets, report)
     other_classes = _choose_classes(state, found, class_names, report)
+    of_images = _of_images(state, found.adapter.convert is dict)
+    windows = _windows(model)
+    report.mismatched = {
+        f"{name}.num_heads": f"{found.heads[name]} -> {count}"
+        for name, count in _heads(model).items()
+        if found.heads.get(name, count) != count
+    }
     fitted = {}
     for name, tensor in state.items():
         if name not in targets:
@@ -109,7 +117,8 @@ def load_weights(
         try:
             if name in other_classes:
                 raise _Misfit("its classes are not the model's")
-            kind, fitted[name] = _fit(name, tensor, targets[name], inflate, found)
+            window = windows.get(name)
+            kind, fitted[name] = _fit(name, tensor, targets[name], window, of_images, inflate)
         except _Misfit as reason:
             kind = "fresh" if _within(name, fresh) else "mismatched"
             getattr(report, kind)[name] = f"{_shape(tensor)} -> {_shape(targets[name])}: {reason}"
@@ -171,7 +180,8 @@ PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
 class _Found:
     """A state dict without prefixes, and what its file says of it.
 
-    class_names, by_class: of a checkpoint of this toolbox, its classes and the tensors with a row for each.
+    class_names, by_class, heads: of a checkpoint of this toolbox, its classes, the tensors with a row for
+        each, and the attention heads of its layers, which no shape shows.
     """
 
     name: str
@@ -179,13 +189,16 @@ class _Found:
     adapter: Adapter
     class_names: Sequence[str] | None = None
     by_class: frozenset[str] = frozenset()
+    heads: dict[str, int] = field(default_factory=dict)
 
 
 def _find(values: Mapping[str, Any], name: str) -> _Found:
     if str(values.get("format", "")).startswith("stvit_video"):
         return _find_own(values, name)
-    while nesting := next((key for key in NESTINGS if isinstance(values.get(key), Mapping)), None):
-        values, name = values[nesting], f"{name}[{nesting}]"
+    for _ in range(len(NESTINGS)):  # deep enough, and an end for what holds itself
+        nesting = next((key for key in NESTINGS if isinstance(values.get(key), Mapping)), None)
+        if nesting is not None:
+            values, name = values[nesting], f"{name}[{nesting}]"
     state = _checked(values, name)
     while prefix := next((p for p in PREFIXES if any(key.startswith(p) for key in state)), None):
         stripped = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
@@ -205,11 +218,14 @@ def _find_own(values: Mapping[str, Any], name: str) -> _Found:
         sizes = {k: v for k, v in model.items() if k in MODELS[model["name"]].sizes and v != "auto"}
         clip = {k: data[k] for k in ("num_frames", "image_size")}
         with torch.device("meta"):
-            whole, wider = (
-                create_model(model["name"], num_classes=len(classes) + more, **clip, **sizes).state_dict()
+            donor, wider = (
+                create_model(model["name"], num_classes=len(classes) + more, **clip, **sizes)
                 for more in (0, 1)
             )
-    except (KeyError, TypeError, ValueError) as error:
+        whole, wider = donor.state_dict(), wider.state_dict()
+    except WeightsError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"{name}: not a whole checkpoint of this toolbox ({error!r})") from None
     flaws = [f"missing {k}" for k in whole if k not in state]
     flaws += [f"unexpected {k}" for k in state if k not in whole]
@@ -222,27 +238,34 @@ def _find_own(values: Mapping[str, Any], name: str) -> _Found:
         raise WeightsError(f"{name}: not what its own settings make: {', '.join(flaws)}")
     by_class = frozenset(k for k in whole if whole[k].shape != wider[k].shape)
     own = ADAPTERS[-1]._replace(fixed_positions=sizes.get("pos_embed") == "sincos")
-    return _Found(name, state, own, None if _only_numbers(classes) else classes, by_class)
+    return _Found(name, state, own, None if _only_numbers(classes) else classes, by_class, _heads(donor))
 
 
 def _checked(values: Mapping[str, Any], name: str) -> State:
     """A state dict: names to dense, finite tensors, and nothing else. Raises WeightsError."""
+    if not isinstance(values, Mapping):
+        raise WeightsError(f"{name}: is a {type(values).__name__}: not a state dict")
     if not values:
         raise WeightsError(f"{name}: no tensors in it")
     for key, value in values.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not isinstance(key, str):
             raise WeightsError(f"{name}: {key!r} is a {type(value).__name__}: not a state dict")
-        if value.layout != torch.strided or not (value.isfinite().all() and isinstance(key, str)):
-            raise WeightsError(f"{name}: {key} holds values that are not finite, or is no dense tensor")
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
+            raise WeightsError(f"{name}: {key} is no ordinary tensor")
+        if not value.isfinite().all():
+            raise WeightsError(f"{name}: {key} holds values that are not finite")
     return dict(values)
 
 
 def _dropped(before: State, after: State) -> dict[str, str]:
     dropped = {name: _shape(t) for name, t in before.items() if DROPS.match(name) and name not in after}
-    dropped |= {name: "recomputed from sizes" for name in before if RECOMPUTED.search(name)}
-    if "pos_embed" in before and after["pos_embed"].numel() < before["pos_embed"].numel():
-        rows = before["pos_embed"].shape[1] - after["pos_embed"].shape[1]
-        dropped[f"pos_embed[:, :{rows}]"] = f"(1, {rows}, {before['pos_embed'].shape[2]})"
+    dropped |= {
+        name: "recomputed from sizes" for name in before if RECOMPUTED.search(name) and name not in after
+    }
+    table, left = before.get("pos_embed"), after.get("pos_embed")
+    if table is not None and table.ndim == left.ndim == 3 and left.shape[1] < table.shape[1]:
+        rows = table.shape[1] - left.shape[1]
+        dropped[f"pos_embed[:, :{rows}]"] = f"(1, {rows}, {table.shape[2]})"
     return dropped
 
 
@@ -253,8 +276,34 @@ class _Misfit(Exception):
     """Why a tensor does not fit."""
 
 
-def _fit(name: str, tensor: Tensor, target: Tensor, inflate: Inflate, found: _Found) -> tuple[str, Tensor]:
-    """-> what was done ("loaded", "inflated", "resized"), and the tensor in the target's shape."""
+def _windows(model: nn.Module) -> dict[str, Size3]:
+    """The windows (t, h, w) of the model's bias tables, by the tables' names."""
+    return {
+        f"{name}.relative_position_bias_table": module.window
+        for name, module in model.named_modules()
+        if hasattr(module, "relative_position_bias_table")
+    }
+
+
+def _heads(model: nn.Module) -> dict[str, int]:
+    """The attention heads of each layer, which no tensor's shape shows."""
+    heads = {name: getattr(module, "num_heads", None) for name, module in model.named_modules()}
+    return {name: count for name, count in heads.items() if isinstance(count, int)}
+
+
+def _of_images(state: State, own: bool) -> bool:
+    """Whether the patch embedding is an image model's: flat, or (own, of this toolbox) of one frame."""
+    kernel = state.get("patch_embed.proj.weight", state.get("patch_embed.conv1.weight"))
+    return kernel is None or kernel.ndim == 4 or (own and kernel.ndim == 5 and kernel.shape[2] == 1)
+
+
+def _fit(
+    name: str, tensor: Tensor, target: Tensor, window: Size3 | None, of_images: bool, inflate: Inflate
+) -> tuple[str, Tensor]:
+    """-> what was done ("loaded", "inflated", "resized"), and the tensor in the target's shape.
+
+    window: (t, h, w), of a bias table.
+    """
     if tensor.is_floating_point() != target.is_floating_point():
         raise _Misfit(f"{tensor.dtype} is not {target.dtype}")
     if tensor.shape == target.shape:
@@ -263,15 +312,12 @@ def _fit(name: str, tensor: Tensor, target: Tensor, inflate: Inflate, found: _Fo
         kernel = tensor.unsqueeze(2) if tensor.ndim == 4 else tensor
         if kernel.shape == target.shape:
             return "loaded", kernel
-        of_images = tensor.ndim == 4 or (tensor.ndim == 5 and found.adapter.convert is dict)
         if of_images and kernel.shape == (*target.shape[:2], 1, *target.shape[3:]):
             return "inflated", _inflated(kernel, target.shape[2], inflate)
-    if name.endswith("relative_position_bias_table") and tensor.shape[1:] == target.shape[1:]:
-        repeats, rest = divmod(len(target), max(len(tensor), 1))
-        if repeats % 2 and not rest:  # 2t - 1 distances in time
-            return "inflated", tensor.repeat(repeats, 1)
+    if window is not None and tensor.shape == (table_rows((1, *window[1:])), *target.shape[1:]):
+        return "inflated", tensor.repeat(2 * window[0] - 1, 1)  # the same over every distance in time
     if name == "pos_embed" or name.endswith("semantic.centres"):
-        grid = _as_grid(tensor, target.shape)
+        grid = _as_grid(tensor, target.shape, of_images)
         if grid is not None and grid.shape == target.shape:
             return "loaded", grid
         if grid is not None and grid.shape[-1] == target.shape[-1]:
@@ -288,15 +334,19 @@ def _inflated(kernel: Tensor, frames: int, inflate: Inflate) -> Tensor:
     return out
 
 
-def _as_grid(table: Tensor, target: torch.Size) -> Tensor | None:
-    """A position table as (1, t, h, w, C): as it is, of the target's grid, or of a square image."""
+def _as_grid(table: Tensor, target: torch.Size, of_images: bool) -> Tensor | None:
+    """A position table as (1, t, h, w, C), or None: flat, it is a square image's or of the target's grid.
+
+    A flat table of video patches has no other clue to its grid than being as long as the target's.
+    """
     if table.ndim == 5:
         return table if table.shape[0] == 1 and table.numel() else None
     if table.ndim != 3 or table.shape[0] != 1 or not table.numel():
         return None
-    if table.shape[1] == math.prod(target[1:4]):
-        return table.unflatten(1, target[1:4])
-    return square(table)
+    grid = (1, *target[2:4]) if of_images else target[1:4]
+    if of_images and square(table) is not None:
+        return square(table)
+    return table.unflatten(1, grid) if table.shape[1] == math.prod(grid) else None
 
 
 def _fold_layer_scale(state: State, targets: State, report: LoadReport) -> None:
@@ -307,7 +357,12 @@ def _fold_layer_scale(state: State, targets: State, report: LoadReport) -> None:
         last = f"{block}.{'attn.proj' if branch == 'ls1' else 'mlp.fc2'}"
         weight, bias = (state.get(f"{last}.{kind}") for kind in ("weight", "bias"))
         gamma = state[name]
-        if weight is None or bias is None or gamma.shape != bias.shape or weight.shape[0] != len(gamma):
+        if (
+            weight is None
+            or bias is None
+            or gamma.ndim != 1
+            or not gamma.shape == bias.shape == weight.shape[:1]
+        ):
             continue  # the scale is told as unexpected
         del state[name]
         state[f"{last}.weight"] = gamma.float()[:, None] * weight.float()
@@ -318,7 +373,8 @@ def _fold_layer_scale(state: State, targets: State, report: LoadReport) -> None:
 def _is_idle_bias(name: str, targets: State) -> bool:
     """A window's bias table, of a layer that the model has as a semantic one, without a window."""
     attention, _, table = name.rpartition(".")
-    return table == "relative_position_bias_table" and f"{attention}.qkv.weight" in targets
+    is_swin = attention.startswith("layers.")  # BEiT's tables stand in `blocks`, and matter
+    return is_swin and table == "relative_position_bias_table" and f"{attention}.qkv.weight" in targets
 
 
 def _choose_classes(

@@ -11,9 +11,10 @@ import torchvision
 from safetensors.torch import load_file
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stvit_video import create_model, load_weights, multiply_adds
+from stvit_video import WeightsError, create_model, load_weights, multiply_adds
 from stvit_video.models import windows
 from stvit_video.models.embed import resize_grid
 from stvit_video.models.layers import Attention, Block
@@ -139,6 +140,28 @@ def test_a_still_clip_through_an_inflated_model_is_the_image():
     image = torch.randn(2, 3, 64, 64)
     still = image.unsqueeze(2).expand(-1, -1, 16, -1, -1)
     torch.testing.assert_close(video(still), image_model(image), **CLOSE)
+
+
+def test_bias_tables_of_other_windows_do_not_fit():
+    for theirs, ours in (((2, 7, 7), (8, 7, 7)), ((1, 3, 3), (1, 8, 8))):
+        donor, model = (tiny("video_swin_tiny", window_size=window) for window in (theirs, ours))
+        with pytest.raises(WeightsError, match="mismatched  layers.0.blocks.0.attn.relative_position_bias"):
+            load_weights(model, donor.state_dict(), fresh=())
+
+
+def test_a_traced_graph_leaves_nothing_behind():
+    model = tiny("video_swin_tiny", depths=[2, 1, 1, 1], window_size=(2, 3, 5)).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(torch.randn(1, 3, 4, 52, 60))
+    assert type(model(torch.randn(1, 3, 4, 52, 60))) is torch.Tensor
+
+
+def test_stages_that_nobody_asked_for_are_not_run():
+    model, run = tiny("video_swin_tiny"), []
+    for i, stage in enumerate(model.layers, 1):
+        stage.register_forward_hook(lambda *_, i=i: run.append(i))
+    model.forward_features(torch.randn(1, 3, 4, 64, 64), stages=(2,))
+    assert run == [1, 2]
 
 
 def test_an_stvit_from_a_dense_swin():

@@ -507,6 +507,71 @@ def test_a_checkpoint_with_averaged_weights_gives_those():
     assert report.source.endswith("[ema]")
 
 
+def test_heads_are_compared_where_they_are_known():
+    with pytest.raises(WeightsError, match=r"blocks.0.attn.num_heads 2 -> 4"):
+        load_weights(video(num_heads=4), own_checkpoint())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model": torch.ones(3)},
+        {"model": "x"},
+        {"ema": [1]},
+        {"class_names": 5},
+        {"config": {"model": [], "data": {}}},
+        {"config": {"model": {"name": "stvit_tiny_patch16_224", "num_heads": 0}, "data": {}}},
+    ],
+)
+def test_a_toolbox_checkpoint_of_odd_contents_is_one_line(wrong):
+    with pytest.raises(WeightsError) as caught:
+        load_weights(video(), own_checkpoint() | wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_odd_tensors_and_nesting_are_told():
+    state = video().state_dict()
+    looped = {}
+    looped["model"] = looped
+    for odd in (torch.empty(5, device="meta"), torch.ones(5).to_sparse(), 3.0):
+        with pytest.raises(WeightsError, match="head.bias"):
+            load_weights(video(), state | {"head.bias": odd})
+    with pytest.raises(WeightsError, match="not a state dict"):
+        load_weights(video(), looped)
+
+
+def test_two_tensors_for_one_place_are_not_chosen_between():
+    twice = timm_vit(depth=4, init_values=0.1).state_dict()
+    twice |= {f"blocks.{i}.gamma_1": torch.ones(24) for i in range(4)}
+    mae, _ = reference("videomae_vit")
+    mae |= {"blocks.0.attn.qkv.bias": torch.ones(144)}
+    both = mae_st(video(semantic_tokens=None)) | {"pos_embed": torch.ones(1, 32, 24)}
+    models = [image(semantic_tokens=None), video(semantic_tokens=None, **videomae_sizes())]
+    for model, state in zip([*models, video(semantic_tokens=None)], (twice, mae, both), strict=True):
+        with pytest.raises(WeightsError, match="unexpected"):
+            load_weights(model, state, fresh=())
+
+
+def test_a_relative_bias_that_matters_is_not_dropped():
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 5}
+    beit = timm.models.beit.Beit(**sizes, use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=1.0)
+    with pytest.raises(WeightsError, match="unexpected  blocks.0.attn.relative_position_bias_table"):
+        load_weights(image(semantic_tokens=None), beit.state_dict())
+
+
+def test_a_flat_table_is_not_taken_for_another_grid():
+    state = image(image_size=64, semantic_tokens=None).state_dict()  # 8 x 8 patches
+    state["pos_embed"] = state["pos_embed"].flatten(1, 3)
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].squeeze(2)
+    clips = video(num_frames=8, semantic_tokens=None)  # 4 x 4 x 4
+    assert set(load_weights(clips, state, fresh=()).resized) == {"pos_embed"}
+    state = clips.state_dict()
+    state["pos_embed"] = state["pos_embed"].flatten(1, 3)
+    load_weights(video(num_frames=8, semantic_tokens=None), state, fresh=())
+    with pytest.raises(WeightsError, match=r"mismatched  pos_embed \(1, 64, 24\)"):
+        load_weights(video(num_frames=16, semantic_tokens=None), state, fresh=())
+
+
 def test_a_baseline_of_pytorchvideo_comes_back():
     sizes = {"num_frames": 4, "image_size": 160}
     theirs, ours = (create_model("ptv_x3d_m", num_classes=3, **sizes) for _ in range(2))

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import InputError
 from ..files import FileError, read_torch, write_torch
 
-FORMAT = "stvit_video 1"
+FORMAT = "stvit_video 2"
 LAST, PREVIOUS, BEST = "last.pt", "last-previous.pt", "best.pt"
 DAMAGED = "last-damaged.pt"
 NAMES = (LAST, PREVIOUS, BEST)

@@ -3,6 +3,7 @@
 Parameter names are timm's (`layers.i.blocks.j.attn.qkv`, `layers.i.downsample.reduction`, ...).
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -254,7 +255,7 @@ class VideoSwin(nn.Module):
                 raise ValueError(
                     f"stages={tuple(stages)}: this model has patch grids in stages 1 to {patches}"
                 )
-        grids = [grid for grid, _ in zip(self._grids(x), range(max(stages, default=0)), strict=False)]
+        grids = list(itertools.islice(self._grids(x), max(stages, default=0)))
         return [grids[stage - 1] for stage in stages]
 
     def semantic_maps(self, x: Tensor) -> Tensor:

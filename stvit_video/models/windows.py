@@ -7,14 +7,17 @@ As in torchvision's Video Swin and the released weights: zero padding at the end
 shift; padding takes part in the attention, only regions that a shift brings together are masked.
 """
 
+import functools
 import itertools
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .embed import Size3
 
@@ -62,10 +65,25 @@ def enlarge(x: Tensor, window: Size3) -> Tensor:
     return rearrange(x, "b i t j h k w c -> (b i j k) (t h w) c")
 
 
+def kept(build: Callable) -> Callable:
+    """`build` with its tensors kept for later calls; those made while a graph is traced are not."""
+    made: dict[tuple, Any] = {}
+
+    @functools.wraps(build)
+    def get(*key):
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+            return build(*key)
+        if key not in made:
+            made[key] = build(*key)
+        return made[key]
+
+    return get
+
+
 Slab = tuple[tuple[slice, ...], ...]  # of each axis one piece, or the two that a shift brings together
 
 
-@lru_cache(maxsize=64)
+@kept
 def slabs(
     size: Size3, window: Size3, shift: Size3, device: torch.device
 ) -> list[tuple[Slab, Tensor | None]]:
@@ -110,7 +128,7 @@ def put(x: Tensor, slab: Slab, values: Tensor) -> None:
         x[(slice(None), *place)] = block
 
 
-@lru_cache(maxsize=16)
+@kept
 def relative_index(window: Size3, device: torch.device) -> Tensor:
     """(N, N): where the bias of two tokens of a window stands in a table over all their distances.
 

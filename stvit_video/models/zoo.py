@@ -121,6 +121,7 @@ def create_model(
         raise ValueError(f"unknown model {name!r}{nearest(name, MODELS)}")
     build, defaults, known, frames = MODELS[name]
     num_frames = frames if num_frames is None else num_frames
+    _check_counts(num_classes=num_classes, num_frames=num_frames, image_size=image_size, **sizes)
     for size in sizes:
         if size not in known:
             raise TypeError(f"{name} takes no size {size!r}{nearest(size, known)}")
@@ -132,6 +133,22 @@ def create_model(
         image_size=image_size,
         **defaults | sizes,
     )
+
+
+_COUNTS = {  # sizes that are whole numbers from 1 up, or lists of them; base_depth from 0 up
+    *("num_classes", "num_frames", "image_size", "embed_dim", "depth", "depths", "num_heads", "patch_size"),
+    *("window_size", "semantic_tokens", "semantic_layers", "base_depth"),
+}
+
+
+def _check_counts(**sizes) -> None:
+    for name, value in sizes.items():
+        if name not in _COUNTS or value is None:
+            continue
+        least = 0 if name == "base_depth" else 1
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"{name}={value!r}: must be whole numbers from {least} up")
 
 
 def multiply_adds(model: nn.Module, *, num_frames: int, image_size: int) -> int:
