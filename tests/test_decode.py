@@ -242,6 +242,35 @@ def test_packets_that_show_nothing_are_no_frames(tmp_path):
     assert_exact(path, FRAMES)
 
 
+def test_a_stream_that_appears_midway(tmp_path, monkeypatch):
+    """PyAV may want to flush it, last of all, and does not know it: that is chance, here it always does."""
+
+    class Container:
+        def __init__(self, container):
+            self.container = container
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.container.close()
+
+        def demux(self, stream):
+            yield from self.container.demux(stream)
+            raise IndexError("list index out of range")
+
+    plain = av.open
+    paths = [render(tmp_path / "by_time.ts"), render(tmp_path / "by_place.h264")]
+    monkeypatch.setattr(decode.av, "open", lambda *args, **options: Container(plain(*args, **options)))
+    for path in paths:
+        with open_video(path) as video:
+            assert numbers(video.read(range(FRAMES))) == list(range(FRAMES))
+            assert numbers(video.read([FRAMES - 1])) == [FRAMES - 1]
+
+
 def test_repeated_timestamps(tmp_path):
     def repeat(place, packet):
         if place == 10:

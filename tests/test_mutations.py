@@ -5,6 +5,7 @@ decoder raised and flagged noted down. What it neither raised nor flagged nobody
 """
 
 import collections
+import contextlib
 import hashlib
 import io
 import random
@@ -56,7 +57,10 @@ def reference(path):
         packets = container.demux(stream)
         while True:
             try:
-                packet = next(packets, None)
+                try:
+                    packet = next(packets, None)
+                except IndexError:  # after its flush: PyAV and a stream that damage has made
+                    break
                 if packet is None:
                     break
                 if packet.size and not packet.is_discard:
@@ -96,9 +100,10 @@ def sound_from_its_key_frame(path, pts):
         stream = container.streams.best("video")
         stream.codec_context.thread_count = 1
         container.seek(pts, stream=stream)
-        for frame in container.decode(stream):
-            if frame.is_corrupt or frame.pts == pts:
-                return not frame.is_corrupt
+        with contextlib.suppress(IndexError):  # as above
+            for frame in container.decode(stream):
+                if frame.is_corrupt or frame.pts == pts:
+                    return not frame.is_corrupt
     return False
 
 

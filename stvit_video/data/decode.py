@@ -210,7 +210,7 @@ class AvVideo(_Frames):
         # With av.logging.set_level these threads log through Python and may block for good: leave it off.
         self.path, self.threads, self.contents = path, threads, contents
         with self._open() as (container, stream):
-            packets = [_Listed.of(packet) for packet in container.demux(stream) if packet.size]
+            packets = [_Listed.of(packet) for packet in _demux(container, stream) if packet.size]
             rate, unit = stream.average_rate, stream.time_base
             hides = stream.codec_context.name in HIDING_CODECS
             reorders = stream.codec_context.has_b_frames
@@ -283,8 +283,8 @@ class AvVideo(_Frames):
         count = 0
         with self._open() as (container, stream):
             try:
-                for _ in container.decode(stream):
-                    count += 1
+                for packet in _demux(container, stream):
+                    count += len(packet.decode())
             except av.FFmpegError as error:
                 raise DecodeError(f"{self.path}: frame {count}: {_cause(error)}") from error
         if not count:
@@ -323,9 +323,7 @@ class AvVideo(_Frames):
                 try:
                     if start is not None:
                         container.seek(start, stream=stream)
-                    frames = self._after_seek(container, stream)
-                    if start is None:
-                        frames = container.decode(stream)
+                    frames = self._frames(container, stream, after_seek=start is not None)
                     for place, frame in enumerate(frames):
                         if start is not None and place == 0 and not frame.key_frame:
                             break  # a key frame to the container only: it lacks what it refers to
@@ -352,16 +350,27 @@ class AvVideo(_Frames):
                 )
         return missing
 
-    def _after_seek(self, container, stream) -> Iterator[av.VideoFrame]:
-        """Frames from where a seek has ended, as long as their packets are those first listed.
+    def _frames(self, container, stream, after_seek: bool) -> Iterator[av.VideoFrame]:
+        """Frames from here on; after a seek only as long as their packets are those first listed.
 
         In a damaged file the times may be others after a seek than on the way from its start.
         """
-        for packet in container.demux(stream):
+        for packet in _demux(container, stream):
             listed = self._packets.get(packet.pts)
-            if packet.size and (listed is None or (listed.place, listed.size) != (packet.pos, packet.size)):
+            same = listed is not None and (listed.place, listed.size) == (packet.pos, packet.size)
+            if after_seek and packet.size and not same:
                 return
             yield from packet.decode()
+
+
+def _demux(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """Packets of `stream`, then an empty one that flushes the decoder.
+
+    Late sound or damage may make one more stream appear midway. At the end PyAV may want to flush it
+    too, and raises an IndexError as it does not know it: after `stream` has been flushed.
+    """
+    with contextlib.suppress(IndexError):
+        yield from container.demux(stream)
 
 
 class _Listed(NamedTuple):
