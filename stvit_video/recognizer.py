@@ -100,7 +100,7 @@ class Recognizer:
     def draw_semantic_maps(self, path: str | Path, picture: str | Path) -> None:
         """Draw what the semantic tokens took from the central view of one video. Raises DecodeError."""
         semantic = getattr(self.model, "semantic", None)
-        if semantic is None:
+        if not hasattr(semantic, "maps"):
             raise InputError(f"{self.config.model.name} has no semantic tokens to draw")
         clip = self._clips(path, build_test_views(self.config, 1, 1))[0]  # (1, 3, T, H, W)
         maps = self.model.semantic_maps(self.normalise(clip.to(self.normalise.mean.device)))[0]

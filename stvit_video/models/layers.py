@@ -37,9 +37,12 @@ class Attention(nn.Module):
         regroup: Regroup | None = None,
     ) -> Tensor:
         """(B, N, C) [, (B, M, C), bias broadcastable to (B, heads, N, M)] -> (B, N, C)."""
-        q, k, v = self._qkv(x, context, regroup)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self._answer(*self._qkv(x, context, regroup), bias)
+
+    def with_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, C) -> what `forward` gives; the tokens' keys, averaged over heads (B, N, C / heads)."""
+        q, k, v = self._qkv(x, None, None)
+        return self._answer(q, k, v, None), k.mean(1)
 
     def weights(
         self,
@@ -52,6 +55,10 @@ class Attention(nn.Module):
         q, k, _ = self._qkv(x, context, regroup)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(-1)
+
+    def _answer(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
     def _qkv(self, x: Tensor, context: Tensor | None, regroup: Regroup | None) -> list[Tensor]:
         if context is None:
@@ -116,7 +123,16 @@ class Block(nn.Module):
         self, x: Tensor, context: Tensor | None, bias: Tensor | None, regroup: Regroup | None
     ) -> Tensor:
         taken = self.drop_path(self.ls1(self.attn(*self._normed(x, context), bias, regroup)))
-        x = x + taken if self.residual else taken
+        return self.transform(x + taken if self.residual else taken)
+
+    def attend_with_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first half, `x + attn(norm1(x))`, (B, N, C), and the keys (B, N, C / heads): to merge tokens
+        before the second, `transform`."""
+        attended, keys = self.attn.with_keys(self.norm1(x))
+        return x + self.drop_path(self.ls1(attended)), keys
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The second half, `x + mlp(norm2(x))`: (B, N, C) -> the same shape."""
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
     def attention_map(

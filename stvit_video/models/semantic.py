@@ -19,28 +19,24 @@ POOLS = {"max": F.adaptive_max_pool3d, "avg": F.adaptive_avg_pool3d}
 
 
 class SemanticTokens(nn.Module):
-    """Condense a grid (B, T, H, W, C) into (B, t, h, w, C) with the layers it is handed.
+    """Condense a grid (B, T, H, W, C) into (B, t*h*w, C) with the layers it is handed: a reducer.
 
     P = pooled X;  S1 = layer(query=P, context=X);  S2 = layer(query=S1 + G, context=[S1, X]); further
     layers ask [S, X] too. The layers belong to the backbone and stand in its ordinary places, so that a
     dense checkpoint loads into them by name; only `centres` (G) is new.
 
-    tokens: how many (t, h, w); pool: "max" or "avg"; centres: learn G, one vector per semantic token.
+    tokens: how many (t, h, w); layers: how many it is handed; pool: "max" or "avg".
+    centres: learn G, one vector per semantic token, which needs two layers.
     """
 
-    def __init__(self, grid: Size3, tokens: Size3, dim: int, *, pool: str = "max", centres=True):
+    def __init__(self, tokens: Size3, dim: int, *, layers: int = 2, pool: str = "max", centres=True):
         super().__init__()
-        if len(tokens) != 3 or not all(1 <= n <= size for n, size in zip(tokens, grid, strict=True)):
-            raise ValueError(
-                f"semantic_tokens={tokens} (t, h, w) must each lie between 1 and the number of "
-                f"patches along its axis, here {grid}"
-            )
-        self.tokens, self.pool = tokens, _pool(pool)
-        self.centres = nn.Parameter(torch.zeros(1, *tokens, dim)) if centres else None
+        self.tokens, self.layers, self.pool = tokens, layers, make_pool(pool)
+        self.centres = nn.Parameter(torch.zeros(1, *tokens, dim)) if centres and layers > 1 else None
 
-    def forward(self, x: Tensor, layers: Sequence[Block]) -> Tensor:
-        """Grid (B, T, H, W, C) and the semantic layers -> semantic tokens (B, t, h, w, C)."""
-        return layers[-1](*self._last_question(x, layers)).unflatten(1, self.tokens)
+    def forward(self, x: Tensor, layers: Sequence[Block]) -> tuple[Tensor, None]:
+        """Grid (B, T, H, W, C) and the semantic layers -> semantic tokens (B, t*h*w, C), None."""
+        return layers[-1](*self._last_question(x, layers)), None
 
     def maps(self, x: Tensor, layers: Sequence[Block]) -> Tensor:
         """How much each semantic token took from each patch: (B, t*h*w, T, H, W), each summing to 1.
@@ -95,7 +91,7 @@ class SemanticWindows(nn.Module):
                 f"patches along its axis, here {window} (window_size)"
             )
         self.window, self.per_window, self.semantic_layers = window, per_window, semantic_layers
-        self.pool = _pool(pool)
+        self.pool = make_pool(pool)
         clamped, own = self._clamped(size)
         self.tokens = tuple(-(-n // w) * k for n, w, k in zip(size, clamped, own, strict=True))
         self.centres = nn.Parameter(torch.zeros(1, *self.tokens, dim)) if centres else None
@@ -175,7 +171,8 @@ def recover(x: Tensor, tokens: Tensor, layer: Block) -> Tensor:
     return layer(x.flatten(1, 3), tokens.flatten(1, 3)).unflatten(1, x.shape[1:4])
 
 
-def _pool(name: str):
+def make_pool(name: str):
+    """The function that pools (B, C, T, H, W) to a size. Raises ValueError for an unknown name."""
     if name not in POOLS:
         raise ValueError(f"pool={name!r} is none of {sorted(POOLS)}")
     return POOLS[name]

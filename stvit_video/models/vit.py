@@ -1,14 +1,12 @@
 """The plain video vision transformer, dense or with semantic tokens. An image is a clip of one frame."""
 
-from collections.abc import Iterable
-
 import torch
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from .embed import PatchEmbed, Size3, sincos_table
 from .layers import Block
-from .semantic import SemanticTokens
+from .reducers import make_reducer
 
 
 class VideoViT(nn.Module):
@@ -17,8 +15,11 @@ class VideoViT(nn.Module):
     num_frames, image_size: of the clips it takes; image_size in pixels, one number or (height, width).
     patch_size: (frames, height, width) of one tubelet.
     semantic_tokens: (t, h, w) of them; None: the plain, dense backbone.
+    reducer: what makes them. "semantic", or a control: "pool", "random" or "tome" (see `reducers`), which
+        takes base_depth and semantic_tokens likewise.
     base_depth, semantic_layers: layers on all patches, then layers that make the semantic tokens, out of
         `depth`: none is added. The rest runs on the semantic tokens alone.
+    proportional: after merging, a token is asked as often as it has patches in it (ToMe, equation 1).
     centres: learn G, which needs semantic_layers >= 2.
     pos_embed: "learned", or "sincos" (VideoMAE's fixed table).
     layer_scale: initial value, in the layers from `base_depth` on (all layers of a dense model).
@@ -38,10 +39,12 @@ class VideoViT(nn.Module):
         mlp_ratio: float = 4.0,
         pos_embed: str = "learned",
         semantic_tokens: Size3 | None = None,
+        reducer: str = "semantic",
         base_depth: int = 4,
         semantic_layers: int = 2,
         pool: str = "max",
         centres: bool = True,
+        proportional: bool = True,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         checkpointing: bool = False,
@@ -57,22 +60,24 @@ class VideoViT(nn.Module):
         else:
             self.register_buffer("pos_embed", sincos_table(grid, embed_dim), persistent=False)
 
-        self.semantic = None
-        self.base_depth, self.semantic_end = depth, depth
+        self.semantic, self.proportional = None, proportional
+        self.base_depth, self.reduced_depth = depth, depth
         if semantic_tokens is not None:
-            self.base_depth, self.semantic_end = base_depth, base_depth + semantic_layers
-            if base_depth < 0 or semantic_layers < 1 or self.semantic_end > depth:
+            self.semantic = make_reducer(
+                reducer,
+                grid,
+                tuple(semantic_tokens),
+                embed_dim,
+                semantic_layers=semantic_layers,
+                pool=pool,
+                centres=centres,
+            )
+            self.base_depth, self.reduced_depth = base_depth, base_depth + self.semantic.layers
+            if base_depth < 0 or semantic_layers < 1 or self.reduced_depth > depth:
                 raise ValueError(
                     f"base_depth={base_depth} and semantic_layers={semantic_layers} (at least 1) "
                     f"must fit into depth={depth}"
                 )
-            self.semantic = SemanticTokens(
-                grid,
-                tuple(semantic_tokens),
-                embed_dim,
-                pool=pool,
-                centres=centres and semantic_layers > 1,
-            )
         scaled_from = 0 if self.semantic is None else base_depth
         self.blocks = nn.ModuleList(
             Block(
@@ -88,7 +93,7 @@ class VideoViT(nn.Module):
         self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
         self.apply(_init_linear)
-        for table in (self.pos_embed, self.semantic and self.semantic.centres):
+        for table in (self.pos_embed, getattr(self.semantic, "centres", None)):
             if isinstance(table, nn.Parameter):
                 nn.init.trunc_normal_(table, std=0.02)
 
@@ -97,30 +102,55 @@ class VideoViT(nn.Module):
         return self.head(self.pooled_features(x))
 
     def pooled_features(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> (B, C): the mean of the last tokens, normalised; what the head sees."""
-        return self.fc_norm(self.forward_features(x).flatten(1, 3).mean(1))
+        """(B, 3, T, H, W) -> (B, C): the mean of the last tokens, normalised; what the head sees.
+
+        Merged tokens count as often as they have patches in them.
+        """
+        x, sizes = self._tokens(x)
+        if sizes is None:
+            return self.fc_norm(x.mean(1))
+        weights = sizes / sizes.sum(1, keepdim=True)
+        return self.fc_norm((x * weights[..., None]).sum(1))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> the last layer's token grid (B, t, h, w, C)."""
-        x = self._base(x)
-        if self.semantic is not None:
-            x = self.semantic(x, self._semantic_layers())
-        return _through(self.blocks[self.semantic_end :], x)
+        """(B, 3, T, H, W) -> the last layer's token grid (B, t, h, w, C); (B, n, 1, 1, C) where tokens have
+        lost their places ("random", "tome")."""
+        x, _ = self._tokens(x)
+        return x.unflatten(1, self.patch_embed.grid if self.semantic is None else self.semantic.tokens)
 
     def semantic_maps(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> how much each semantic token took from each patch (B, n, T', H', W').
 
-        n = t*h*w semantic tokens over the grid of patches; each map sums to 1.
+        n = t*h*w semantic tokens over the grid of patches; each map sums to 1. Raises ValueError for a
+        model without semantic tokens.
         """
+        if not hasattr(self.semantic, "maps"):
+            raise ValueError("no semantic maps: the model is dense or its reducer another")
+        return self.semantic.maps(self._base(x), self._reducing_layers())
+
+    def _tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The last layer's tokens (B, n, C); if they were merged, of how many patches each (B, n)."""
+        x = self._base(x)
         if self.semantic is None:
-            raise ValueError("a dense model (semantic_tokens=None) has no semantic maps")
-        return self.semantic.maps(self._base(x), self._semantic_layers())
+            return x.flatten(1, 3), None
+        x, sizes = self.semantic(x, self._reducing_layers())
+        weighted = sizes is not None and self.proportional
+        bias = sizes.log()[:, None, None] if weighted else None
+        for block in self.blocks[self.reduced_depth :]:
+            x = block(x, bias=bias)
+        return x, sizes
 
     def _base(self, x: Tensor) -> Tensor:
-        return _through(self.blocks[: self.base_depth], self.patch_embed(x) + self.pos_embed)
+        """The grid of patches (B, T', H', W', C) after `base_depth` layers."""
+        x = self.patch_embed(x) + self.pos_embed
+        grid = x.shape[1:4]
+        x = x.flatten(1, 3)
+        for block in self.blocks[: self.base_depth]:
+            x = block(x)
+        return x.unflatten(1, grid)
 
-    def _semantic_layers(self) -> nn.ModuleList:
-        return self.blocks[self.base_depth : self.semantic_end]
+    def _reducing_layers(self) -> nn.ModuleList:
+        return self.blocks[self.base_depth : self.reduced_depth]
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that AdamW leaves undecayed, beside one-dimensional ones (timm's protocol)."""
@@ -139,15 +169,6 @@ class VideoViT(nn.Module):
             "blocks": blocks,
             "head": r"^(?:fc_norm|head)",
         }
-
-
-def _through(blocks: Iterable[Block], x: Tensor) -> Tensor:
-    """A grid through ordinary self-attention layers: flattened here, and nowhere else."""
-    grid = x.shape[1:4]
-    x = x.flatten(1, 3)
-    for block in blocks:
-        x = block(x)
-    return x.unflatten(1, grid)
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -26,6 +26,13 @@ class Entry(NamedTuple):
 
 _COMMON = {"num_classes", "num_frames", "image_size"}
 _SEMANTIC = {"semantic_tokens", "base_depth", "semantic_layers", "pool", "centres"}
+_REDUCER = {"reducer", "proportional"}
+# what a control takes no part in, of the sizes of an STViT
+_FOREIGN = {
+    "pool": {"semantic_layers", "centres", "proportional"},
+    "random": {"semantic_layers", "centres", "proportional", "pool"},
+    "tome": {"semantic_layers", "centres", "pool"},
+}
 
 
 def _sizes(build: Callable) -> frozenset[str]:
@@ -48,8 +55,12 @@ def _vit_family() -> dict[str, Entry]:
         }
         semantic = {"semantic_tokens": (8, 4, 4), "base_depth": base_depth}
         sizes = _sizes(VideoViT)
-        models[f"vit_{size}_patch16_224"] = Entry(VideoViT, dense, sizes - _SEMANTIC)
+        models[f"vit_{size}_patch16_224"] = Entry(VideoViT, dense, sizes - _SEMANTIC - _REDUCER)
         models[f"stvit_{size}_patch16_224"] = Entry(VideoViT, dense | semantic, sizes)
+        for reducer, foreign in _FOREIGN.items():
+            control = dense | semantic | {"reducer": reducer}
+            known = sizes - foreign - {"reducer"}
+            models[f"{reducer}_vit_{size}_patch16_224"] = Entry(VideoViT, control, known)
     return models
 
 
