@@ -178,9 +178,7 @@ def build_train_loader(
         twins=twins,
     )
     views = TrainViews(build_sampling(data), transform, data.repeats)
-    dataset = VideoDataset(
-        rows, views, decoder=data.decoder, seed=config.seed, substitute=True, timeout=data.timeout
-    )
+    dataset = _dataset(config, rows, views, substitute=True)
     sampler = TrainSampler(
         len(rows),
         batch_size=config.train.batch_size,
@@ -196,10 +194,24 @@ def build_train_loader(
 def build_test_loader(
     config: Config, rows: Sequence[Row], device: torch.device, *, clips: int, crops: int
 ) -> DataLoader:
-    views, data = build_test_views(config, clips, crops), config.data
-    dataset = VideoDataset(rows, views, decoder=data.decoder, seed=config.seed, timeout=data.timeout)
+    dataset = _dataset(config, rows, build_test_views(config, clips, crops), substitute=False)
     sampler = TestSampler(len(rows), rank=distributed.rank(), world=distributed.world())
     return _loader(config, dataset, sampler, config.eval.batch_size, device)
+
+
+def _dataset(
+    config: Config, rows: Sequence[Row], views: TrainViews | TestViews, *, substitute: bool
+) -> VideoDataset:
+    data = config.data
+    return VideoDataset(
+        rows,
+        views,
+        decoder=data.decoder,
+        seed=config.seed,
+        substitute=substitute,
+        timeout=data.timeout,
+        keep=data.keep,
+    )
 
 
 def _loader(config, dataset, sampler, batch_size: int, device: torch.device) -> DataLoader:

@@ -1,4 +1,4 @@
-"""The commands: train, test, predict, check, shards. What `tools/` and the installed scripts call."""
+"""The commands: train, test, predict, curves, check, shards, bench. What `tools/` and the scripts call."""
 
 import argparse
 import csv
@@ -17,6 +17,7 @@ import yaml
 from tqdm import tqdm
 
 from . import build
+from .bench import commands as benchmarks
 from .config import Config, ConfigError, make_parser, parse, resolve, to_dict
 from .data.check import FileCheck, Finding, check_files, check_labels, summary
 from .data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
@@ -304,6 +305,12 @@ def shards(args: Sequence[str]) -> None:
     )
 
 
+@command
+def bench(args: Sequence[str]) -> None:
+    """Measure models, data loading, or accuracy against speed."""
+    benchmarks.run(args)
+
+
 def _videos(path: Path, suffixes: Collection[str]) -> list[Path]:
     """A file, the files with these suffixes in a folder, or else a folder of frames (one video)."""
     if not path.is_dir():
@@ -371,7 +378,7 @@ def _check_resume(
 # What may differ between the parts of a resumed run: it changes neither model nor updates.
 _FREE_TO_CHANGE = (
     *("weights", "inflate", "fresh"),
-    *("root", "val", "test", "workers", "timeout", "max_unreadable"),
+    *("root", "val", "test", "workers", "timeout", "keep", "max_unreadable"),
     *("eval_every", "log_every", "max_nonfinite", "checkpoint_minutes", "parallel"),
 )
 

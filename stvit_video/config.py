@@ -131,6 +131,8 @@ class DataConfig:
     """Random clips of each decoded training video (repeated augmentation)."""
     workers: int = 2
     """Loader processes a rank."""
+    keep: bool = False
+    """Decode each video once and keep all its frames, in every loader process: for small sets."""
     shuffle_buffer: int = 10_000
     """Training from shards: videos of a rank that are shuffled at a time, after the order of the shards."""
     timeout: float | None = 60.0

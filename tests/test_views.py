@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from stvit_video.data import demo, views
+from stvit_video.data import dataset, demo, views
 from stvit_video.data.annotations import Row
 from stvit_video.data.dataset import TestSampler as EverySampler
 from stvit_video.data.dataset import TrainSampler, VideoDataset, collate, make_loader
@@ -164,6 +164,23 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(demo_root):
     assert torch.equal(before, torch.get_rng_state())
     assert not torch.equal(a[1, 2].clips, a[2, 2].clips)
     assert not torch.equal(a[1, 2].clips, _train_set(rows, seed=1)[1, 2].clips)
+
+
+def test_videos_that_are_kept_give_the_same_samples_and_are_decoded_once(demo_root, monkeypatch):
+    rows = _rows(demo_root)
+    plain, keeping = _train_set(rows), _train_set(rows)
+    keeping.keep = True
+    dataset._open_kept.cache_clear()
+    opened = []
+    real = dataset.open_video
+    monkeypatch.setattr(dataset, "open_video", lambda *a, **k: opened.append(a[0]) or real(*a, **k))
+    for epoch in (0, 1):
+        for index in (0, 3):
+            opened.clear()
+            kept = keeping[epoch, index]
+            assert len(opened) == (epoch == 0)
+            for a, b in zip(plain[epoch, index], kept, strict=True):
+                assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(demo_root):

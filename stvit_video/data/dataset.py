@@ -1,11 +1,13 @@
 """Rows become batches: samples by (epoch, index), each with its own seed; collate, samplers, loader."""
 
+import functools
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import InputError
 from .annotations import Row
-from .decode import DecodeError, open_video
+from .decode import DecodeError, KeptVideo, Video, open_video
 from .guard import GivenUp, Guard
 from .views import TestViews, TrainViews
 
@@ -54,6 +56,8 @@ class VideoDataset(Dataset):
         scoring nothing stands in: a sample without clips is the failure.
     timeout: seconds after which a video is given up as unreadable, also within a native call; a crash of
         the decoder makes its file unreadable, too. None: videos are read in this process, unguarded.
+    keep: every process that reads keeps all frames of the videos it has read; one with an unreadable
+        frame is unreadable.
     A row without a label has label -1.
     """
 
@@ -66,9 +70,10 @@ class VideoDataset(Dataset):
         seed: int = 0,
         substitute: bool = False,
         timeout: float | None = None,
+        keep: bool = False,
     ):
         self.rows, self.views, self.decoder = rows, views, decoder
-        self.seed, self.substitute = seed, substitute
+        self.seed, self.substitute, self.keep = seed, substitute, keep
         self._guarded = self._read if timeout is None else Guard(self._read, timeout)
 
     def __len__(self) -> int:
@@ -104,10 +109,9 @@ class VideoDataset(Dataset):
         """Clips and labels of one row. Raises DecodeError; any other error, too, names the file."""
         row = self.rows[index]
         try:
-            # one decoder thread: what is read does not depend on the number of workers
             with (
                 torch.random.fork_rng(devices=[]),
-                open_video(row.path, self.decoder, threads=1, contents=row.contents()) as video,
+                (_open_kept if self.keep else _open)(row, self.decoder) as video,
             ):
                 if row.num_frames is not None and video.num_frames < row.num_frames:
                     raise DecodeError(
@@ -120,6 +124,17 @@ class VideoDataset(Dataset):
         except Exception as error:
             raise RuntimeError(f"{row.path}: {type(error).__name__}: {error}") from error
         return clips.contiguous().numpy(), labels.numpy()
+
+
+def _open(row: Row, decoder: str) -> Video:
+    # one decoder thread: what is read does not depend on the number of workers
+    return open_video(row.path, decoder, threads=1, contents=row.contents())
+
+
+@functools.cache
+def _open_kept(row: Row, decoder: str) -> Video:
+    with _open(row, decoder) as video:
+        return KeptVideo(video, Path(row.path))
 
 
 def collate(samples: list[Sample]) -> Batch:

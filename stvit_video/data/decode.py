@@ -454,6 +454,17 @@ class _Sound:
         return bool(self.places) or frame.pict_type != PictureType.B
 
 
+class KeptVideo(_Frames):
+    """Every frame of a video, read once and kept in memory."""
+
+    def __init__(self, video: Video, path: Path):
+        self.path, self.num_frames, self.fps = path, video.num_frames, video.fps
+        self.frames = video.read(range(video.num_frames)).permute(0, 2, 3, 1).numpy()
+
+    def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
+        yield from ((index, self.frames[index]) for index in wanted)
+
+
 class DecordVideo(_Frames):
     """A video file, read by decord: it may count too many frames, and repeat some for others."""
 

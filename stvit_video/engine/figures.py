@@ -76,6 +76,45 @@ def draw_confusion(
     plt.close(figure)
 
 
+def draw_trade(rows: Sequence[Mapping], picture: Path) -> None:
+    """Accuracy against measured speed: rows with model, clips/s, top-1 (mean), low and high, in percent."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
+    for row in rows:
+        spread = [[row["top-1"] - row["low"]], [row["high"] - row["top-1"]]]
+        kind = row["model"].partition(":")[0]
+        colour = f"C{list(dict.fromkeys(r['model'].partition(':')[0] for r in rows)).index(kind)}"
+        axis.errorbar(row["clips/s"], row["top-1"], spread, marker="o", capsize=3, color=colour)
+        axis.annotate(
+            row["model"], (row["clips/s"], row["top-1"]), (6, 5), textcoords="offset points", fontsize=8
+        )
+    axis.set(
+        title="accuracy (mean and range over seeds) against speed",
+        xlabel="forward clips/s",
+        ylabel="top-1, %",
+    )
+    axis.margins(x=0.18)
+    _finish(figure, [axis], picture)
+
+
+def draw_speeds(rows: Sequence[Mapping], picture: Path) -> None:
+    """Bars of clips/s over those of the first model, for each mode and batch size; the ratio on them."""
+    cases = list(dict.fromkeys((row["mode"], row["batch"]) for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axis = plt.subplots(figsize=(2.5 + 1.6 * len(cases), 3.8), constrained_layout=True)
+    width = 0.8 / len(models)
+    for i, model in enumerate(models):
+        own = {(row["mode"], row["batch"]): row for row in rows if row["model"] == model}
+        at = [k + (i - (len(models) - 1) / 2) * width for k in range(len(cases))]
+        bars = axis.bar(at, [own[case]["ratio"] for case in cases], 0.92 * width, label=model)
+        texts = [f"{own[case]['ratio']:.2f}x\n{own[case]['clips/s']:.3g}/s" for case in cases]
+        axis.bar_label(bars, texts, fontsize=7)
+    axis.set(title=f"clips/s over those of {models[0]}", ylabel="ratio")
+    axis.set_xticks(range(len(cases)), [f"{mode}\nbatch {batch}" for mode, batch in cases])
+    axis.margins(y=0.2)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+    _finish(figure, [axis], picture)
+
+
 def draw_maps(frames: np.ndarray, maps: np.ndarray, picture: Path) -> None:
     """Where semantic tokens look. A column a time slice: its frame, then one row a token of that time.
 

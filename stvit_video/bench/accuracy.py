@@ -1,0 +1,133 @@
+"""What token reduction costs in accuracy and gives in speed: one recipe, one backbone, several seeds."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from .. import build
+from ..config import Config, ConfigError, to_dict
+from ..engine.evaluate import use_bf16
+from ..engine.figures import draw_trade
+from ..engine.logs import progress, read_log
+from ..engine.train import fit
+from .model import measure_models
+
+BATCH = 16  # clips, where speed is measured
+
+
+def bench_accuracy(
+    config: Config,
+    variants: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    rounds: int,
+    output: Path,
+    device: torch.device,
+) -> list[dict]:
+    """Train each variant of the config's ViT with each seed; -> a row a variant, `accuracy.png` in output.
+
+    A variant is "dense", or a reducer with its budget (time x height x width): "semantic:4x2x2".
+    Accuracy is that of one view after the last epoch, of the averaged weights where the recipe has them.
+    Videos are decoded once and kept. A run that stands finished in `output` is not trained again.
+    """
+    configs = {name: variant(config, name) for name in variants}
+    rows, class_names = build.read_split(config, "train")
+    models = {name: build.build_model(own, len(class_names)) for name, own in configs.items()}
+    speeds = measure_models(
+        models,
+        num_frames=config.data.num_frames,
+        image_size=config.data.image_size,
+        batches=[BATCH],
+        modes=["forward"],
+        dtype=torch.bfloat16 if use_bf16(config.train.bf16, device) else torch.float32,
+        rounds=rounds,
+        device=device,
+    )
+    found: dict[str, list[dict]] = {name: [] for name in variants}
+    runs = [(seed, name) for seed in seeds for name in variants]
+    with progress(runs, desc="training", unit="run") as bar:
+        for seed, name in bar:
+            folder = output / f"{name.replace(':', '_')}_seed{seed}"
+            own = replace(configs[name], seed=seed, output=str(folder))
+            found[name].append(_finished(own) or _train(own, rows, class_names, device))
+    table = []
+    for speed in speeds:
+        top1 = [100 * run["top1"] for run in found[speed["model"]]]
+        table.append(
+            {
+                "model": speed["model"],
+                "G multiply-adds": speed["G multiply-adds"],
+                "clips/s": speed["clips/s"],
+                "ratio": speed["ratio"],
+                "top-1": statistics.mean(top1),
+                "low": min(top1),
+                "high": max(top1),
+                "seconds": statistics.mean(run["seconds"] for run in found[speed["model"]]),
+            }
+        )
+    draw_trade(table, output / "accuracy.png")
+    return table
+
+
+def variant(config: Config, name: str) -> Config:
+    """The config with the model that `name` says. Raises ConfigError."""
+    reducer, _, budget = name.partition(":")
+    if name == "dense":
+        return replace(config, model=replace(config.model, semantic_tokens=None))
+    try:
+        tokens = tuple(int(n) for n in budget.split("x"))
+    except ValueError:
+        tokens = ()
+    if len(tokens) != 3:
+        raise ConfigError(f"--models {name}: is neither dense nor REDUCER:TxHxW, as in semantic:4x2x2")
+    own = replace(config, model=replace(config.model, reducer=reducer, semantic_tokens=tokens))
+    build.build_model(own, 1)
+    return own
+
+
+def _train(config: Config, rows, class_names: Sequence[str], device: torch.device) -> dict:
+    """A run like any other -> its accuracy and seconds, also written to its folder."""
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    model = build.build_model(config, len(class_names)).to(device)
+    config = replace(config, data=replace(config.data, keep=True, workers=0, timeout=None))
+    val_rows, _ = build.read_split(config, "val", class_names)
+    started = time.perf_counter()
+    fit(
+        model,
+        build.build_normalise(config.data).to(device),
+        build.build_train_loader(config, rows, class_names, device),
+        build.build_test_loader(config, val_rows, device, clips=1, crops=1),
+        config.train,
+        num_classes=len(class_names),
+        view_batch=config.eval.view_batch,
+        output=output,
+        seed=config.seed,
+        resume=None,
+        details={"class_names": class_names, "config": to_dict(config), "run": {}},
+    )
+    entries = [entry for entry in read_log(output / "log.jsonl") if entry["kind"] == "epoch"]
+    result = {"top1": entries[-1]["val_top1"], "seconds": time.perf_counter() - started}
+    (output / "result.yaml").write_text(yaml.safe_dump({"config": _told(config), **result}))
+    return result
+
+
+def _finished(config: Config) -> Mapping | None:
+    """What a run with this very config has left, if it has ended."""
+    path = Path(config.output, "result.yaml")
+    if not path.exists():
+        return None
+    result = yaml.safe_load(path.read_text())
+    return result if result["config"] == _told(config) else None
+
+
+def _told(config: Config) -> dict:
+    """What says which run it is: not where it lies, nor how it reads its videos."""
+    told = to_dict(config)
+    return {"seed": told["seed"], "model": told["model"], "train": told["train"]}

@@ -1,0 +1,201 @@
+"""How fast models are, and what bounds them: everything is measured in turns, round by round.
+
+So what disturbs the machine for a while disturbs all models alike, and ratios of medians hold. The
+reference for the arithmetic is a large matrix product, timed in the same rounds.
+"""
+
+import copy
+import math
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..engine.evaluate import use_bf16
+from ..engine.logs import progress
+from ..models.zoo import create_model, multiply_adds
+
+MODES = ("forward", "training")
+LATENCIES = 20  # single clips timed, at least, for a 95th percentile
+SHORTEST = 0.1  # seconds of a round of one case: what is faster is called more often
+MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns of the reference product
+
+
+def measure_models(
+    models: Mapping[str, nn.Module],
+    *,
+    num_frames: int,
+    image_size: int,
+    batches: Sequence[int],
+    modes: Sequence[str] = MODES,
+    dtype: torch.dtype = torch.float32,
+    compiled: str | None = None,
+    rounds: int = 5,
+    device: torch.device,
+) -> list[dict]:
+    """Time every model at every batch size in every mode, in alternating order -> a row for each.
+
+    Modes: "forward" (inference, weights in `dtype`), "training" (forward, backward and AdamW, in autocast
+    where `dtype` is bfloat16). compiled: a mode of torch.compile, None: eager.
+    Figures: medians; `low` and `high` are the slowest and fastest round's clips/s; `ratio` is to the first
+    model at the same batch and mode; `share` is of the measured rate of the matrix product.
+    """
+    cases = []
+    for mode in modes:
+        for batch in batches:
+            for name, model in models.items():
+                shape = (batch, 3, num_frames, image_size, image_size)
+                call = _call(model, torch.randn(shape), mode, dtype, compiled, device)
+                cases.append({"model": name, "batch": batch, "mode": mode, "call": call, "rounds": []})
+    reference = _matrix_product(dtype, device)
+    products: list[float] = []
+    with progress(total=(rounds + 1) * len(cases), desc="timing", unit="case") as bar:
+        for case in cases:  # the first calls compile and allocate
+            seconds = [_timed(case["call"], device) for _ in range(3 if compiled else 2)][-1]
+            least = LATENCIES / rounds if case["batch"] == 1 and case["mode"] == "forward" else 1
+            case["calls"] = math.ceil(max(least, SHORTEST / seconds))
+            bar.update()
+        _timed(reference, device)
+        for _ in range(rounds):
+            for case in cases:
+                case["rounds"].append([_timed(case["call"], device) for _ in range(case["calls"])])
+                products.append(_timed(reference, device))
+                bar.update()
+    rate = 2 * MATRIX.get(device.type, MATRIX["cuda"]) ** 3 / statistics.median(products) / 1e12
+    costs = {
+        name: multiply_adds(model, num_frames=num_frames, image_size=image_size)
+        for name, model in models.items()
+    }
+    rows = [_row(case, costs[case["model"]], rate) for case in cases]
+    for row in rows:
+        first = next(r for r in rows if (r["batch"], r["mode"]) == (row["batch"], row["mode"]))
+        row["ratio"] = row["clips/s"] / first["clips/s"]
+    return rows
+
+
+def _call(
+    model: nn.Module, clips: Tensor, mode: str, dtype: torch.dtype, compiled: str | None, device
+) -> Callable[[], object]:
+    """What is timed. Training works on the model itself, forward on a copy where `dtype` is another."""
+    clips = clips.to(device)
+    if mode == "forward":
+        if dtype != torch.float32:
+            model, clips = copy.deepcopy(model).to(dtype), clips.to(dtype)
+        model = model.to(device).eval()
+        run = torch.compile(model, mode=compiled) if compiled else model
+
+        def forward() -> None:
+            model.eval()
+            with torch.inference_mode():
+                run(clips)
+
+        return forward
+
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
+    run = torch.compile(model, mode=compiled) if compiled else model
+    labels = torch.zeros(len(clips), dtype=torch.long, device=device)
+    bf16 = use_bf16(dtype == torch.bfloat16, device)
+
+    def step() -> None:
+        model.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(run(clips).float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _matrix_product(dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    size = MATRIX.get(device.type, MATRIX["cuda"])
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, until the device has done it."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - start
+
+
+def _row(case: dict, cost: int, rate: float) -> dict:
+    """rate: of the matrix product, TFLOP/s."""
+    batch, seconds = case["batch"], sorted(s for round in case["rounds"] for s in round)
+    median = statistics.median(seconds)
+    medians = [statistics.median(round) for round in case["rounds"]]
+    passes = 1 if case["mode"] == "forward" else 3  # backward: products with inputs and with weights
+    achieved = 2 * passes * cost * batch / median / 1e12
+    return {
+        "model": case["model"],
+        "mode": case["mode"],
+        "batch": batch,
+        "clips/s": batch / median,
+        "low": batch / max(medians),
+        "high": batch / min(medians),
+        "ms": 1000 * median,
+        "ms p95": 1000 * seconds[math.ceil(0.95 * len(seconds)) - 1],
+        "G multiply-adds": cost / 1e9,
+        "TFLOP/s": achieved,
+        "share": achieved / rate,
+    }
+
+
+def measure_memory(
+    name: str,
+    sizes: dict,
+    *,
+    num_frames: int,
+    image_size: int,
+    batch: int,
+    mode: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device,
+) -> float | None:
+    """Peak memory in MiB of a new model with all that it needs: weights, activations, in training gradients
+    and AdamW's moments. On CUDA what torch has allocated; elsewhere what a process of its own grows by
+    (Linux only, else None), which is exact for models of many megabytes."""
+    arguments = (name, sizes, num_frames, image_size, batch, mode, dtype, device)
+    if device.type == "cuda":
+        return _peak(*arguments)
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, arguments)
+
+
+def _peak(name, sizes, num_frames, image_size, batch, mode, dtype, device) -> float:
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if cuda else _resident()
+    model = create_model(name, num_frames=num_frames, image_size=image_size, **sizes)
+    clips = torch.randn(batch, 3, num_frames, image_size, image_size)
+    call = _call(model, clips, mode, dtype, None, device)
+    for _ in range(2):  # the second step has AdamW's moments, too
+        call()
+    after = torch.cuda.max_memory_allocated(device) if cuda else _most_resident()
+    return (after - before) / 2**20
+
+
+def _resident() -> int:
+    """Bytes of this process in memory; forgets the most there were so far."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _most_resident() -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

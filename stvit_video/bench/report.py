@@ -1,0 +1,54 @@
+"""What every benchmark ends with: the machine it ran on, a table on the screen, the same rows as csv."""
+
+import csv
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import av
+import torch
+
+
+def machine(device: torch.device) -> str:
+    """One line: device, cores and threads, and versions of what does the work."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return (
+        f"{name}; {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} "
+        f"cores, {torch.get_num_threads()} threads; torch {torch.__version__}, PyAV {av.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def write(rows: Sequence[Mapping], output: Path, name: str) -> Path:
+    """Print the rows as a table and write them to `output`/`name`.csv; all rows have the same columns.
+
+    None is an empty cell. Figures are printed to three digits and written in full.
+    """
+    columns = list(rows[0])
+    cells = [columns, *([_cell(row[column]) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    path = output / f"{name}.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
