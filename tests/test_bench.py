@@ -62,7 +62,7 @@ def test_a_training_step_trains():
 
 
 def test_memory_is_that_of_the_tensors_it_takes():
-    """Weights, gradients and two moments of a wide head: four times its size, and what AdamW computes with."""
+    """Weights, gradients and two moments of a wide head: four times its size, and AdamW's workspace."""
     sizes = {"num_classes": 200_000, "depth": 1, "embed_dim": 96, "num_heads": 3}  # a head of 73 MiB
     found = bench.measure_memory(
         "vit_tiny_patch16_224", sizes, **CLIP, batch=1, mode="training", device=CPU
