@@ -17,6 +17,7 @@ from ..errors import InputError
 from .annotations import Row
 from .decode import DecodeError, open_video
 from .guard import GivenUp, Guard
+from .transforms import empty
 from .views import TestViews, TrainViews
 
 SUBSTITUTES = 10  # rows tried for one sample: where all fail, the cause is a wrong path
@@ -124,9 +125,10 @@ class VideoDataset(Dataset):
 
 def collate(samples: list[Sample]) -> Batch:
     read = [s for s in samples if s.clips is not None]
+    clips = [s.clips for s in read]
     return Batch(
         indices=torch.tensor([s.index for s in read], dtype=torch.long),
-        clips=torch.stack([s.clips for s in read]) if read else None,
+        clips=torch.stack(clips, out=empty((len(clips), *clips[0].shape))) if read else None,
         labels=torch.stack([s.labels for s in read]) if read else None,
         failures=[failure for s in samples for failure in s.failures],
         failed=[s.index for s in samples if s.clips is None],
