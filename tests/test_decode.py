@@ -209,6 +209,27 @@ def test_a_seek_saves_a_pass_over_the_file(tmp_path, monkeypatch, name, passes):
     assert [run for _, run in done[0]] == [[3], [35]]
 
 
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "libx264"), ("a.webm", "libvpx-vp9"), ("a.mkv", "ffv1")]
+)
+def test_near_frames_are_decoded_on_to_and_damage_between_them_is_left_out(
+    tmp_path, monkeypatch, name, codec
+):
+    options = {"x264-params": X264} if codec == "libx264" else {}
+    source = render(tmp_path / name, codec, options=options)
+    whole, done = full_decode(source), []
+    one_pass = decode.AvVideo._pass
+    monkeypatch.setattr(
+        decode.AvVideo, "_pass", lambda self, runs: done.append(runs) or one_pass(self, runs)
+    )
+    with open_video(source) as video:
+        assert torch.equal(video.read([2, 8, 12, 20]), whole[[2, 8, 12, 20]])
+    assert [[run for _, run in runs if run] for runs in done] == [[[2, 8, 12, 20]]]
+    path = spoil(source, tmp_path / f"spoilt_{name}", 17)
+    with open_video(path) as video:
+        assert torch.equal(video.read([12, 20]), whole[[12, 20]])
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
 def test_a_spoilt_frame_is_an_error_until_the_next_key_frame(tmp_path, suffix):
     options = {"x264-params": X264.replace("bframes=3", "bframes=0")}

@@ -19,6 +19,7 @@ from ..errors import InputError
 from .annotations import Row
 from .decode import DecodeError, KeptVideo, Video, open_video
 from .guard import GivenUp, Guard
+from .transforms import empty
 from .views import TestViews, TrainViews
 
 SUBSTITUTES = 10  # rows tried for one sample: where all fail, the cause is a wrong path
@@ -139,9 +140,10 @@ def _open_kept(row: Row, decoder: str) -> Video:
 
 def collate(samples: list[Sample]) -> Batch:
     read = [s for s in samples if s.clips is not None]
+    clips = [s.clips for s in read]
     return Batch(
         indices=torch.tensor([s.index for s in read], dtype=torch.long),
-        clips=torch.stack([s.clips for s in read]) if read else None,
+        clips=torch.stack(clips, out=empty((len(clips), *clips[0].shape))) if read else None,
         labels=torch.stack([s.labels for s in read]) if read else None,
         failures=[failure for s in samples for failure in s.failures],
         failed=[s.index for s in samples if s.clips is None],

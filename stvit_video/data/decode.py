@@ -37,6 +37,8 @@ DECODERS = ("av", "decord")
 HIDING_CODECS = frozenset(("vp8", "mpeg4"))
 # Containers where a seek ends at the key frame asked for; elsewhere it may end at the start.
 SEEKABLE = frozenset(("avi", "matroska", "mov", "mpegts"))
+# Frames: nearer than this, decoding on costs less than a seek, which drops what is decoded ahead.
+NEAR = 8
 # Lists of other files (HLS, concat): FFmpeg would show those, from anywhere, for the one asked for.
 PLAYLISTS = (b"#EXTM3U", b"ffconcat version")
 HIGHEST_RATE = 480  # frames/s; more (1000, 90000) is the clock of the container, not a rate
@@ -292,22 +294,28 @@ class AvVideo(_Frames):
         return count
 
     def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
-        # [(where to seek to, None: decode on, the frames from there on)]
+        runs, nearer = self._runs(wanted, NEAR), self._runs(wanted, 0)
+        missing = yield from self._pass(runs)
+        if missing and nearer != runs:  # there may be damage in between that a seek leaves out
+            missing = yield from self._pass(self._runs(sorted(missing), 0))
+        # A key frame may be no place to begin at (intra refresh), a seek may end beyond it: what
+        # does not come out after seeks is read again from the start of the file.
+        if missing and len(nearer) > 1:
+            missing = yield from self._pass([(None, sorted(missing))])
+        for index, cause in sorted(missing.items()):
+            raise self._error(index, cause)
+
+    def _runs(self, wanted: list[int], near: int) -> list[tuple[int | None, list[int]]]:
+        """[(where to seek to, None: decode on, the frames from there on)]; no seek over `near` frames."""
         runs: list[tuple[int | None, list[int]]] = [(None, [])]
         after = 0  # the frame that comes next when decoding on
         for index in wanted:
             key = bisect.bisect_right(self._keys, index, key=operator.itemgetter(0)) - 1
-            if key >= 0 and self._keys[key][0] > after:
+            if key >= 0 and self._keys[key][0] > after + near:
                 runs.append((self._keys[key][1], []))
             runs[-1][1].append(index)
             after = index + 1
-        missing = yield from self._pass([run for run in runs if run[1]])
-        # A key frame may be no place to begin at (intra refresh), a seek may end beyond it: what
-        # does not come out after seeks is read again from the start of the file.
-        if missing and len(runs) > 1:
-            missing = yield from self._pass([(None, sorted(missing))])
-        for index, cause in sorted(missing.items()):
-            raise self._error(index, cause)
+        return runs
 
     def _pass(
         self, runs: list[tuple[int | None, list[int]]]
@@ -316,7 +324,7 @@ class AvVideo(_Frames):
         missing: dict[int, str] = {}
         with self._open() as (container, stream):
             rgb = VideoReformatter()
-            for start, run in runs:
+            for start, run in filter(operator.itemgetter(1), runs):
                 pending, cause = set(run), "the decoder gives no such frame"
                 until = max(self._until.get(index, index) for index in run)
                 sound = _Sound(self._places, None if start is not None else 0)

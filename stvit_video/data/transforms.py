@@ -1,11 +1,19 @@
 """Which pixels, on torchvision.transforms.v2: one set of random parameters a clip, uint8 in and out."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 Clip = Tensor  # uint8 (T, 3, H, W)
+
+
+def empty(shape: Sequence[int]) -> Tensor:
+    """uint8, by numpy: it asks for large pages, which torch does not and which take a third of the time."""
+    return torch.from_numpy(np.empty(shape, np.uint8))
 
 
 class TrainTransform:
@@ -33,7 +41,7 @@ class TrainTransform:
         self.augment = None
         if rand_augment is not None:
             operations, magnitude = rand_augment
-            self.augment = v2.RandAugment(
+            self.augment = _RandAugment(
                 operations,
                 magnitude,
                 num_magnitude_bins=11,
@@ -51,6 +59,15 @@ class TrainTransform:
         return clip.as_subclass(Tensor), label
 
 
+class _RandAugment(v2.RandAugment):
+    """torchvision's, each operation on the layout of memory that it is fast on: the same pixels."""
+
+    def _apply_image_or_video_transform(self, image: Tensor, transform_id: str, *args, **options) -> Tensor:
+        last = transform_id == "Sharpness"  # a convolution for each channel
+        image = image.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return super()._apply_image_or_video_transform(image, transform_id, *args, **options)
+
+
 class TestTransform:
     """Short side to `size / crop_ratio`, then `crops` squares of `size` along the longer side.
 
@@ -63,7 +80,7 @@ class TestTransform:
         self.resize = v2.Resize(round(size / crop_ratio), antialias=True)
 
     def __call__(self, clip: Clip) -> list[Clip]:
-        clip = self.resize(clip)
+        clip = self.resize(clip).contiguous()  # channels first: here once, not in each crop
         rows, columns = (length - self.size for length in clip.shape[-2:])
         places = [0.5] if self.crops == 1 else [i / (self.crops - 1) for i in range(self.crops)]
         out = []

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import sampling
 from .decode import Video
-from .transforms import TestTransform, TrainTransform
+from .transforms import TestTransform, TrainTransform, empty
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TrainViews:
         indices = [self.sampling.train(video) for _ in range(self.repeats)]
         frames, clips = read_once(video, indices)
         clips, labels = zip(*(self.transform(frames[clip], label) for clip in clips), strict=True)
-        return torch.stack(clips).transpose(1, 2), torch.tensor(labels)
+        return _stack([clip.contiguous().unbind() for clip in clips]), torch.tensor(labels)
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class TestViews:
         indices = [self.sampling.test(video, at) for at in sampling.test_positions(self.clips)]
         frames, clips = read_once(video, indices)
         crops = self.transform(frames)
-        views = [crop[clip] for clip in clips for crop in crops]
-        return torch.stack(views).transpose(1, 2), torch.full((len(views),), label)
+        views = [[crop[place] for place in clip] for clip in clips for crop in crops]
+        return _stack(views), torch.full((len(views),), label)
 
 
 def read_once(video: Video, clips: Sequence[list[int]]) -> tuple[Tensor, list[list[int]]]:
@@ -83,3 +83,11 @@ def read_once(video: Video, clips: Sequence[list[int]]) -> tuple[Tensor, list[li
     needed = sorted(set().union(*clips))
     place = {frame: i for i, frame in enumerate(needed)}
     return video.read(needed), [[place[frame] for frame in clip] for clip in clips]
+
+
+def _stack(views: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Frames (3, H, W) of each view -> (V, 3, T, H, W), contiguous: each pixel is copied once."""
+    out = empty((len(views), 3, len(views[0]), *views[0][0].shape[1:]))
+    for view, frames in zip(out, views, strict=True):
+        torch.stack(frames, 1, out=view)
+    return out

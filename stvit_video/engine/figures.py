@@ -1,4 +1,4 @@
-"""What people would rather look at than read: learning curves and the confusion matrix."""
+"""What people would rather look at than read: learning curves, the confusion matrix, where time goes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -148,6 +148,35 @@ def draw_maps(frames: np.ndarray, maps: np.ndarray, picture: Path) -> None:
         axis.set_axis_off()
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def draw_loading(rows: Sequence[dict], picture: Path) -> None:
+    """Rows of `bench_data` -> where the time of a sample goes, and samples/s by the number of workers."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    kinds = {row["what"]: row for row in rows}
+    stages = [key for key in rows[0] if key.endswith(" ms") and key != "all ms"]
+    start = np.zeros(len(kinds))
+    for stage in stages:
+        widths = np.array([row[stage] for row in kinds.values()])
+        left.barh(list(kinds), widths, left=start, height=0.5, label=stage.removesuffix(" ms"))
+        start += widths
+    left.set(title="a sample, one process", xlabel="ms", ylim=(len(kinds) - 0.5, -0.9))
+    left.set_axisbelow(True)
+    left.legend(frameon=False, ncols=len(stages), loc="upper left", fontsize=8, columnspacing=1)
+    for kind in kinds:
+        own = [row for row in rows if row["what"] == kind]
+        rates = np.array([[row[key] for row in own] for key in ("samples/s", "lowest", "highest")])
+        error = np.abs(rates[1:] - rates[0])
+        right.errorbar([row["workers"] for row in own], rates[0], error, marker="o", capsize=3, label=kind)
+    right.set(
+        title="loader (bars: lowest and highest round)",
+        xlabel="workers",
+        ylabel="samples/s",
+        ylim=(0, None),
+    )
+    right.set_xticks(sorted({row["workers"] for row in rows}))
+    right.legend(frameon=False)
+    _finish(figure, (left, right), picture)
 
 
 def _finish(figure: plt.Figure, axes: Sequence[plt.Axes], picture: Path) -> None:
