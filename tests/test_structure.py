@@ -20,7 +20,6 @@ ALLOWED = {
     "engine": {"engine", "files", "data", "models"},
     "config": {"weights", "engine", "data", "models"},
     "build": {"weights", "config", "engine", "data", "models"},
-    "bench": {"bench", "build", "config", "engine", "data", "models"},
     "recognizer": {"build", "weights", "config", "engine", "data", "models"},
     "bench": {"bench", "build", "config", "engine", "data", "models"},
     "cli": {"bench", "recognizer", "build", "weights", "config", "engine", "data", "models"},

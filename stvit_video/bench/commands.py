@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from ..errors import InputError, nearest
 from ..models.zoo import MODELS, create_model
 from . import report
 from .accuracy import bench_accuracy
+from .data import bench_data, bench_views
 from .model import MODES, measure_memory, measure_models
 
 OUTPUT = "runs/bench"
@@ -91,6 +93,28 @@ def model(args: Sequence[str]) -> None:
     _finish(rows, output, "model")
 
 
+def data(args: Sequence[str]) -> None:
+    """How fast videos become clips: beside a bare decode, by stage, by number of workers."""
+    parser = make_parser(data.__doc__)
+    parser.add_argument(
+        "--videos", nargs="+", default=[], metavar="FILE", help="Default: one rendered here."
+    )
+    parser.add_argument("--lists", action="store_true", help="The videos of the config's lists instead.")
+    parser.add_argument("--workers", type=str, default="0,1,2", help="Numbers of loader processes.")
+    parser.add_argument("--rounds", type=int, default=5, help="Turns that all kinds of loading take.")
+    config, flags = parse(parser, args)
+    config = resolve(config)
+    if not flags.lists:
+        config = replace(config, data=replace(config.data, train=None, val=None, test=None))
+    output, workers = _folder(config.output), _numbers(flags.workers)
+    print(report.machine(torch.device("cpu")))
+    if not flags.lists:
+        rows = bench_views(config, videos=flags.videos, rounds=flags.rounds)
+        print(report.write(rows, output, "views"))
+    rows = bench_data(config, videos=flags.videos, workers=workers, rounds=flags.rounds, output=output)
+    _finish(rows, output, "data")
+
+
 def accuracy(args: Sequence[str]) -> None:
     """Accuracy of a config's ViT with each reducer and token budget, against its measured speed."""
     parser = make_parser(accuracy.__doc__)
@@ -142,4 +166,4 @@ def _numbers(text: str) -> list[int]:
         raise InputError(f"{text!r}: whole numbers with commas between, as in 1,8") from None
 
 
-KINDS: dict[str, Callable[[Sequence[str]], None]] = {"model": model, "accuracy": accuracy}
+KINDS: dict[str, Callable[[Sequence[str]], None]] = {"model": model, "data": data, "accuracy": accuracy}
