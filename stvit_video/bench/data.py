@@ -37,7 +37,7 @@ STAGES = ("open", "decode", "convert", "transform", "collate")
 BATCH = 2  # videos: samples/s do not depend on it, memory does
 COUNTED = 8  # batches of a worker, or of this process, that a round counts
 SPLIT = 4  # videos whose stages a round times
-DRAWS = 4  # random clips a round takes the mean of: where they lie decides what is decoded
+DRAWS = 4  # calls that a round takes the mean of
 CPU = torch.device("cpu")
 
 
@@ -166,8 +166,9 @@ def measure_views(path: str | Path, test: TestViews, train: TrainViews, *, round
     """What loading a file costs in this process, one thread, beside one bare decode of it.
 
     Rows: what; ms (median of the rounds), lowest, highest; "of a full decode": median of the rounds' ratios
-    to the bare decode of the same round. "a decode a view" is a whole decode for each view, in which only
-    its frames are converted; random clips are means of DRAWS of them.
+    to the bare decode of the same round. A round's figure is the mean of DRAWS calls in a row, after one
+    that is not counted: as in a loader, memory is at hand, and random clips differ. "a decode a view" is a
+    whole decode for each view, in which only its frames are converted: once a round.
     """
     one = replace(train, repeats=1)
     number = test.clips * test.transform.crops
@@ -182,7 +183,6 @@ def measure_views(path: str | Path, test: TestViews, train: TrainViews, *, round
             path, lambda video, _: video.read(sorted(set(one.sampling.train(video))))
         ),
     }
-    random = {f"{train.repeats} training clips", "1 training clip", "1 clip, read"}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -190,10 +190,10 @@ def measure_views(path: str | Path, test: TestViews, train: TrainViews, *, round
         with torch.random.fork_rng(devices=[]):
             for turn in progress(range(-1, rounds), desc=Path(path).name, unit="round"):
                 for kind, function in kinds.items():
-                    draws = DRAWS if kind in random else 1
+                    draws = 1 if kind.endswith("a decode a view") else DRAWS
                     torch.manual_seed(mixed_seed(turn + 1))  # the same clips for all that draw some
-                    if not kind.endswith("a decode a view"):
-                        function()  # as in a loader, the one before has left memory that is at hand
+                    if draws > 1:
+                        function()
                     start = perf_counter()
                     for _ in range(draws):
                         function()
