@@ -33,7 +33,8 @@ def bench_accuracy(
 
     A variant is "dense", or a reducer with its budget (time x height x width): "semantic:4x2x2".
     Accuracy is that of one view after the last epoch, of the averaged weights where the recipe has them.
-    Videos are decoded once and kept. A run that stands finished in `output` is not trained again.
+    With `model.weights` all start from that checkpoint. Videos are decoded once and kept. A run that
+    stands finished in `output` is not trained again.
     """
     configs = {name: variant(config, name) for name in variants}
     rows, class_names = build.read_split(config, "train")
@@ -95,7 +96,9 @@ def _train(config: Config, rows, class_names: Sequence[str], device: torch.devic
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    model = build.build_model(config, len(class_names)).to(device)
+    model = build.build_model(config, len(class_names))
+    build.load_pretrained(config, model, class_names)
+    model.to(device)
     config = replace(config, data=replace(config.data, keep=True, workers=0, timeout=None))
     val_rows, _ = build.read_split(config, "val", class_names)
     started = time.perf_counter()
