@@ -5,7 +5,7 @@ from torch import nn
 from stvit_video import create_model, list_models, multiply_adds
 from stvit_video.models.embed import PatchEmbed, sincos_table
 from stvit_video.models.layers import Block
-from stvit_video.models.semantic import SemanticTokens
+from stvit_video.models.semantic import SemanticTokens, make_pool
 
 TINY = {"embed_dim": 24, "depth": 5, "num_heads": 3, "patch_size": (2, 8, 8)}
 CLIP = {"num_classes": 5, "num_frames": 4, "image_size": 32}
@@ -116,8 +116,8 @@ def test_semantic_maps():
 def test_semantic_maps_are_the_attention_that_makes_the_tokens():
     """With values that mark one patch, the last layer's output says how much that patch gave."""
     model, clip = tiny(semantic_layers=2).eval(), torch.randn(1, 3, 4, 32, 32)
-    query, context = model.semantic._last_question(model._base(clip), model._reducing_layers())
-    weights = model.blocks[2].attention_map(query, context).mean(1)
+    query, *context = model.semantic._last_question(model._base(clip), model._reducing_layers())
+    weights = model.blocks[2].attention_map(query, torch.cat(context, 1)).mean(1)
     assert weights.shape == (1, 8, 8 + 32)
     share = weights[..., 8:] / weights[..., 8:].sum(-1, keepdim=True)
     torch.testing.assert_close(model.semantic_maps(clip), share.view(1, 8, 2, 4, 4))
@@ -158,6 +158,42 @@ def test_checkpointing_changes_nothing():
         model(clip).sum().backward()
         gradients.append(model.patch_embed.proj.weight.grad)
     torch.testing.assert_close(*gradients)
+
+
+def test_what_the_backward_pass_makes_anew_is_what_it_was():
+    model, clip = tiny(), torch.randn(2, 3, 4, 32, 32)
+    gradients = []
+    for training in (True, False):  # only in training the semantic layers' keys and values are made anew
+        model.train(training).zero_grad()
+        model(clip).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("size", [(2, 2, 2), (3, 4, 5), (4, 6, 6)])
+def test_max_pooling_is_torchs_own(size):
+    x = torch.randn(2, 4, 6, 6, 5, requires_grad=True)
+    ours = make_pool("max")(x, size)
+    plain = nn.functional.adaptive_max_pool3d(x.movedim(-1, 1), size).movedim(1, -1)
+    assert torch.equal(ours, plain)
+    weights = torch.randn_like(ours)
+    gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (ours, plain)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_training_step_keeps_less_than_half_of_what_a_dense_one_keeps():
+    def kept(tokens):  # the same share of the patches as 128 of 1568
+        name = "stvit_tiny_patch16_224"
+        model = create_model(name, num_classes=5, num_frames=8, image_size=112, semantic_tokens=tokens)
+        held = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: held.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ):
+            model(torch.randn(2, 3, 8, 112, 112))
+        return sum(t.untyped_storage().nbytes() for t in held.values() if t.dim() > 2)  # no parameters
+
+    share = kept((4, 2, 2)) / kept(None)
+    assert share < 0.45
 
 
 @pytest.mark.parametrize(

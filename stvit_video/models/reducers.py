@@ -29,7 +29,7 @@ class PooledTokens(nn.Module):
 
     def forward(self, x: Tensor, layers: Sequence[Block]) -> Reduced:
         """Grid (B, T, H, W, C) -> (B, t*h*w, C), None."""
-        return self.pool(x.movedim(-1, 1), self.tokens).flatten(2).transpose(1, 2), None
+        return self.pool(x, self.tokens).flatten(1, 3), None
 
 
 class RandomTokens(nn.Module):

@@ -5,17 +5,16 @@ pooling over time and space is this project's extension to video. On the whole g
 ViT), in windows (`SemanticWindows`, for Swin), and back to the patches (`recover`, STViT-R).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import windows
 from .embed import Size3, resize_grid
 from .layers import Block, Regroup
-
-POOLS = {"max": F.adaptive_max_pool3d, "avg": F.adaptive_avg_pool3d}
 
 
 class SemanticTokens(nn.Module):
@@ -36,7 +35,7 @@ class SemanticTokens(nn.Module):
 
     def forward(self, x: Tensor, layers: Sequence[Block]) -> tuple[Tensor, None]:
         """Grid (B, T, H, W, C) and the semantic layers -> semantic tokens (B, t*h*w, C), None."""
-        return layers[-1](*self._last_question(x, layers)), None
+        return _ask(layers[-1], *self._last_question(x, layers)), None
 
     def maps(self, x: Tensor, layers: Sequence[Block]) -> Tensor:
         """How much each semantic token took from each patch: (B, t*h*w, T, H, W), each summing to 1.
@@ -44,20 +43,34 @@ class SemanticTokens(nn.Module):
         The last layer's attention, averaged over heads, restricted to the patches and renormalised.
         """
         grid = x.shape[1:4]
-        weights = layers[-1].attention_map(*self._last_question(x, layers)).mean(1)
+        query, *context = self._last_question(x, layers)
+        weights = layers[-1].attention_map(query, torch.cat(context, 1)).mean(1)
         weights = weights[..., -grid.numel() :]
         return (weights / weights.sum(-1, keepdim=True)).unflatten(-1, grid)
 
-    def _last_question(self, x: Tensor, layers: Sequence[Block]) -> tuple[Tensor, Tensor]:
-        """What the last semantic layer asks (B, t*h*w, C), and whom (B, M, C)."""
-        query = self.pool(x.movedim(-1, 1), self.tokens).flatten(2).transpose(1, 2)
-        x = context = x.flatten(1, 3)
+    def _last_question(self, x: Tensor, layers: Sequence[Block]) -> tuple[Tensor, ...]:
+        """What the last semantic layer asks (B, t*h*w, C), and whom: (B, M, C), one part or two."""
+        query = self.pool(x, self.tokens).flatten(1, 3)
+        x = x.flatten(1, 3)
+        context = (x,)
         for i, layer in enumerate(layers[:-1]):
-            tokens = query = layer(query, context)
+            tokens = query = _ask(layer, query, *context)
             if i == 0 and self.centres is not None:
                 query = tokens + self.centres.flatten(1, 3)
-            context = torch.cat([tokens, x], 1)
-        return query, context
+            context = (tokens, x)
+        return query, *context
+
+
+def _ask(layer: Block, query: Tensor, *context: Tensor) -> Tensor:
+    """A semantic layer. Its backward pass makes the keys and values of all patches anew.
+
+    To keep them is a tenth of a training step's memory, to make them a fortieth of its arithmetic.
+    """
+
+    def ask(query: Tensor, *context: Tensor) -> Tensor:
+        return layer(query, torch.cat(context, 1) if len(context) > 1 else context[0])
+
+    return checkpoint(ask, query, *context, use_reentrant=False) if layer.training else ask(query, *context)
 
 
 class SemanticWindows(nn.Module):
@@ -133,8 +146,8 @@ class SemanticWindows(nn.Module):
         window, own = self._clamped(x.shape[1:4])
         x = windows.pad(x, window)
         size = tuple(n // w * k for n, w, k in zip(x.shape[1:4], window, own, strict=True))
-        parts = windows.partition(x, window).unflatten(1, window).movedim(-1, 1)
-        return windows.merge(self.pool(parts, own).flatten(2).transpose(1, 2), own, size)
+        parts = windows.partition(x, window).unflatten(1, window)
+        return windows.merge(self.pool(parts, own).flatten(1, 3), own, size)
 
     def _question(
         self, i: int, tokens: Tensor, x: Tensor, centres: bool
@@ -171,8 +184,22 @@ def recover(x: Tensor, tokens: Tensor, layer: Block) -> Tensor:
     return layer(x.flatten(1, 3), tokens.flatten(1, 3)).unflatten(1, x.shape[1:4])
 
 
-def make_pool(name: str):
-    """The function that pools (B, C, T, H, W) to a size. Raises ValueError for an unknown name."""
+def make_pool(name: str) -> Callable[[Tensor, Size3], Tensor]:
+    """What pools (B, T, H, W, C) to (B, t, h, w, C): "max" or "avg". Raises ValueError for others."""
     if name not in POOLS:
         raise ValueError(f"pool={name!r} is none of {sorted(POOLS)}")
     return POOLS[name]
+
+
+def _avg_pool(x: Tensor, size: Size3) -> Tensor:
+    return F.adaptive_avg_pool3d(x.movedim(-1, 1), size).movedim(1, -1)
+
+
+def _max_pool(x: Tensor, size: Size3) -> Tensor:
+    """Chosen and then taken: unlike torch's own pooling, this keeps no copy of x for the backward pass."""
+    with torch.no_grad():
+        _, places = F.adaptive_max_pool3d(x.movedim(-1, 1), size, return_indices=True)
+    return x.flatten(1, 3).gather(1, places.flatten(2).transpose(1, 2)).unflatten(1, size)
+
+
+POOLS = {"max": _max_pool, "avg": _avg_pool}
