@@ -72,6 +72,19 @@ def test_memory_is_that_of_the_tensors_it_takes():
     assert 4 * 73 < found < 8 * 73
 
 
+def test_bfloat16_takes_less_than_float32():
+    sizes = {"num_classes": 200_000, "depth": 1, "embed_dim": 96, "num_heads": 3}
+    case = CLIP | {"batch": 1, "mode": "forward", "device": CPU}
+    found = [
+        bench.measure_memory("vit_tiny_patch16_224", sizes, **case, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    if None in found:
+        pytest.skip("no /proc")
+    assert 73 < found[0] < 73 + 60
+    assert found[1] < found[0] - 20
+
+
 def test_the_command(tmp_path, capsys):
     cli.bench(["model", "--models", "vit_tiny_patch16_224,stvit_tiny_patch16_224", "--batch", "1",
                "--modes", "forward", "--image-size", "64", "--rounds", "1",
@@ -94,7 +107,15 @@ def test_the_command(tmp_path, capsys):
         (["model", "--models", "vit_tiny_patch16_224", "--batch", "1,x"], ("1,x",)),
         (["model", "--models", "vit_tiny_patch16_224", "--rounds", "0"], ("--rounds",)),
         (["model", "--models", "vit_tiny_patch16_224", "--num-frames", "3"], ("3 frames",)),
+        (["model", "--models", ","], ("--models",)),
+        (["data", "--videos", "absent.mp4"], ("absent.mp4", "no such file")),
+        (["data", "--videos", "README.md"], ("README.md",)),
+        (["data", "--rounds", "0"], ("--rounds",)),
+        (["data", "--workers", ""], ("--workers",)),
+        (["data", "--workers=-1"], ("--workers", "-1")),
         (["accuracy", "--models", "dense,tome"], ("tome", "REDUCER:TxHxW")),
+        (["accuracy", "--seeds=-1"], ("--seeds", "-1")),
+        (["accuracy", "--rounds", "0"], ("--rounds",)),
     ],
 )
 def test_what_makes_no_sense_is_one_line(tmp_path, capsys, demo_root, args, parts):
@@ -136,5 +157,5 @@ def test_accuracy_against_speed(tmp_path, demo_root, capsys):
     before = [log.stat().st_mtime_ns for log in logs]
     cli.bench(args)  # runs that have ended are not trained again
     assert [log.stat().st_mtime_ns for log in logs] == before
-    cli.bench([*args, "--train.lr", "1e-3"])  # but others are
+    cli.bench([*args, "--data.stride", "1"])  # but others are
     assert all(log.stat().st_mtime_ns > time for log, time in zip(logs, before, strict=True))

@@ -136,6 +136,16 @@ def test_what_is_merged_alike_is_asked_as_often_as_before():
     torch.testing.assert_close(answer, block(twice)[:, [4, 0, 2, 5]])
 
 
+def test_bfloat16_counts_beyond_256():
+    keys = torch.randn(1, 1, 4).repeat(1, 600, 1)
+    tokens, sizes = merge_similar(torch.ones(1, 600, 3, dtype=torch.bfloat16), keys.bfloat16(), 1)
+    assert tokens.dtype == torch.bfloat16
+    assert sizes.tolist() == [[600]]
+    assert tokens.eq(1).all()
+    model = control("tome").bfloat16().eval()
+    assert model(torch.randn(1, 3, 4, 32, 32).bfloat16()).isfinite().all()
+
+
 def test_proportional_attention_can_be_left_out():
     clip = torch.randn(1, 3, 4, 32, 32)
     weighted = control("tome").eval()

@@ -170,7 +170,7 @@ def test_videos_that_are_kept_give_the_same_samples_and_are_decoded_once(demo_ro
     rows = _rows(demo_root)
     plain, keeping = _train_set(rows), _train_set(rows)
     keeping.keep = True
-    dataset._open_kept.cache_clear()
+    dataset.open_kept.cache_clear()
     opened = []
     real = dataset.open_video
     monkeypatch.setattr(dataset, "open_video", lambda *a, **k: opened.append(a[0]) or real(*a, **k))

@@ -1,5 +1,7 @@
 """What token reduction costs in accuracy and gives in speed: one recipe, one backbone, several seeds."""
 
+import contextlib
+import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +13,9 @@ import yaml
 
 from .. import build
 from ..config import Config, ConfigError, to_dict
+from ..data.annotations import Rows
+from ..data.dataset import open_kept
+from ..data.decode import DecodeError
 from ..engine.evaluate import use_bf16
 from ..engine.figures import draw_trade
 from ..engine.logs import progress, read_log
@@ -38,6 +43,7 @@ def bench_accuracy(
     """
     configs = {name: variant(config, name) for name in variants}
     rows, class_names = build.read_split(config, "train")
+    val_rows, _ = build.read_split(config, "val", class_names)
     models = {name: build.build_model(own, len(class_names)) for name, own in configs.items()}
     speeds = measure_models(
         models,
@@ -49,13 +55,16 @@ def bench_accuracy(
         rounds=rounds,
         device=device,
     )
+    for row in progress([*rows, *val_rows], desc="reading", unit="video"):
+        with contextlib.suppress(DecodeError):  # each run tells it
+            open_kept(row, config.data.decoder)
     found: dict[str, list[dict]] = {name: [] for name in variants}
     runs = [(seed, name) for seed in seeds for name in variants]
     with progress(runs, desc="training", unit="run") as bar:
         for seed, name in bar:
             folder = output / f"{name.replace(':', '_')}_seed{seed}"
             own = replace(configs[name], seed=seed, output=str(folder))
-            found[name].append(_finished(own) or _train(own, rows, class_names, device))
+            found[name].append(_finished(own) or _train(own, rows, val_rows, class_names, device))
     table = []
     for speed in speeds:
         top1 = [100 * run["top1"] for run in found[speed["model"]]]
@@ -91,7 +100,9 @@ def variant(config: Config, name: str) -> Config:
     return own
 
 
-def _train(config: Config, rows, class_names: Sequence[str], device: torch.device) -> dict:
+def _train(
+    config: Config, rows: Rows, val_rows: Rows, class_names: Sequence[str], device: torch.device
+) -> dict:
     """A run like any other -> its accuracy and seconds, also written to its folder."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -99,8 +110,8 @@ def _train(config: Config, rows, class_names: Sequence[str], device: torch.devic
     model = build.build_model(config, len(class_names))
     build.load_pretrained(config, model, class_names)
     model.to(device)
+    told = _told(config)
     config = replace(config, data=replace(config.data, keep=True, workers=0, timeout=None))
-    val_rows, _ = build.read_split(config, "val", class_names)
     started = time.perf_counter()
     fit(
         model,
@@ -110,6 +121,8 @@ def _train(config: Config, rows, class_names: Sequence[str], device: torch.devic
         config.train,
         num_classes=len(class_names),
         view_batch=config.eval.view_batch,
+        on_failure=config.eval.on_failure,
+        max_unreadable=config.data.max_unreadable,
         output=output,
         seed=config.seed,
         resume=None,
@@ -117,7 +130,9 @@ def _train(config: Config, rows, class_names: Sequence[str], device: torch.devic
     )
     entries = [entry for entry in read_log(output / "log.jsonl") if entry["kind"] == "epoch"]
     result = {"top1": entries[-1]["val_top1"], "seconds": time.perf_counter() - started}
-    (output / "result.yaml").write_text(yaml.safe_dump({"config": _told(config), **result}))
+    part = output / "result.yaml.part"
+    part.write_text(yaml.safe_dump({"config": told, **result}))
+    os.replace(part, output / "result.yaml")
     return result
 
 
@@ -131,6 +146,9 @@ def _finished(config: Config) -> Mapping | None:
 
 
 def _told(config: Config) -> dict:
-    """What says which run it is: not where it lies, nor how it reads its videos."""
+    """What decides a run's result: all settings but where it lies and how its videos are read."""
     told = to_dict(config)
-    return {"seed": told["seed"], "model": told["model"], "train": told["train"]}
+    del told["output"], told["device"]
+    for key in ("workers", "keep", "timeout"):
+        del told["data"][key]
+    return told

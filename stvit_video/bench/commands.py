@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import make_parser, parse, resolve
+from ..config import Config, make_parser, parse, resolve
+from ..data.decode import open_video
 from ..engine import distributed
 from ..engine.figures import draw_speeds
 from ..errors import InputError, nearest
@@ -50,19 +51,22 @@ def model(args: Sequence[str]) -> None:
         "--compile", choices=COMPILE, nargs="?", const="default", help="torch.compile, its mode"
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns that the models take (5)")
-    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leave peak memory out (so does --compile)"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: CUDA where there is one")
     parser.add_argument("--output", default=OUTPUT, metavar="FOLDER")
     options = parser.parse_args(args)
-    names, modes, batches = _words(options.models), _words(options.modes), _numbers(options.batch)
+    names, modes = _words("--models", options.models), _words("--modes", options.modes)
+    batches = _numbers("--batch", options.batch, 1)
     for name in names:
         if name not in MODELS:
             raise InputError(f"--models: unknown model {name!r}{nearest(name, MODELS)}")
     for mode in modes:
         if mode not in MODES:
             raise InputError(f"--modes: {mode!r} is none of {list(MODES)}")
-    if min(*batches, options.rounds, options.num_frames, options.image_size) < 1:
-        raise InputError("--batch, --rounds, --num-frames and --image-size must be 1 or more")
+    if min(options.num_frames, options.image_size, options.num_classes) < 1:
+        raise InputError("--num-frames, --image-size and --num-classes must be 1 or more")
     device, output = distributed.start(options.device), _folder(options.output)
     print(report.machine(device))
     clip = {"num_frames": options.num_frames, "image_size": options.image_size}
@@ -79,14 +83,14 @@ def model(args: Sequence[str]) -> None:
         modes=modes,
         dtype=dtype,
         compiled=options.compile,
-        rounds=options.rounds,
+        rounds=_rounds(options.rounds),
         device=device,
     )
     del models
     for row in rows:
         name, batch, mode = row["model"], row["batch"], row["mode"]
         row["peak MiB"] = None
-        if not options.no_memory:
+        if not options.no_memory and not options.compile:  # what is compiled keeps other things
             case = clip | {"batch": batch, "mode": mode, "dtype": dtype, "device": device}
             row["peak MiB"] = measure_memory(name, sizes, **case)
     draw_speeds(rows, output / "model.png")
@@ -106,12 +110,16 @@ def data(args: Sequence[str]) -> None:
     config = resolve(config)
     if not flags.lists:
         config = replace(config, data=replace(config.data, train=None, val=None, test=None))
-    output, workers = _folder(config.output), _numbers(flags.workers)
+    output, workers = _output(config, args), _numbers("--workers", flags.workers, 0)
+    rounds = _rounds(flags.rounds)
+    for video in flags.videos:
+        with open_video(video):  # what cannot be opened is told before the work
+            pass
     print(report.machine(torch.device("cpu")))
     if not flags.lists:
-        rows = bench_views(config, videos=flags.videos, rounds=flags.rounds)
+        rows = bench_views(config, videos=flags.videos, rounds=rounds)
         print(report.write(rows, output, "views"))
-    rows = bench_data(config, videos=flags.videos, workers=workers, rounds=flags.rounds, output=output)
+    rows = bench_data(config, videos=flags.videos, workers=workers, rounds=rounds, output=output)
     _finish(rows, output, "data")
 
 
@@ -128,13 +136,14 @@ def accuracy(args: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="Turns that the models take at speed.")
     config, flags = parse(parser, args)
     config = resolve(config)
-    device, output = distributed.start(config.device), _folder(config.output)
+    models, seeds = _words("--models", flags.models), _numbers("--seeds", flags.seeds, 0)
+    device, output = distributed.start(config.device), _output(config, args)
     print(report.machine(device))
     rows = bench_accuracy(
         config,
-        _words(flags.models),
-        seeds=_numbers(flags.seeds),
-        rounds=flags.rounds,
+        models,
+        seeds=seeds,
+        rounds=_rounds(flags.rounds),
         output=output,
         device=device,
     )
@@ -155,15 +164,32 @@ def _folder(name: str) -> Path:
     return path
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
+def _words(flag: str, text: str) -> list[str]:
+    words = [word for word in text.split(",") if word]
+    if not words:
+        raise InputError(f"{flag} {text!r}: nothing named")
+    return words
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        raise InputError(f"{text!r}: whole numbers with commas between, as in 1,8") from None
+def _numbers(flag: str, text: str, least: int) -> list[int]:
+    words = _words(flag, text)
+    if not all(word.isdecimal() and int(word) >= least for word in words):
+        raise InputError(
+            f"{flag} {text!r}: must be whole numbers from {least} up, commas between, as in 1,8"
+        )
+    return [int(word) for word in words]
+
+
+def _rounds(value: int) -> int:
+    if value < 1:
+        raise InputError(f"--rounds {value}: must be 1 or more")
+    return value
+
+
+def _output(config: Config, args: Sequence[str]) -> Path:
+    """Not the output of a config file, where a run may lie: only of the command line."""
+    asked = any(word.partition("=")[0] == "--output" for word in args)
+    return _folder(config.output if asked else OUTPUT)
 
 
 KINDS: dict[str, Callable[[Sequence[str]], None]] = {"model": model, "data": data, "accuracy": accuracy}

@@ -5,12 +5,16 @@ reference for the arithmetic is a large matrix product, timed in the same rounds
 """
 
 import copy
+import gc
 import math
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -85,10 +89,10 @@ def _call(
     """What is timed. Training works on the model itself, forward on a copy where `dtype` is another."""
     clips = clips.to(device)
     if mode == "forward":
-        if dtype != torch.float32:
-            model, clips = copy.deepcopy(model).to(dtype), clips.to(dtype)
-        model = model.to(device).eval()
-        run = torch.compile(model, mode=compiled) if compiled else model
+        if next(model.parameters()).dtype != dtype:
+            model = copy.deepcopy(model).to(dtype)
+        model, clips = model.to(device).eval(), clips.to(dtype)
+        run = torch.compile(model, mode=compiled, dynamic=False) if compiled else model
 
         def forward() -> None:
             model.eval()
@@ -99,7 +103,7 @@ def _call(
 
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
-    run = torch.compile(model, mode=compiled) if compiled else model
+    run = torch.compile(model, mode=compiled, dynamic=False) if compiled else model
     labels = torch.zeros(len(clips), dtype=torch.long, device=device)
     bf16 = use_bf16(dtype == torch.bfloat16, device)
 
@@ -165,25 +169,30 @@ def measure_memory(
 ) -> float | None:
     """Peak memory in MiB of a new model with all that it needs: weights, activations, in training gradients
     and AdamW's moments. On CUDA what torch has allocated; elsewhere what a process of its own grows by
-    (Linux only, else None), which is exact for models of many megabytes."""
+    (Linux only, else None), which is exact for models of many megabytes; None if that was killed."""
     arguments = (name, sizes, num_frames, image_size, batch, mode, dtype, device)
     if device.type == "cuda":
         return _peak(*arguments)
     if not Path("/proc/self/clear_refs").exists():
         return None
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_peak, *arguments).result()
+        except BrokenProcessPool:
+            print(f"{name}, batch {batch}, {mode}: killed, probably out of memory", file=sys.stderr)
+            return None
 
 
 def _peak(name, sizes, num_frames, image_size, batch, mode, dtype, device) -> float:
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    gc.collect()
     before = torch.cuda.memory_allocated(device) if cuda else _resident()
     model = create_model(name, num_frames=num_frames, image_size=image_size, **sizes)
+    if mode == "forward":
+        model = model.to(dtype)
     clips = torch.randn(batch, 3, num_frames, image_size, image_size)
     call = _call(model, clips, mode, dtype, None, device)
+    torch.cuda.reset_peak_memory_stats(device) if cuda else _resident()  # making it does not count
     for _ in range(2):  # the second step has AdamW's moments, too
         call()
     after = torch.cuda.max_memory_allocated(device) if cuda else _most_resident()

@@ -112,7 +112,7 @@ class VideoDataset(Dataset):
         try:
             with (
                 torch.random.fork_rng(devices=[]),
-                (_open_kept if self.keep else _open)(row, self.decoder) as video,
+                (open_kept if self.keep else _open)(row, self.decoder) as video,
             ):
                 if row.num_frames is not None and video.num_frames < row.num_frames:
                     raise DecodeError(
@@ -133,7 +133,8 @@ def _open(row: Row, decoder: str) -> Video:
 
 
 @functools.cache
-def _open_kept(row: Row, decoder: str) -> Video:
+def open_kept(row: Row, decoder: str) -> Video:
+    """The row's video, all its frames in memory for as long as this process lives. Raises DecodeError."""
     with _open(row, decoder) as video:
         return KeptVideo(video, Path(row.path))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Regroup = Callable[[Tensor], Tensor]
+Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Attention(nn.Module):
@@ -113,26 +114,33 @@ class Block(nn.Module):
         context: Tensor | None = None,
         bias: Tensor | None = None,
         regroup: Regroup | None = None,
-    ) -> Tensor:
-        """(B, N, C) [, (B, M, C)] -> (B, N, C); whatever shape `attn` takes."""
+        merge: Merge | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, N, C) [, (B, M, C)] -> (B, N, C); whatever shape `attn` takes.
+
+        merge: called between attention and MLP with the tokens and their keys, averaged over heads
+            (B, N, C / heads), gives fewer tokens and their sizes, which are returned with the tokens.
+        """
         if self.checkpointing and self.training:
-            return checkpoint(self._forward, x, context, bias, regroup, use_reentrant=False)
-        return self._forward(x, context, bias, regroup)
+            return checkpoint(self._forward, x, context, bias, regroup, merge, use_reentrant=False)
+        return self._forward(x, context, bias, regroup, merge)
 
     def _forward(
-        self, x: Tensor, context: Tensor | None, bias: Tensor | None, regroup: Regroup | None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        bias: Tensor | None,
+        regroup: Regroup | None,
+        merge: Merge | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if merge is not None:
+            attended, keys = self.attn.with_keys(self.norm1(x))
+            x, sizes = merge(x + self.drop_path(self.ls1(attended)), keys)
+            return self._transform(x), sizes
         taken = self.drop_path(self.ls1(self.attn(*self._normed(x, context), bias, regroup)))
-        return self.transform(x + taken if self.residual else taken)
+        return self._transform(x + taken if self.residual else taken)
 
-    def attend_with_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The first half, `x + attn(norm1(x))`, (B, N, C), and the keys (B, N, C / heads): to merge tokens
-        before the second, `transform`."""
-        attended, keys = self.attn.with_keys(self.norm1(x))
-        return x + self.drop_path(self.ls1(attended)), keys
-
-    def transform(self, x: Tensor) -> Tensor:
-        """The second half, `x + mlp(norm2(x))`: (B, N, C) -> the same shape."""
+    def _transform(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
     def attention_map(

@@ -7,6 +7,7 @@ is their number along (t, h, w), where they still lie on a grid, else (n, 1, 1).
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +70,7 @@ class MergedTokens(nn.Module):
     def forward(self, x: Tensor, layers: Sequence[Block]) -> Reduced:
         """Grid (B, T, H, W, C) and a layer -> (B, n, C), sizes (B, n)."""
         (layer,) = layers
-        x, keys = layer.attend_with_keys(x.flatten(1, 3))
-        x, sizes = merge_similar(x, keys.detach(), self.tokens[0])
-        return layer.transform(x), sizes
+        return layer(x.flatten(1, 3), merge=partial(merge_similar, n=self.tokens[0]))
 
 
 def merge_similar(x: Tensor, keys: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -79,10 +78,11 @@ def merge_similar(x: Tensor, keys: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
     Bipartite soft matching: every second token looks for the other one with the most similar key (cosine),
     and those with the most similar partner join it. A round leaves half of the tokens or more, so there
-    are as many rounds as n asks for; keys are merged as the tokens are.
+    are as many rounds as n asks for; keys are merged as the tokens are. Sizes are float32, no gradient.
     """
-    dim = x.shape[-1]
-    x = torch.cat([x, keys.to(x.dtype), x.new_ones(*x.shape[:2], 1)], -1)  # sums, and of how many
+    dim, dtype = x.shape[-1], x.dtype
+    ones = keys.new_ones(*x.shape[:2], 1)
+    x = torch.cat([part.float() for part in (x, keys.detach(), ones)], -1)  # sums; bfloat16 counts to 256
     while x.shape[1] > n:
         gone = min(x.shape[1] - n, x.shape[1] // 2)
         directions = nn.functional.normalize(x[..., dim:-1].detach(), dim=-1)
@@ -93,8 +93,8 @@ def merge_similar(x: Tensor, keys: Tensor, n: int) -> tuple[Tensor, Tensor]:
         target = partner.gather(1, joining)[..., None].expand(-1, -1, x.shape[-1])
         others = others.scatter_add(1, target, _select(x, joining))
         x = torch.cat([_select(x, staying), others], 1)
-    sizes = x[..., -1]
-    return x[..., :dim] / sizes[..., None], sizes
+    sizes = x[..., -1].detach()
+    return (x[..., :dim] / sizes[..., None]).to(dtype), sizes
 
 
 def _select(x: Tensor, places: Tensor) -> Tensor:
@@ -125,8 +125,6 @@ def make_reducer(
         return SemanticTokens(tokens, dim, layers=semantic_layers, pool=pool, centres=centres)
     if name == "pool":
         return PooledTokens(tokens, pool)
-    if name not in REDUCERS:
-        raise ValueError(f"reducer={name!r} is none of {list(REDUCERS)}")
     return {"random": RandomTokens, "tome": MergedTokens}[name](tokens)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .embed import PatchEmbed, Size3, sincos_table
 from .layers import Block
-from .reducers import make_reducer
+from .reducers import REDUCERS, make_reducer
 
 
 class VideoViT(nn.Module):
@@ -52,6 +52,8 @@ class VideoViT(nn.Module):
         super().__init__()
         if pos_embed not in ("learned", "sincos"):
             raise ValueError(f"pos_embed={pos_embed!r} is none of ['learned', 'sincos']")
+        if reducer not in REDUCERS:
+            raise ValueError(f"reducer={reducer!r} is none of {list(REDUCERS)}")
         height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
         self.patch_embed = PatchEmbed((num_frames, height, width), tuple(patch_size), embed_dim)
         grid = self.patch_embed.grid
@@ -109,7 +111,7 @@ class VideoViT(nn.Module):
         x, sizes = self._tokens(x)
         if sizes is None:
             return self.fc_norm(x.mean(1))
-        weights = sizes / sizes.sum(1, keepdim=True)
+        weights = (sizes / sizes.sum(1, keepdim=True)).to(x.dtype)
         return self.fc_norm((x * weights[..., None]).sum(1))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ class VideoViT(nn.Module):
             return x.flatten(1, 3), None
         x, sizes = self.semantic(x, self._reducing_layers())
         weighted = sizes is not None and self.proportional
-        bias = sizes.log()[:, None, None] if weighted else None
+        bias = sizes.log().to(x.dtype)[:, None, None] if weighted else None
         for block in self.blocks[self.reduced_depth :]:
             x = block(x, bias=bias)
         return x, sizes
