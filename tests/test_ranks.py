@@ -1,5 +1,6 @@
 """Several processes: they score like one, share a model, stop together, and go on after one died."""
 
+import copy
 import csv
 import json
 import os
@@ -16,7 +17,7 @@ from launch import finish, free_port, launch
 from test_end_to_end import SMALL, TRAIN_NET, assert_same, figures, run
 from test_runs import children, entries, wait_for
 
-from stvit_video import build, cli
+from stvit_video import build, cli, create_model
 from stvit_video.config import Config, ModelConfig, from_dict
 from stvit_video.data.dataset import VideoDataset
 from stvit_video.engine import checkpoint, distributed, parallel, train
@@ -105,6 +106,31 @@ def assert_shared(args):
 def test_ranks_share_the_model(tmp_path):
     log = tmp_path / "out.txt"
     assert finish(launch(assert_shared, ranks=2, log=log)) == [0, 0], log.read_text()
+
+
+def assert_reducers_train(args):
+    """A command: every reducer finds the shared layers whole; its loss is that of one process."""
+    distributed.start("cpu")
+    for reducer in ("semantic", "pool", "random", "tome"):
+        sizes = {"depth": 4, "base_depth": 1, "reducer": reducer, "checkpointing": reducer == "tome"}
+        torch.manual_seed(0)
+        model = create_model("stvit_tiny_patch16_224", num_classes=4, image_size=64, **sizes)
+        alone = copy.deepcopy(model)
+        parallel.wrap(model, "fsdp2", torch.device("cpu"))
+        clip, losses = torch.randn(1, 3, 16, 64, 64), []
+        for each in (model, alone):
+            torch.manual_seed(1)
+            losses.append(each(clip).square().mean())
+            losses[-1].backward()
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+        gradient = model.blocks[1].mlp.fc1.weight.grad.full_tensor()
+        torch.testing.assert_close(gradient, alone.blocks[1].mlp.fc1.weight.grad)
+    distributed.stop()
+
+
+def test_reducers_train_on_shared_models(tmp_path):
+    log = tmp_path / "out.txt"
+    assert finish(launch(assert_reducers_train, ranks=2, log=log)) == [0, 0], log.read_text()
 
 
 def assert_statistics_are_the_first_ranks(args):
