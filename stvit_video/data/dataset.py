@@ -122,7 +122,7 @@ class VideoDataset(Dataset):
                 clips, labels = self.views(video, -1 if row.label is None else row.label)
         except InputError:
             raise
-        except Exception as error:
+        except Exception as error:  # a bug, not the file's fault: raised on, but with the file's name
             raise RuntimeError(f"{row.path}: {type(error).__name__}: {error}") from error
         return clips.contiguous().numpy(), labels.numpy()
 

@@ -77,8 +77,10 @@ def load(path: str | Path) -> dict[str, Any]:
         values = read_torch(Path(path))
     except FileError as error:
         raise CheckpointError(str(error)) from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of this toolbox (format {FORMAT!r})")
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        told = "none is given" if found is None else f"it says {found!r}"
+        raise CheckpointError(f"{path}: not a checkpoint of this toolbox (format {FORMAT!r}; {told})")
     return values
 
 
