@@ -5,21 +5,28 @@
 >>> recognize("video.mp4")
 """
 
-from .data.annotations import read_rows
-from .data.decode import open_video
-from .models.zoo import create_model, list_models, multiply_adds
-from .recognizer import Recognizer
-from .weights import LoadReport, WeightsError, load_weights
+import importlib
 
-__all__ = [
-    "LoadReport",
-    "Recognizer",
-    "WeightsError",
-    "create_model",
-    "list_models",
-    "load_weights",
-    "multiply_adds",
-    "open_video",
-    "read_rows",
-]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
+_HOMES = {  # imported when they are first asked for: each command and each notebook pays for what it uses
+    "LoadReport": "weights",
+    "Recognizer": "recognizer",
+    "WeightsError": "weights",
+    "create_model": "models.zoo",
+    "list_models": "models.zoo",
+    "load_weights": "weights",
+    "multiply_adds": "models.zoo",
+    "open_video": "data.decode",
+    "read_rows": "data.annotations",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -1,5 +1,8 @@
 """The only place where settings become objects."""
 
+import dataclasses
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -9,15 +12,18 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .config import Config, ConfigError, DataConfig
+from .config import Config, ConfigError, DataConfig, to_dict
 from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
+from .data.rows import class_ids
 from .data.shards import find_shards
 from .data.transforms import Normalise, TestTransform, TrainTransform
 from .data.views import Sampling, TestViews, TrainViews
 from .engine import distributed
+from .engine.job import Job, Task
 from .models.zoo import create_model
+from .tasks import TASKS
 from .weights import LoadReport, load_weights
 
 
@@ -53,8 +59,59 @@ def load_pretrained(
     )
 
 
-def build_normalise(data: DataConfig) -> Normalise:
-    return Normalise(data.mean, data.std)
+def build_task(config: Config, class_names: Sequence[str]) -> Task:
+    """The task that `task` names. Raises ConfigError or ListError."""
+    kind = TASKS[config.task]
+    settings = {field.name: getattr(config.train, field.name) for field in dataclasses.fields(kind.Settings)}
+    return kind(
+        class_names,
+        normalise=Normalise(config.data.mean, config.data.std),
+        settings=kind.Settings(**settings),
+        view_batch=config.eval.view_batch,
+        on_failure=config.eval.on_failure,
+        twins=_twins(class_names) if config.data.flip == "swap" else None,
+        dump_views=config.eval.dump_views,
+    )
+
+
+def _twins(class_names: Sequence[str]) -> list[int] | None:
+    """Class id -> class id of its mirror image; None where no class has a side."""
+    twins = mirrored_classes(class_names)
+    return None if twins == list(range(len(twins))) else twins
+
+
+def build_job(
+    config: Config, device: torch.device, rows: Rows, class_names: Sequence[str], model: nn.Module
+) -> Job:
+    """Task, loaders and checkpoint details for a model that is to be trained on these rows."""
+    task = build_task(config, class_names).to(device)
+    val_loader = None
+    if config.data.val is not None:
+        val_rows, _ = read_split(config, "val", class_names)
+        if all(row.target is None for row in val_rows):
+            raise ConfigError(f"data.val={config.data.val} has no labels to validate with")
+        val_loader = build_test_loader(config, task, val_rows, device, clips=1, crops=1)
+    details = {
+        "class_names": list(class_names),
+        "config": to_dict(config),
+        "built": model.built,
+        "run": {
+            "seed": config.seed,
+            "ranks": distributed.world(),
+            "videos": len(rows),
+            "list": digest(rows),
+        },
+    }
+    loader = build_train_loader(config, task, rows, device)
+    return Job(task, model.to(device), device, loader, val_loader, details)
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """What tells one training list from another, wherever its files lie: names and targets, in order."""
+    hashed = hashlib.sha256()
+    for row in rows:
+        hashed.update(f"{os.path.basename(row.path)}\0{row.target}\n".encode(errors="surrogateescape"))
+    return hashed.hexdigest()
 
 
 def read_split(
@@ -76,18 +133,19 @@ def read_split(
         _prepare_demo(Path(path))
     if class_names is None and data.class_names is not None:
         class_names = _read_names(data.class_names)
-    rows = read_rows(path, root=data.root, labels=data.labels, class_names=class_names)
+    rows = read_rows(
+        path, root=data.root, labels=data.labels, class_names=class_names, format=data.format
+    )
     if not rows:
         raise ConfigError(f"data.{split}={path}: no videos in it")
     names = class_names or rows.class_names
     if names is None:
-        highest = max((row.label for row in rows if row.label is not None), default=0)
-        names = [str(i) for i in range(data.num_classes or highest + 1)]
+        names = [str(i) for i in range(data.num_classes or highest_class(rows) + 1)]
     if data.num_classes not in (None, len(names)):
         raise ConfigError(f"data.num_classes={data.num_classes}, but there are {len(names)} class names")
     for row in rows:
-        if row.label is not None and row.label >= len(names):
-            raise ConfigError(f"{path}: label {row.label} of {row.path}: must be below {len(names)}")
+        if max(class_ids(row.target), default=0) >= len(names):
+            raise ConfigError(f"{path}: label {row.target} of {row.path}: must be below {len(names)}")
     return rows, list(names)
 
 
@@ -107,23 +165,27 @@ def read_lists(config: Config) -> tuple[dict[str, list[Row]], list[str], dict[st
             continue
         if data.preset == "demo":
             _prepare_demo(Path(path))
-        options = {"root": data.root, "labels": data.labels}
+        options = {"root": data.root, "labels": data.labels, "format": data.format}
         rows = read_rows(path, **options)
         if names is not None and rows.class_names is not None:
             try:
                 rows = read_rows(path, **options, class_names=names)
             except ListError as error:
                 unknown[split] = error
-                rows = Rows(replace(row, label=None) for row in rows)
+                rows = Rows(replace(row, target=None) for row in rows)
         if names is None:
-            highest = max((row.label for row in rows if row.label is not None), default=0)
-            names = rows.class_names or [str(i) for i in range(data.num_classes or highest + 1)]
+            count = data.num_classes or highest_class(rows) + 1
+            names = rows.class_names or [str(i) for i in range(count)]
         splits[split] = rows
     if not splits:
         raise ConfigError("none of data.train, data.val and data.test is set: nothing to check")
     if data.num_classes not in (None, len(names)):
         raise ConfigError(f"data.num_classes={data.num_classes}, but there are {len(names)} class names")
     return splits, names, unknown
+
+
+def highest_class(rows: Sequence[Row]) -> int:
+    return max((max(class_ids(row.target), default=0) for row in rows), default=0)
 
 
 def _prepare_demo(path: Path) -> None:
@@ -156,69 +218,71 @@ def build_test_views(config: Config, clips: int, crops: int) -> TestViews:
 
 
 def build_train_loader(
-    config: Config, rows: Sequence[Row], class_names: Sequence[str], device: torch.device
+    config: Config, task: Task, rows: Sequence[Row], device: torch.device
 ) -> DataLoader:
+    """Raises InputError for rows that the task cannot be trained on."""
     data = config.data
-    unlabelled = next((row.path for row in rows if row.label is None), None)
-    if unlabelled is not None:
-        raise ConfigError(f"data.train={data.train}: {unlabelled} has no label to train on")
-    twins = None
-    if data.flip == "swap":
-        twins = mirrored_classes(class_names)
-        if twins == list(range(len(twins))):
-            raise ConfigError(
-                "data.flip=swap: no class name says left or right; a list of numbers needs data.class_names"
-            )
+    task.check(rows, f"data.train={data.train}")
+    if data.flip == "swap" and task.twins is None:
+        raise ConfigError(
+            "data.flip=swap: no class name says left or right; a list of numbers needs data.class_names"
+        )
     transform = TrainTransform(
         data.image_size,
         scale=data.scale,
         ratio=data.ratio,
         rand_augment=data.rand_augment,
-        flip=data.flip,
-        twins=twins,
+        flip=data.flip != "none",
+        mirror=task.mirror,
     )
     views = TrainViews(build_sampling(data), transform, data.repeats)
-    dataset = _dataset(config, rows, views, substitute=True)
     sampler = TrainSampler(
         len(rows),
         batch_size=config.train.batch_size,
+        accumulate=config.train.accumulate,
         seed=config.seed,
         rank=distributed.rank(),
         world=distributed.world(),
         shards=shards_of(rows),
         buffer=data.shuffle_buffer,
     )
-    return _loader(config, dataset, sampler, config.train.batch_size, device)
+    dataset = _dataset(config, task, rows, views, substitute=True)
+    return _loader(config, dataset, sampler, config.train.batch_size, device, persistent=True)
 
 
 def build_test_loader(
-    config: Config, rows: Sequence[Row], device: torch.device, *, clips: int, crops: int
+    config: Config, task: Task, rows: Sequence[Row], device: torch.device, *, clips: int, crops: int
 ) -> DataLoader:
-    dataset = _dataset(config, rows, build_test_views(config, clips, crops), substitute=False)
+    dataset = _dataset(config, task, rows, build_test_views(config, clips, crops), substitute=False)
     sampler = TestSampler(len(rows), rank=distributed.rank(), world=distributed.world())
-    return _loader(config, dataset, sampler, config.eval.batch_size, device)
+    return _loader(config, dataset, sampler, config.eval.batch_size, device, persistent=False)
 
 
 def _dataset(
-    config: Config, rows: Sequence[Row], views: TrainViews | TestViews, *, substitute: bool
+    config: Config, task: Task, rows: Sequence[Row], views: TrainViews | TestViews, *, substitute: bool
 ) -> VideoDataset:
     data = config.data
     return VideoDataset(
         rows,
         views,
+        encode=task.encode,
         decoder=data.decoder,
         seed=config.seed,
         substitute=substitute,
         timeout=data.timeout,
         keep=data.keep,
+        max_unreadable=data.max_unreadable,
     )
 
 
-def _loader(config, dataset, sampler, batch_size: int, device: torch.device) -> DataLoader:
+def _loader(
+    config: Config, dataset, sampler, batch_size: int, device: torch.device, *, persistent: bool
+) -> DataLoader:
     return make_loader(
         dataset,
         sampler,
         batch_size=batch_size,
         workers=config.data.workers,
         pin_memory=device.type == "cuda",
+        persistent=persistent,
     )

@@ -4,7 +4,6 @@ import argparse
 import csv
 import json
 import random
-import shutil
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -24,13 +23,15 @@ from .data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
 from .data.write_shards import write_shards
 from .engine import checkpoint as checkpoints
 from .engine import distributed
-from .engine.evaluate import evaluate, use_bf16, write_report
-from .engine.figures import draw_comparison
+from .engine.device import describe, pick_precision, set_up
+from .engine.evaluate import Shares, score, write_report
 from .engine.logs import progress, read_log
 from .engine.train import fit
 from .errors import InputError
+from .figures import draw_comparison
 from .models.zoo import multiply_adds
 from .recognizer import Recognizer, load_model
+from .resume import check_resume, discard_run, find_run
 from .weights import LoadReport
 
 
@@ -61,55 +62,31 @@ def train(args: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Start anew although output holds a run.")
     config, flags = parse(parser, args)
     config = resolve(config)
-    device = distributed.start(config.device)
+    device = distributed.start(config.device, config.data.timeout)
+    set_up(device, config)
     output = Path(config.output)
     last = output / checkpoints.LAST
-    resume, damage = _find_run(output, resume=flags.resume, overwrite=flags.overwrite)
+    state, damage = find_run(output, resume=flags.resume, overwrite=flags.overwrite)
 
     rows, class_names = build.read_split(config, "train")
-    run = {"seed": config.seed, "ranks": distributed.world(), "videos": len(rows)}
-    _check_resume(resume, config, class_names, run, last)
     torch.manual_seed(config.seed)
     model = build.build_model(config, len(class_names))
-    weights = build.load_pretrained(config, model, class_names) if resume is None else None
-    model.to(device)
-    normalise = build.build_normalise(config.data).to(device)
-    train_loader = build.build_train_loader(config, rows, class_names, device)
-    val_loader = None
-    if config.data.val is not None:
-        val_rows, _ = build.read_split(config, "val", class_names)
-        if all(row.label is None for row in val_rows):
-            raise ConfigError(f"data.val={config.data.val} has no labels to validate with")
-        val_loader = build.build_test_loader(config, val_rows, device, clips=1, crops=1)
-
-    details = {"class_names": class_names, "config": to_dict(config), "run": run}
+    weights = build.load_pretrained(config, model, class_names) if state is None else None
+    job = build.build_job(config, device, rows, class_names, model)
+    if state is not None:
+        check_resume(state, config, job.details, last)
     if distributed.is_main():
         _make_folder(output)
-        if resume is None:
-            _discard_run(output)
-        (output / "config.yaml").write_text(yaml.safe_dump(details["config"], sort_keys=False))
-        print(_describe(config, model, class_names))
-        _tell_weights(weights, output)
+        if state is None:
+            discard_run(output)
+        (output / "config.yaml").write_text(yaml.safe_dump(job.details["config"], sort_keys=False))
+        _introduce(config, model, class_names, device, weights)
         print(f"training on {len(rows)} videos x {config.data.repeats} clips", end="")
-        print("" if val_loader is None else f", validating on {len(val_loader.dataset)}")
+        print("" if job.val_loader is None else f", validating on {len(job.val_loader.dataset)}")
     distributed.barrier()  # every rank has read its checkpoint
     if distributed.is_main():
         checkpoints.tidy(output, last_is_damaged=damage is not None)
-    best = fit(
-        model,
-        normalise,
-        train_loader,
-        val_loader,
-        config.train,
-        num_classes=len(class_names),
-        view_batch=config.eval.view_batch,
-        on_failure=config.eval.on_failure,
-        max_unreadable=config.data.max_unreadable,
-        output=output,
-        seed=config.seed,
-        resume=resume,
-        details=details,
-    )
+    best = fit(job, config.train, output=output, seed=config.seed, resume=state)
     if distributed.is_main():
         print(f"checkpoints: {best} and {last}\ncurves:      {output / 'curves.png'}")
 
@@ -133,7 +110,8 @@ def test(args: Sequence[str]) -> None:
         config = _with_checkpoint(config, own, args)
     elif config.model.weights is None:
         raise ConfigError("nothing to score: give --checkpoint FILE or --model.weights FILE")
-    device = distributed.start(config.device)
+    device = distributed.start(config.device, config.data.timeout)
+    set_up(device, config)
     output = Path(config.output)
     if distributed.is_main():
         _make_folder(output)
@@ -145,32 +123,36 @@ def test(args: Sequence[str]) -> None:
         model = build.build_model(config, len(class_names))
         weights = build.load_pretrained(config, model, class_names, scoring=True)
     views = {"clips": config.eval.clips, "crops": config.eval.crops}
-    loader = build.build_test_loader(config, rows, device, **views)
+    task = build.build_task(config, class_names).to(device)
+    loader = build.build_test_loader(config, task, rows, device, **views)
+    source = str(flags.checkpoint or config.model.weights)
     if distributed.is_main():
-        print(_describe(config, model, class_names))
-        _tell_weights(weights, output)
+        _introduce(config, model, class_names, device, weights)
         print(f"scoring {len(rows)} videos x {views['clips']} clips x {views['crops']} crops")
-    scores = evaluate(
+    settings = to_dict(config)
+    scored = [source, _state_of(source), class_names, build.digest(rows), settings["data"], settings["eval"]]
+    shares = Shares(output / "shares", scored)
+    outcome = score(
         model.to(device),
-        build.build_normalise(config.data).to(device),
+        task,
         loader,
-        num_classes=len(class_names),
-        view_batch=config.eval.view_batch,
-        bf16=use_bf16(config.train.bf16, device),
-        on_failure=config.eval.on_failure,
+        device,
+        precision=pick_precision(config.train.precision, device),
+        shares=shares,
     )
-    if not distributed.is_main():
+    if outcome is None:  # another rank reports
         return
-    report = write_report(
-        output,
-        scores,
-        rows,
-        class_names,
-        views=views,
-        checkpoint=str(flags.checkpoint or config.model.weights),
-        started=started,
-    )
-    _print_report(report, output)
+    details = {
+        "on_failure": config.eval.on_failure,
+        "checkpoint": source,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    lines = write_report(output, task, outcome, views=views, details=details)
+    shares.discard()
+    failed, rule = len(outcome.failures), {"wrong": "counted as wrong", "exclude": "left out"}
+    note = f" ({rule[config.eval.on_failure]})" if failed else ""
+    print(f"{len(rows)} videos x {views['clips']}x{views['crops']} views, {failed} unreadable{note}")
+    print("\n".join(lines))
 
 
 @command
@@ -326,62 +308,6 @@ def _make_folder(path: Path) -> None:
         raise ConfigError(f"{path}: no folder can be made there ({error.strerror})") from None
 
 
-def _find_run(output: Path, *, resume: bool, overwrite: bool) -> tuple[dict | None, Exception | None]:
-    """The checkpoint to continue, None to start anew; and what is wrong with a newer one."""
-    held = [name for name in checkpoints.NAMES if (output / name).exists()]
-    if held and not (resume or overwrite):
-        raise ConfigError(f"output={output} holds a run: --resume continues it, --overwrite discards it")
-    if not resume:
-        return None, None
-    values, damage = checkpoints.load_last(output)
-    if values is None and held:
-        raise ConfigError(f"output={output} holds {held[0]} but no {checkpoints.LAST} to continue")
-    updates = distributed.gather(None if values is None else values["update"])
-    if len(set(updates)) > 1:
-        raise checkpoints.CheckpointError(f"{output}: the ranks read checkpoints of updates {updates}")
-    if distributed.is_main():
-        if damage is not None:
-            print(f"warning: {damage}; continuing the one before", file=sys.stderr)
-        found = "no run there yet, starting" if values is None else f"continuing after update {updates[0]}"
-        print(f"{output}: {found}")
-    return values, damage
-
-
-def _discard_run(output: Path) -> None:
-    """What a former run left in `output` must not pass for this one's."""
-    left = (*checkpoints.NAMES, checkpoints.DAMAGED, "weights.json", "unreadable.csv", "nonfinite.csv")
-    for name in (*left, "curves.png"):
-        (output / name).unlink(missing_ok=True)
-    shutil.rmtree(output / "tensorboard", ignore_errors=True)
-
-
-def _check_resume(
-    resume: dict | None, config: Config, class_names: list[str], run: dict[str, int], path: Path
-) -> None:
-    """A run goes on only as it began: the same classes, model, data, recipe, seed and ranks."""
-    if resume is None:
-        return
-    for key, value in resume["run"].items():
-        if run[key] != value:
-            raise ConfigError(f"{path}: began with {key}={value}, cannot go on with {run[key]}")
-    if resume["class_names"] != class_names:
-        raise ConfigError(f"{path}: its class names are not those of data.train={config.data.train}")
-    for group in ("model", "data", "train"):
-        ours = to_dict(config)[group]
-        for key, value in resume["config"][group].items():
-            if key not in _FREE_TO_CHANGE and ours.get(key) != value:
-                raise ConfigError(
-                    f"{path}: began with {group}.{key}={value}, cannot go on with {ours.get(key)}"
-                )
-
-
-# What may differ between the parts of a resumed run: it changes neither model nor updates.
-_FREE_TO_CHANGE = (
-    *("weights", "inflate", "fresh"),
-    *("root", "val", "test", "workers", "timeout", "keep", "max_unreadable"),
-    *("eval_every", "log_every", "max_nonfinite", "checkpoint_minutes", "parallel"),
-)
-
 # What a checkpoint decides; the rest of `data` and all of `eval` is the scorer's.
 _DATA_OF_CHECKPOINT = (
     "num_frames",
@@ -407,39 +333,31 @@ def _with_checkpoint(config: Config, own: Config, args: Sequence[str]) -> Config
         if asked != value and f"{group}.{key}" in flags:
             raise ConfigError(f"--{group}.{key} {asked}: the checkpoint was made with {value}")
     data = replace(config.data, **{key: getattr(own.data, key) for key in _DATA_OF_CHECKPOINT})
-    return replace(config, model=own.model, data=data)
+    return replace(config, task=own.task, model=own.model, data=data)
 
 
-def _tell_weights(report: LoadReport | None, output: Path) -> None:
-    if report is not None:
-        print(report)
-        report.write(output / "weights.json")
-
-
-def _describe(config: Config, model: torch.nn.Module, class_names: list[str]) -> str:
+def _introduce(
+    config: Config,
+    model: torch.nn.Module,
+    class_names: Sequence[str],
+    device: torch.device,
+    weights: LoadReport | None,
+) -> None:
+    """What computes, what is computed, and where its weights come from."""
+    print(describe(device, pick_precision(config.train.precision, device), distributed.world()))
     cost = multiply_adds(model, num_frames=config.data.num_frames, image_size=config.data.image_size)
     parameters = sum(p.numel() for p in model.parameters())
-    return (
+    print(
         f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
         f"a view of {config.data.num_frames}x{config.data.image_size}x{config.data.image_size}, "
         f"{len(class_names)} classes"
     )
+    if weights is not None:
+        print(weights)
+        weights.write(Path(config.output, "weights.json"))
 
 
-def _print_report(report: dict, output: Path) -> None:
-    views = report["views"]
-    clips, crops = views["clips"], views["crops"]
-    rule = {"wrong": "counted as wrong", "exclude": "left out"}[report["on_failure"]]
-    failed = f"{report['num_failed']} unreadable" + (f" ({rule})" if report["num_failed"] else "")
-    print(f"{report['num_videos']} videos x {clips}x{crops} views, {failed}")
-    if report["top1"] is not None:
-        for key, name in (
-            ("top1", f"top-1 over {clips}x{crops} views"),
-            ("top5", f"top-5 over {clips}x{crops} views"),
-            ("mean_class_accuracy", "mean class accuracy"),
-            ("per_clip_top1", "top-1 of single views"),
-        ):
-            print(f"  {name:<24} {report[key]:7.2%}")
-    for name in ("report.json", "predictions.csv", "confusion.png"):
-        if (output / name).exists():
-            print(f"{name + ':':<16} {output / name}")
+def _state_of(source: str) -> list[int] | None:
+    """Size and time of a file: whether it is the one that an earlier scoring read."""
+    path = Path(source)
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None

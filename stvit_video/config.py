@@ -5,20 +5,23 @@ An unknown key stops with its place and the nearest known one. A preset carries 
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from .engine.train import TrainConfig
+from . import bounds
+from .bounds import Range
+from .engine.train import Count, LoopConfig
 from .errors import InputError, nearest
+from .models.sizes import Sizes
+from .tasks import TASKS
 from .weights import Inflate
 
-Three = tuple[int, int, int]
-Auto = Literal["auto"]
+Share = Annotated[float, Range(0, 1)]
+Positive = Annotated[float, Range(1e-6)]
 Colour = tuple[float, float, float]
 
 
@@ -27,48 +30,11 @@ class ConfigError(InputError):
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Sizes):
     """The model: a name of `stvit_video.list_models()` and its sizes; `auto` is what the name says."""
 
     name: str = "stvit_small_patch16_224"
     """Which model."""
-    patch_size: Three | Auto = "auto"
-    """Frames, height and width of a tubelet, e.g. [2, 16, 16]."""
-    embed_dim: int | Auto = "auto"
-    """Width of the tokens (Swin: of the first stage; it doubles from stage to stage)."""
-    depth: int | Auto = "auto"
-    """Number of layers."""
-    depths: list[int] | Auto = "auto"
-    """Swin: number of layers of each of the four stages."""
-    num_heads: int | list[int] | Auto = "auto"
-    """Attention heads; divides the width. Swin: of each of the four stages."""
-    window_size: Three | Auto = "auto"
-    """Swin: tubelets of a window (time, height, width)."""
-    mlp_ratio: float | Auto = "auto"
-    """Width of a layer's hidden layer over embed_dim."""
-    pos_embed: Literal["learned", "sincos"] | Auto = "auto"
-    """Position table: learned, or VideoMAE's fixed sine-cosine."""
-    semantic_tokens: Three | None | Auto = "auto"
-    """How many semantic tokens (time, height, width; Swin: of each window); null: the dense backbone."""
-    reducer: Literal["semantic", "pool", "random", "tome"] | Auto = "auto"
-    """What makes them (ViT): attention, or a control: pooling alone, random patches, token merging."""
-    base_depth: int | Auto = "auto"
-    """Layers on all patches, before the semantic ones (Swin: of stage 3)."""
-    semantic_layers: int | Auto = "auto"
-    """Layers that make the semantic tokens."""
-    pool: Literal["max", "avg"] | Auto = "auto"
-    """How the semantic tokens start."""
-    centres: bool | Auto = "auto"
-    """Learn G, a vector per semantic token, added before the second semantic layer."""
-    proportional: bool | Auto = "auto"
-    """Token merging: a merged token is asked as often as it has patches in it."""
-    drop_path: float | Auto = "auto"
-    """Stochastic depth: rate of the last layer, rising linearly from 0."""
-    layer_scale: float | None | Auto = "auto"
-    """Initial layer scale from base_depth on (Swin: in stage 3 only); null: none."""
-    checkpointing: bool | Auto = "auto"
-    """Recompute activations in the backward pass: less memory, a third more time."""
-
     weights: str | None = None
     """Checkpoint to start from, of any origin: a file, or timm:NAME."""
     inflate: Inflate = "average"
@@ -78,8 +44,7 @@ class ModelConfig:
 
     def sizes(self) -> dict[str, Any]:
         """The sizes that were set, for `create_model`."""
-        others = {"name", "weights", "inflate", "fresh"}
-        sizes = {key: value for key, value in dataclasses.asdict(self).items() if key not in others}
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sizes)}
         return {key: value for key, value in sizes.items() if value != "auto"}
 
 
@@ -95,49 +60,51 @@ class DataConfig:
     """Validation list, looked at every train.eval_every epochs with one view."""
     test: str | None = None
     """Test list; null: the validation list."""
+    format: str | None = None
+    """Format of the lists, by name; null: told by their content."""
     root: str | None = None
     """Folder that the lists' paths are relative to."""
     labels: str | None = None
     """Something-Something's labels json; null: found beside the list."""
     class_names: str | None = None
     """File with one class name a line, for lists that hold numbers only."""
-    num_classes: int | None = None
+    num_classes: Count | None = None
     """Number of classes; null: by the class names, else the highest training label + 1."""
     decoder: Literal["av", "decord"] = "av"
     """Which library decodes videos."""
-    num_frames: int = 16
+    num_frames: Count = 16
     """Frames of a clip; 1 is image mode."""
-    stride: int = 4
+    stride: Count = 4
     """Dense sampling: every stride-th frame."""
-    target_fps: float | None = None
+    target_fps: Annotated[float, Range(0.001)] | None = None
     """Frame rate at which stride counts; null: each video's own."""
     sampling: Literal["dense", "uniform", "middle"] | None = None
     """dense: every stride-th frame; uniform: one of each of num_frames segments; middle: the centre."""
-    image_size: int = 224
+    image_size: Count = 224
     """Height and width of a clip in pixels."""
     mean: Colour | None = None
     """Normalisation: RGB mean, of values from 0 to 1."""
-    std: Colour | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
     """Normalisation: RGB standard deviation."""
     flip: Literal["none", "all", "swap"] | None = None
     """Mirror half of the training clips: never, always, or with the left/right twin's label."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: tuple[Annotated[float, Range(1e-6, 1)], Annotated[float, Range(1e-6, 1)]] = (0.08, 1.0)
     """Random resized crop: share of the area, from and to."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
+    ratio: tuple[Annotated[float, Range(1e-3, 1e3)], Annotated[float, Range(1e-3, 1e3)]] = (0.75, 4 / 3)
     """Random resized crop: aspect ratio, from and to."""
-    rand_augment: tuple[int, int] | None = None
+    rand_augment: tuple[Annotated[int, Range(0, 10)], Annotated[int, Range(0, 10)]] | None = None
     """RandAugment: number of operations and magnitude (of 10); null: none."""
-    repeats: int = 1
+    repeats: Count = 1
     """Random clips of each decoded training video (repeated augmentation)."""
-    workers: int = 2
+    workers: Annotated[int, Range(0)] = 2
     """Loader processes a rank."""
     keep: bool = False
     """Decode each video once and keep all its frames, in every loader process: for small sets."""
-    shuffle_buffer: int = 10_000
+    shuffle_buffer: Count = 10_000
     """Training from shards: videos of a rank that are shuffled at a time, after the order of the shards."""
-    timeout: float | None = 60.0
+    timeout: Annotated[float, Range(0.1, 1e6)] | None = 60.0
     """Seconds after which a video that does not come is given up as unreadable; null: never."""
-    max_unreadable: float = 0.1
+    max_unreadable: Share = 0.1
     """Share of an epoch's videos that may be unreadable before training stops."""
 
 
@@ -145,32 +112,48 @@ class DataConfig:
 class EvalConfig:
     """Scoring: each video once, softmax averaged over clips x crops views."""
 
-    clips: int | None = None
+    clips: Count | None = None
     """Clips of a video, spread from its first frame to its last; null: the preset's."""
-    crops: int | None = None
+    crops: Count | None = None
     """Crops of a clip along its longer side; null: the preset's."""
-    crop_ratio: float | None = None
+    crop_ratio: Annotated[float, Range(0.01, 1)] | None = None
     """data.image_size over the resized short side; null: the preset's."""
-    batch_size: int = 4
+    batch_size: Count = 4
     """Videos that a rank loads at a time."""
-    view_batch: int = 16
+    view_batch: Count = 16
     """Views that go through the model at a time."""
     on_failure: Literal["wrong", "exclude"] = "wrong"
     """Unreadable videos count as wrong, or are left out of the figures; both are counted."""
+    dump_views: bool = False
+    """Also write the scores of every view, to views.npz."""
+
+
+# Settings that only some task has stand in `train`, too.
+_TASK_SETTINGS = tuple(dict.fromkeys(task.Settings for task in TASKS.values()))
+
+
+@dataclass
+class TrainConfig(LoopConfig, *_TASK_SETTINGS):
+    """Training: AdamW, cosine with warm-up."""
 
 
 @dataclass
 class Config:
     output: str = "runs/default"
     """Folder for checkpoints, logs, reports and pictures."""
-    seed: int = 0
+    seed: Annotated[int, Range(0)] = 0
     """The run is a function of its settings and this."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: CUDA where there is one."""
+    task: Literal[tuple(TASKS)] = "classification"
+    """What is learnt: one class a video, or several (multilabel)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+GROUPS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
 
 
 @dataclass(frozen=True)
@@ -218,71 +201,18 @@ def resolve(config: Config) -> Config:
         data=dataclasses.replace(config.data, **data),
         eval=dataclasses.replace(config.eval, **views),
     )
-    for key, (low, high) in LIMITS.items():
-        group, _, leaf = key.rpartition(".")
-        value = getattr(getattr(config, group) if group else config, leaf)
-        if value in (None, "auto"):
-            continue
-        for number in value if isinstance(value, tuple | list) else (value,):
-            if not low <= number <= high:
-                raise ConfigError(f"{key}={value}: must lie between {low:g} and {high:g}")
+    try:
+        bounds.check(Config, vars(config))
+        for group in GROUPS:
+            values = getattr(config, group)
+            bounds.check(type(values), vars(values), prefix=f"{group}.")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     for key in ("scale", "ratio"):
         low, high = getattr(config.data, key)
         if low > high:
             raise ConfigError(f"data.{key}={[low, high]}: from {low} to {high} is empty")
     return config
-
-
-_ANY, _SOME = (0, math.inf), (1, math.inf)
-LIMITS = {
-    "seed": _ANY,
-    "model.embed_dim": _SOME,
-    "model.depth": _SOME,
-    "model.depths": _SOME,
-    "model.num_heads": _SOME,
-    "model.mlp_ratio": (0.01, math.inf),
-    "model.drop_path": (0, 0.999),
-    "data.num_classes": _SOME,
-    "data.num_frames": _SOME,
-    "data.stride": _SOME,
-    "data.target_fps": (0.001, math.inf),
-    "data.image_size": _SOME,
-    "data.std": (1e-6, math.inf),
-    "data.scale": (1e-6, 1),
-    "data.ratio": (1e-3, 1e3),
-    "data.rand_augment": (0, 10),
-    "data.repeats": _SOME,
-    "data.workers": _ANY,
-    "data.shuffle_buffer": _SOME,
-    "data.timeout": (0.1, 1e6),
-    "data.max_unreadable": (0, 1),
-    "train.epochs": _SOME,
-    "train.batch_size": _SOME,
-    "train.accumulate": _SOME,
-    "train.lr": _ANY,
-    "train.lr_per": _SOME,
-    "train.warmup_epochs": _ANY,
-    "train.warmup_lr": _ANY,
-    "train.min_lr": _ANY,
-    "train.betas": (0, 0.999999),
-    "train.weight_decay": _ANY,
-    "train.layer_decay": (0.01, 1),
-    "train.clip_grad": (1e-9, math.inf),
-    "train.label_smoothing": (0, 0.999),
-    "train.erasing": (0, 1),
-    "train.mixup": _ANY,
-    "train.cutmix": _ANY,
-    "train.ema": (0, 0.999999),
-    "train.eval_every": _SOME,
-    "train.log_every": _SOME,
-    "train.max_nonfinite": _SOME,
-    "train.checkpoint_minutes": _ANY,
-    "eval.clips": _SOME,
-    "eval.crops": _SOME,
-    "eval.crop_ratio": (0.01, 1),
-    "eval.batch_size": _SOME,
-    "eval.view_batch": _SOME,
-}
 
 
 def _contradiction(key: str, value, preset: str, allowed) -> None:
@@ -298,13 +228,25 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], source: str) -> Config:
-    """What `to_dict` gave, checked like any other input. `source` names it in errors."""
-    parser = make_parser("")
+    """What `to_dict` gave, also an earlier version's, checked like any other input.
+
+    source: names it in errors.
+    """
+    parser, values = make_parser(""), upgrade(values)
     _check_keys(values, parser, source)
     try:
         return _instantiate(parser.parse_object(values))
     except ArgumentError as error:
         raise ConfigError(f"{source}: {_one_line(error)}") from None
+
+
+def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier version under today's names."""
+    train = dict(values.get("train") or {})
+    if "bf16" not in train:
+        return values
+    precision = {None: "auto", True: "bf16", False: "fp32"}[train.pop("bf16")]
+    return values | {"train": train | {"precision": precision}}
 
 
 def make_parser(description: str) -> ArgumentParser:
@@ -385,19 +327,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _known_keys(parser: ArgumentParser) -> set[str]:
-    groups = {"model", "data", "train", "eval"}
-    return {action.dest for action in parser._actions} - groups - {"help", "print_config"}
+    return {action.dest for action in parser._actions} - GROUPS.keys() - {"help", "print_config"}
 
 
 def _instantiate(namespace: Namespace) -> Config:
     values = namespace.clone(with_meta=False)
-    groups = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
-    return Config(
-        output=values.output,
-        seed=values.seed,
-        device=values.device,
-        **{name: kind(**vars(values[name])) for name, kind in groups.items()},
-    )
+    single = {f.name: values[f.name] for f in dataclasses.fields(Config) if f.name not in GROUPS}
+    return Config(**single, **{name: kind(**vars(values[name])) for name, kind in GROUPS.items()})
 
 
 def _plain(value):

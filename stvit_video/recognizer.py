@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .build import build_model, build_normalise, build_test_views
+from .build import build_model, build_task, build_test_views
 from .config import Config, from_dict
 from .data.decode import DecodeError, open_video
 from .data.guard import GivenUp, Guard
 from .data.views import TestViews
 from .engine import checkpoint
-from .engine.distributed import pick_device
-from .engine.evaluate import use_bf16, view_scores
-from .engine.figures import draw_maps
+from .engine.device import autocast, pick_device, pick_precision
 from .errors import InputError
+from .figures import draw_maps
+from .models.zoo import create_model
 
 
 class Guess(NamedTuple):
@@ -33,8 +33,12 @@ def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
     missing = {"config", "class_names", "model", "ema"} - values.keys()
     if missing:
         raise checkpoint.CheckpointError(f"{path}: holds no {min(missing)}")
-    config = from_dict(values["config"], str(path))
-    model = build_model(config, len(values["class_names"]))
+    config, built = from_dict(values["config"], str(path)), values.get("built")
+    # what an earlier version built is what its settings make
+    try:
+        model = create_model(**built) if built else build_model(config, len(values["class_names"]))
+    except (TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{path}: {error}") from None
     try:
         model.load_state_dict(values["model"] if values["ema"] is None else values["ema"])
     except RuntimeError as error:
@@ -67,22 +71,18 @@ class Recognizer:
     ):
         self.config, self.class_names, self.model = load_model(checkpoint)
         device = pick_device(device or "auto")
-        self.bf16 = use_bf16(self.config.train.bf16, device)
+        self.device, self.precision = device, pick_precision(self.config.train.precision, device)
         self.model.to(device)
-        self.normalise = build_normalise(self.config.data).to(device)
+        self.task = build_task(self.config, self.class_names).to(device)
         settings = self.config.eval
         self.views = build_test_views(self.config, clips or settings.clips, crops or settings.crops)
         self._decode = self._read if timeout is None else Guard(self._read, timeout)
 
     def __call__(self, path: str | Path, top: int = 5) -> list[Guess]:
         """The `top` best classes of one video, best first. Raises DecodeError."""
-        views = view_scores(
-            self.model,
-            self.normalise,
-            self._clips(path),
-            view_batch=self.config.eval.view_batch,
-            bf16=self.bf16,
-        )
+        clips = self._clips(path).to(self.device)
+        with autocast(self.device, self.precision):
+            views = self.task.view_scores(self.model, clips)
         scores = views[0].double().mean(0)
         order = scores.argsort(descending=True, stable=True)[:top].tolist()
         return [Guess(self.class_names[i], scores[i].item()) for i in order]
@@ -92,9 +92,9 @@ class Recognizer:
         """What the head sees, averaged over the views: float32 (C,). Raises DecodeError."""
         if not hasattr(self.model, "pooled_features"):
             raise InputError(f"{self.config.model.name} has no pooled_features")
-        clips = self._clips(path)[0].to(self.normalise.mean.device)
-        chunks = clips.split(self.config.eval.view_batch)
-        return torch.cat([self.model.pooled_features(self.normalise(chunk)) for chunk in chunks]).mean(0)
+        parts = self._clips(path)[0].to(self.device).split(self.config.eval.view_batch)
+        features = [self.model.pooled_features(self.task.normalise(part)) for part in parts]
+        return torch.cat(features).mean(0)
 
     @torch.no_grad()
     def draw_semantic_maps(self, path: str | Path, picture: str | Path) -> None:
@@ -103,7 +103,7 @@ class Recognizer:
         if not hasattr(semantic, "maps"):
             raise InputError(f"{self.config.model.name} has no semantic tokens to draw")
         clip = self._clips(path, build_test_views(self.config, 1, 1))[0]  # (1, 3, T, H, W)
-        maps = self.model.semantic_maps(self.normalise(clip.to(self.normalise.mean.device)))[0]
+        maps = self.model.semantic_maps(self.task.normalise(clip.to(self.device)))[0]
         step = -(-clip.shape[2] // maps.shape[1])
         frames = clip[0, :, ::step].permute(1, 2, 3, 0).numpy()
         draw_maps(frames, maps.unflatten(0, semantic.tokens).cpu().numpy(), Path(picture))

@@ -5,7 +5,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only 
 import pytest
 import torch
 
-from stvit_video.data import demo
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="what tests/gpu runs on: cuda; cpu: a rehearsal")
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +18,8 @@ def _seeded():
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory):
     """A small rendering of the demo set: {train,test}/<class>/*.mp4."""
+    from stvit_video.data import demo
+
     root = tmp_path_factory.mktemp("data") / "demo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "SETTINGS", demo.SETTINGS | {"train": 24, "test": 11})

@@ -16,13 +16,15 @@ from ..config import Config, ConfigError, to_dict
 from ..data.annotations import Rows
 from ..data.dataset import open_kept
 from ..data.decode import DecodeError
-from ..engine.evaluate import use_bf16
-from ..engine.figures import draw_trade
+from ..engine.device import pick_precision
 from ..engine.logs import progress, read_log
 from ..engine.train import fit
+from ..figures import draw_trade
+from ..files import written_whole
 from .model import measure_models
 
 BATCH = 16  # clips, where speed is measured
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def bench_accuracy(
@@ -51,7 +53,7 @@ def bench_accuracy(
         image_size=config.data.image_size,
         batches=[BATCH],
         modes=["forward"],
-        dtype=torch.bfloat16 if use_bf16(config.train.bf16, device) else torch.float32,
+        dtype=DTYPES[pick_precision(config.train.precision, device)],
         rounds=rounds,
         device=device,
     )
@@ -64,10 +66,10 @@ def bench_accuracy(
         for seed, name in bar:
             folder = output / f"{name.replace(':', '_')}_seed{seed}"
             own = replace(configs[name], seed=seed, output=str(folder))
-            found[name].append(_finished(own) or _train(own, rows, val_rows, class_names, device))
+            found[name].append(_finished(own) or _train(own, rows, class_names, device))
     table = []
     for speed in speeds:
-        top1 = [100 * run["top1"] for run in found[speed["model"]]]
+        top1 = [100 * run["accuracy"] for run in found[speed["model"]]]
         table.append(
             {
                 "model": speed["model"],
@@ -100,39 +102,23 @@ def variant(config: Config, name: str) -> Config:
     return own
 
 
-def _train(
-    config: Config, rows: Rows, val_rows: Rows, class_names: Sequence[str], device: torch.device
-) -> dict:
+def _train(config: Config, rows: Rows, class_names: Sequence[str], device: torch.device) -> dict:
     """A run like any other -> its accuracy and seconds, also written to its folder."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     model = build.build_model(config, len(class_names))
     build.load_pretrained(config, model, class_names)
-    model.to(device)
-    told = _told(config)
+    decisive = _decisive(config)
     config = replace(config, data=replace(config.data, keep=True, workers=0, timeout=None))
     started = time.perf_counter()
-    fit(
-        model,
-        build.build_normalise(config.data).to(device),
-        build.build_train_loader(config, rows, class_names, device),
-        build.build_test_loader(config, val_rows, device, clips=1, crops=1),
-        config.train,
-        num_classes=len(class_names),
-        view_batch=config.eval.view_batch,
-        on_failure=config.eval.on_failure,
-        max_unreadable=config.data.max_unreadable,
-        output=output,
-        seed=config.seed,
-        resume=None,
-        details={"class_names": class_names, "config": to_dict(config), "run": {}},
-    )
+    job = build.build_job(config, device, rows, class_names, model)
+    fit(job, config.train, output=output, seed=config.seed, resume=None)
     entries = [entry for entry in read_log(output / "log.jsonl") if entry["kind"] == "epoch"]
-    result = {"top1": entries[-1]["val_top1"], "seconds": time.perf_counter() - started}
-    part = output / "result.yaml.part"
-    part.write_text(yaml.safe_dump({"config": told, **result}))
-    os.replace(part, output / "result.yaml")
+    best = f"val_{job.task.watched[0]}"
+    result = {"accuracy": entries[-1][best], "seconds": time.perf_counter() - started}
+    with written_whole(output / "result.yaml") as part:
+        part.write_text(yaml.safe_dump({"config": decisive, **result}))
     return result
 
 
@@ -142,13 +128,13 @@ def _finished(config: Config) -> Mapping | None:
     if not path.exists():
         return None
     result = yaml.safe_load(path.read_text())
-    return result if result["config"] == _told(config) else None
+    return result if result["config"] == _decisive(config) else None
 
 
-def _told(config: Config) -> dict:
+def _decisive(config: Config) -> dict:
     """What decides a run's result: all settings but where it lies and how its videos are read."""
-    told = to_dict(config)
-    del told["output"], told["device"]
+    settings = to_dict(config)
+    del settings["output"], settings["device"]
     for key in ("workers", "keep", "timeout"):
-        del told["data"][key]
-    return told
+        del settings["data"][key]
+    return settings

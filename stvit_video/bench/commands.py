@@ -10,8 +10,8 @@ import torch
 from ..config import Config, make_parser, parse, resolve
 from ..data.decode import open_video
 from ..engine import distributed
-from ..engine.figures import draw_speeds
 from ..errors import InputError, nearest
+from ..figures import draw_speeds
 from ..models.zoo import MODELS, create_model
 from . import report
 from .accuracy import bench_accuracy

@@ -18,11 +18,16 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine.evaluate import use_bf16
+from ..data.batch import Batch
+from ..data.transforms import Normalise
+from ..engine.job import Job
 from ..engine.logs import progress
+from ..engine.run import Update
+from ..engine.train import LoopConfig, start_run
+from ..engine.uploads import Uploads
+from ..tasks.classification import Classification
 from ..models.zoo import create_model, multiply_adds
 
 MODES = ("forward", "training")
@@ -45,8 +50,8 @@ def measure_models(
 ) -> list[dict]:
     """Time every model at every batch size in every mode, in alternating order -> a row for each.
 
-    Modes: "forward" (inference, weights in `dtype`), "training" (forward, backward and AdamW, in autocast
-    where `dtype` is bfloat16). compiled: a mode of torch.compile, None: eager.
+    Modes: "forward" (inference, weights in `dtype`), "training" (the trainer's own update, in autocast
+    where `dtype` is bfloat16). compiled: a mode of torch.compile (of "forward"), None: eager.
     Figures: medians; `low` and `high` are the slowest and fastest round's clips/s; `ratio` is to the first
     model at the same batch and mode; `share` is of the measured rate of the matrix product.
     """
@@ -83,12 +88,49 @@ def measure_models(
     return rows
 
 
+def random_batch(size: int, num_frames: int, image_size: int, repeats: int = 1) -> Batch:
+    """As a loader gives it: uint8 clips (B, V, 3, T, H, W), all of class 0."""
+    clips = torch.randint(256, (size, repeats, 3, num_frames, image_size, image_size), dtype=torch.uint8)
+    return Batch(torch.arange(size), clips, torch.zeros(size, repeats, dtype=torch.long))
+
+
+def trainers_update(
+    model: nn.Module, batch: Batch, device: torch.device, config: LoopConfig
+) -> Callable[[], Update]:
+    """What makes one update of the training loop with this batch: upload, normalisation, forward and
+    backward pass, gradient norm, AdamW, and what the ranks agree on."""
+    normalise = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    task = Classification(["0"], normalise=normalise).to(device)
+    run = start_run(Job(task, model.to(device), device, None, None, {}), config, updates_an_epoch=1000)
+    batch = batch.pin_memory() if device.type == "cuda" else batch
+
+    def update() -> Update:
+        run.model.train()
+        uploads = Uploads([batch], device)
+        return run.make_update(task, uploads, 1, seed=0, prefetch=uploads.prefetch)
+
+    return update
+
+
+def time_update(update: Callable[[], object], device: torch.device, *, calls: int) -> dict[str, float]:
+    """Of `calls` updates in a row, as the loop makes them: ms of each by the clock."""
+    for _ in range(2):
+        update()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(calls):
+        update()
+    wait()
+    return {"ms an update": 1000 * (time.perf_counter() - start) / calls}
+
+
 def _call(
     model: nn.Module, clips: Tensor, mode: str, dtype: torch.dtype, compiled: str | None, device
 ) -> Callable[[], object]:
     """What is timed. Training works on the model itself, forward on a copy where `dtype` is another."""
-    clips = clips.to(device)
     if mode == "forward":
+        clips = clips.to(device)
         if next(model.parameters()).dtype != dtype:
             model = copy.deepcopy(model).to(dtype)
         model, clips = model.to(device).eval(), clips.to(dtype)
@@ -101,21 +143,9 @@ def _call(
 
         return forward
 
-    model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
-    run = torch.compile(model, mode=compiled, dynamic=False) if compiled else model
-    labels = torch.zeros(len(clips), dtype=torch.long, device=device)
-    bf16 = use_bf16(dtype == torch.bfloat16, device)
-
-    def step() -> None:
-        model.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = F.cross_entropy(run(clips).float(), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    config = LoopConfig(precision=precision, compile=compiled is not None, lr=1e-6)
+    return trainers_update(model, random_batch(len(clips), *clips.shape[2:4]), device, config)
 
 
 def _matrix_product(dtype: torch.dtype, device: torch.device) -> Callable[[], object]:

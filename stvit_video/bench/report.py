@@ -1,12 +1,13 @@
 """What every benchmark ends with: the machine it ran on, a table on the screen, the same rows as csv."""
 
+import contextlib
 import csv
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 
-import av
 import torch
 
 
@@ -15,9 +16,21 @@ def machine(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return (
         f"{name}; {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} "
-        f"cores, {torch.get_num_threads()} threads; torch {torch.__version__}, PyAV {av.__version__}, "
-        f"Python {platform.python_version()}"
+        f"cores, {torch.get_num_threads()} threads; torch {torch.__version__}, "
+        f"{_version('av')}Python {platform.python_version()}"
     )
+
+
+def _version(package: str) -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return f"{package} {metadata.version(package)}, "
+    return ""
+
+
+def markdown(rows: Sequence[Mapping]) -> str:
+    """Rows as a table of a page; all have the same columns."""
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(v) for v in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def write(rows: Sequence[Mapping], output: Path, name: str) -> Path:

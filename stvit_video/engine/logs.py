@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from . import distributed
@@ -73,6 +72,8 @@ class RunLog:
             os.replace(part, self.path)
             cut_rows(output / "unreadable.csv", "epoch", epoch)
             cut_rows(output / "nonfinite.csv", "update", update)
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
             self.events = SummaryWriter(output / "tensorboard", purge_step=update + 1)
 
     def write(self, kind: str, *, step: int, at: float, **figures: float | None) -> None:

@@ -1,15 +1,19 @@
-"""What changes while training: all that a run needs to go on is in its state, and a checkpoint holds it."""
+"""What changes while training: one update of it, and the state that a checkpoint holds."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..data.batch import Batch
+from ..data.sampling import mixed_seed
 from . import distributed, parallel
+from .device import autocast
+from .job import Task
 
 
 @dataclass
@@ -25,6 +29,11 @@ class EpochSoFar:
     waited: float = 0.0  # for data, of these
     failures: dict[str, str] = field(default_factory=dict)  # cause by path; until gathered, a rank's
 
+    def rescale(self, accumulate: int, before: int) -> None:
+        """Count in batches of another accumulation: an update is as many videos as before."""
+        self.batches, self.counted = (n // before * accumulate for n in (self.batches, self.counted))
+        self.loss *= accumulate / before
+
     def figures(self) -> dict[str, float | None]:
         return {
             "loss": self.loss / self.counted if self.counted else None,
@@ -36,6 +45,16 @@ class EpochSoFar:
         }
 
 
+class Update(NamedTuple):
+    """What came of an update. losses: means over its batches and the ranks, "loss" first; passes: indices
+    (B,) and loss of each of this rank's batches; flags: the caller's, summed over the ranks."""
+
+    losses: dict[str, float]
+    skipped: bool
+    flags: list[float]
+    passes: list[tuple[Tensor, Tensor]]
+
+
 @dataclass
 class Run:
     model: nn.Module  # to be called in training: bare, in DistributedDataParallel, or sharded in place
@@ -44,48 +63,104 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: Any
     plain: nn.Module | None  # the model unsharded, on the CPU; None where nothing is sharded
+    device: torch.device = torch.device("cpu")
+    precision: str = "fp32"
+    clip_grad: float | None = None
     epoch: int = 0  # epochs done
     update: int = 0  # updates done, skipped ones too: the schedule and the random state follow it
     in_a_row: int = 0  # updates skipped in a row, up to now
-    best: float = -1.0  # best validation top-1 so far
+    best: float = -1.0  # the best value of the task's first figure so far
     so_far: EpochSoFar = field(default_factory=EpochSoFar)
 
-    def lr(self) -> float:
-        """The learning rate of layers that are not decayed."""
-        return max(group["lr"] for group in self.optimizer.param_groups)
+    def __post_init__(self):
+        self.buffers = distributed.kept_buffers(self.bare)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
-    def change(self, norm: Tensor, clip_grad: float | None) -> None:
-        """An update by the gradient, which has this norm."""
-        if clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(self.bare.parameters(), clip_grad, norm)
-        self.optimizer.step()
+    def make_update(
+        self,
+        task: Task,
+        batches: Iterator[Batch],
+        parts: int,
+        *,
+        seed: int,
+        flags: Callable[[], Sequence[float]] = tuple,
+        prefetch: Callable[[], None] = lambda: None,
+    ) -> Update:
+        """One update from the next `parts` batches; torch is seeded by (seed, update, rank).
+
+        The device is waited for once: for the losses, the norm and the flags, after `prefetch` was called.
+        Where loss or gradient is not finite on some rank, no rank changes its model.
+        flags: asked for after the last batch; what the ranks do by them, they do alike.
+        """
+        torch.manual_seed(mixed_seed(seed, self.update, distributed.rank()))
+        before = [buffer.clone() for buffer in self.buffers]
+        indices, losses = [], []
+        for part in range(parts):
+            batch = next(batches)
+            indices.append(batch.indices)
+            losses.append(self._backward(task, batch, parts, last=part + 1 == parts))
+        prefetch()
+        self.scaler.unscale_(self.optimizer)
+        norm = parallel.gradient_norm(self.bare)
+        names, asked = list(losses[0]), flags()
+        means = [sum(loss[name] for loss in losses) / parts for name in names]
+        finite = means[names.index("loss")].isfinite() & norm.isfinite()
+        said = [norm.new_full((), flag, dtype=torch.float64) for flag in asked]
+        sums = torch.stack([(~finite).double(), *(mean.double() for mean in means), *said])
+        distributed.sums(sums)
+        broken, *values = sums.tolist()  # the one place where the device is waited for
+        if broken:
+            self.skip(before)
+        else:
+            self.change(norm)
+        mean = {name: value / distributed.world() for name, value in zip(names, values, strict=False)}
+        passes = [(i, loss["loss"]) for i, loss in zip(indices, losses, strict=True)]
+        return Update(mean, bool(broken), values[len(names) :], passes)
+
+    def _backward(self, task: Task, batch: Batch, parts: int, *, last: bool) -> dict[str, Tensor]:
+        """One batch of an update's `parts`; gradients are exchanged between ranks with the last."""
+        with parallel.exchange(self.model, last):
+            with autocast(self.device, self.precision):
+                losses = task.loss(self.model, batch)
+            self.scaler.scale(losses["loss"] / parts).backward()
+        return {name: loss.detach().float() for name, loss in losses.items()}
+
+    def change(self, norm: Tensor) -> None:
+        """By the gradient, which has this norm."""
+        if self.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.bare.parameters(), self.clip_grad, norm)
+        self.scaler.step(self.optimizer)
         self.in_a_row = 0
         self._next()
         if self.ema is not None:
             self.ema.update(self.bare, self.update)
 
-    def skip(self, buffers: Sequence[Tensor]) -> None:
-        """As if the update had not been, but for its number. buffers: what those kept were before it."""
-        for buffer, before in zip(distributed.kept_buffers(self.bare), buffers, strict=True):
-            buffer.copy_(before)
+    def skip(self, before: Sequence[Tensor]) -> None:
+        """As if the update had not been, but for its number. before: what the buffers were."""
+        for buffer, value in zip(self.buffers, before, strict=True):
+            buffer.copy_(value)
         self.in_a_row += 1
         self.so_far.skipped += 1
         self._next()
 
     def _next(self) -> None:
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.update += 1
         self.schedule.step_update(self.update)
+
+    def lr(self) -> float:
+        """The learning rate of layers that are not decayed."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def scored_model(self) -> nn.Module:
         """The averaged weights, where there are some; alike on every rank. Every rank calls this."""
         model = self.bare if self.ema is None else self.ema.module
         if self.plain is not None:
-            device = next(model.parameters()).device
-            whole = parallel.whole(model.state_dict(), everywhere=True)
+            state = parallel.whole(model.state_dict(), everywhere=True)
             model = copy.deepcopy(self.plain)
-            model.load_state_dict(whole)
-            model.to(device)
+            model.load_state_dict(state)
+            model.to(self.device)
         distributed.share(distributed.kept_buffers(model))
         return model
 
@@ -98,6 +173,7 @@ class Run:
                 "ema": None if self.ema is None else self.ema.module.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
+                "scaler": self.scaler.state_dict(),
                 "epoch": self.epoch,
                 "update": self.update,
                 "in_a_row": self.in_a_row,
@@ -113,8 +189,12 @@ class Run:
             parallel.load_model(self.ema.module, state["ema"])
         parallel.load_optimizer(self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         for name in ("epoch", "update", "in_a_row", "best"):
             setattr(self, name, state[name])
         self.so_far = EpochSoFar(**state["so_far"])
         if not distributed.is_main():
             self.so_far.failures = {}
+
+

@@ -1,199 +1,118 @@
-"""Training, from top to bottom: `fit` runs epochs of updates, validates, and keeps checkpoints."""
+"""Training, from top to bottom: epochs of updates, a validation now and then, checkpoints."""
 
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from ..data.annotations import Row
-from ..data.dataset import Batch, mixed_seed
-from ..data.transforms import Mix
+from ..bounds import Range
+from ..data.batch import Batch
 from ..errors import InputError
+from ..figures import draw_curves
 from . import checkpoint, distributed, parallel
-from .evaluate import Scores, evaluate, use_bf16
-from .figures import draw_curves
+from .device import MatmulPrecision, Precision, pick_precision
+from .evaluate import score
+from .job import Figures, Job, Outcome
 from .logs import RunLog, progress, read_log
 from .optim import make_optimizer, make_schedule, scaled_lr
-from .parallel import Parallel
 from .preemption import EXIT_CODE, Preemption
-from .run import EpochSoFar, Run
+from .run import EpochSoFar, Run, Update
+from .uploads import Uploads
+
+Count = Annotated[int, Range(1)]
+NotNegative = Annotated[float, Range(0)]
 
 
 @dataclass
-class TrainConfig:
+class LoopConfig:
     """Training: AdamW, cosine with warm-up."""
 
-    epochs: int = 30
+    epochs: Count = 30
     """Passes over the training list."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Videos of a rank in one forward pass (data.repeats clips each)."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Forward passes in one update."""
-    lr: float = 5e-4
+    lr: NotNegative = 5e-4
     """Peak learning rate for lr_per videos an update; scaled linearly to the real number."""
-    lr_per: int = 256
+    lr_per: Count = 256
     """Videos an update that lr, warmup_lr and min_lr are meant for."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: NotNegative = 5.0
     """Linear warm-up."""
-    warmup_lr: float = 1e-6
+    warmup_lr: NotNegative = 1e-6
     """Where the warm-up starts."""
-    min_lr: float = 1e-6
+    min_lr: NotNegative = 1e-6
     """Where the cosine ends."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Range(0, 0.999999)], Annotated[float, Range(0, 0.999999)]] = (0.9, 0.999)
     """AdamW's averages."""
-    weight_decay: float = 0.05
+    weight_decay: NotNegative = 0.05
     """AdamW's; not on biases, norms, position tables and G."""
-    layer_decay: float | None = None
+    layer_decay: Annotated[float, Range(0.01, 1)] | None = None
     """Learning rate falls by this factor from layer to layer, downwards; null: none."""
-    clip_grad: float | None = None
+    clip_grad: Annotated[float, Range(1e-9)] | None = None
     """Largest norm of the gradient; null: any."""
-    label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes."""
-    erasing: float = 0.0
-    """Share of the clips that lose a random box."""
-    mixup: float = 0.0
-    """Alpha of mixup; 0: none. With cutmix too, they take turns."""
-    cutmix: float = 0.0
-    """Alpha of cutmix; 0: none."""
-    ema: float | None = None
+    ema: Annotated[float, Range(0, 0.999999)] | None = None
     """Decay of the averaged weights, which are then the ones validated and scored; null: none."""
-    bf16: bool | None = None
-    """bfloat16 autocast; null: on CUDA only."""
-    max_nonfinite: int = 10
+    ema_warmup: bool = True
+    """Let the averages' decay rise to `ema`: it stands at 0.9992 after 47,000 updates; false: `ema` at once."""
+    precision: Precision = "auto"
+    """Arithmetic of the model; auto: fp32 on the CPU, bf16 on CUDA where it is native, else fp16."""
+    matmul: MatmulPrecision = "high"
+    """Precision of float32 matrix products on CUDA (torch.set_float32_matmul_precision); high: TF32."""
+    compile: bool = False
+    """torch.compile the model for training: minutes at the start, faster updates on CUDA."""
+    max_nonfinite: Count = 10
     """Updates in a row with a loss or gradient that is not finite, all skipped, before the run stops."""
-    eval_every: int = 1
+    eval_every: Count = 1
     """Epochs between validations."""
-    log_every: int = 10
+    log_every: Count = 10
     """Updates between log entries."""
-    checkpoint_minutes: float | None = 15.0
+    checkpoint_minutes: NotNegative | None = 15.0
     """Minutes between checkpoints within an epoch; null: only where one ends."""
-    parallel: Parallel = "ddp"
+    parallel: parallel.Parallel = "ddp"
     """Several processes: a model each (ddp), or one model in shares (fsdp2: less memory, more traffic)."""
 
 
-def fit(
-    model: nn.Module,
-    normalise: nn.Module,
-    train_loader: DataLoader,
-    val_loader: DataLoader | None,
-    config: TrainConfig,
-    *,
-    num_classes: int,
-    view_batch: int,
-    on_failure: str = "wrong",
-    max_unreadable: float = 1.0,
-    output: Path,
-    seed: int,
-    resume: dict[str, Any] | None,
-    details: dict[str, Any],
-) -> Path:
-    """Train; -> the checkpoint to score: `best.pt`, by validation top-1 (`last.pt` without validation).
+def fit(job: Job, config: LoopConfig, *, output: Path, seed: int, resume: dict[str, Any] | None) -> Path:
+    """Train; -> the checkpoint to score: `best.pt`, by the task's first figure in validation (`last.pt`
+    without validation).
 
-    The model and `normalise` are on their device. Every update seeds torch with (seed, update, rank), so
-    the random state of a run is its update counter.
-    on_failure: whether unreadable videos count as wrong in validation, or are left out ("exclude").
-    max_unreadable: share of an epoch's videos; with more unreadable ones the run stops.
-    resume: contents of a checkpoint to continue from.
-    details: what else belongs into checkpoints: class names, resolved settings.
+    resume: contents of a checkpoint to continue from; emptied once they are in the model.
     """
-    device = normalise.mean.device
-    bf16 = use_bf16(config.bf16, device)
-    per_update = config.batch_size * config.accumulate * distributed.world()
-    lr, warmup_lr, min_lr = (
-        scaled_lr(value, per_update, config.lr_per)
-        for value in (config.lr, config.warmup_lr, config.min_lr)
-    )
-    updates_an_epoch = math.ceil(len(train_loader) / config.accumulate)
-    run = _start(model, config, (lr, warmup_lr, min_lr), updates_an_epoch, device)
-    if resume is not None:
-        run.load(resume)
-    mix = Mix(num_classes, erasing=config.erasing, mixup=config.mixup, cutmix=config.cutmix)
-    if distributed.is_main():
-        print(
-            f"learning rate {lr:.3g} = {config.lr:g} (train.lr) x {per_update} videos an update "
-            f"({config.batch_size} x {config.accumulate} accumulated x {distributed.world()} ranks; "
-            f"repeated clips not counted) / {config.lr_per} (train.lr_per)"
-        )
-    details = details | {"random": {"seed": seed, "rule": "(seed, update, rank)"}}
-
-    def save(best: bool = False) -> None:
-        """Every rank calls this. `best.pt` first: killed before `last.pt`, the epoch's end is repeated."""
-        state = run.state() | details
-        if distributed.is_main():
-            if best:
-                checkpoint.save(output / checkpoint.BEST, state)
-            checkpoint.save_last(output, state)
-
-    log = RunLog(output, epoch=run.epoch, update=run.update)
-    with Preemption() as preemption, closing(log):
-        while run.epoch < config.epochs:
-            _epoch(
-                run,
-                normalise,
-                mix,
-                train_loader,
-                config,
-                log,
-                save,
-                preemption,
-                seed=seed,
-                bf16=bf16,
-                max_unreadable=max_unreadable,
-            )
-            scores = None
-            due = (run.epoch + 1) % config.eval_every == 0 or run.epoch + 1 == config.epochs
-            if val_loader is not None and due:
-                save()  # so that SIGTERM and failures of the validation cost the validation alone
-                scores = evaluate(
-                    run.scored_model(),
-                    normalise,
-                    val_loader,
-                    num_classes=num_classes,
-                    view_batch=view_batch,
-                    bf16=bf16,
-                    on_failure=on_failure,
-                    title="validating",
-                    after_batch=preemption.exit_if_asked,
-                )
-            save(best=_close_epoch(run, scores, log))
-    if distributed.is_main():
-        draw_curves(read_log(log.path), output / "curves.png")
-    distributed.barrier()
-    return output / (checkpoint.LAST if val_loader is None else checkpoint.BEST)
+    trainer = Trainer(job, config, output=output, seed=seed, resume=resume)
+    trainer.train()
+    return output / (checkpoint.LAST if job.val_loader is None else checkpoint.BEST)
 
 
-def _start(
-    model: nn.Module,
-    config: TrainConfig,
-    rates: tuple[float, float, float],
-    updates_an_epoch: int,
-    device: torch.device,
-) -> Run:
-    """A new run. rates: peak, first and last learning rate."""
-    lr, warmup_lr, min_lr = rates
+def start_run(job: Job, config: LoopConfig, *, updates_an_epoch: int, scale: float = 1.0) -> Run:
+    """A run before its first update. scale: what learning rates are multiplied by.
+
+    The order matters: averages are copied before the model is compiled, sharded or wrapped.
+    """
+    model, device = job.model, job.device
+    precision = pick_precision(config.precision, device)
     sharded = config.parallel == "fsdp2" and distributed.world() > 1
     plain = copy.deepcopy(model).cpu() if sharded else None
     ema = None
     if config.ema is not None:
         one_by_one = bool(distributed.kept_buffers(model))  # buffers are not sharded, parameters may be
-        ema = ModelEmaV3(model, decay=config.ema, use_warmup=True, foreach=not one_by_one)
+        ema = ModelEmaV3(
+            model, decay=config.ema, use_warmup=config.ema_warmup, foreach=not one_by_one
+        )
         if sharded:
             parallel.shard(ema.module, device)
-    wrapped = parallel.wrap(model, config.parallel, device)
+    wrapped = parallel.wrap(model, config.parallel, device, compile=config.compile, precision=precision)
     optimizer = make_optimizer(
         model,
-        lr=lr,
+        lr=scale * config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,
         layer_decay=config.layer_decay,
@@ -202,190 +121,234 @@ def _start(
         optimizer,
         updates=config.epochs * updates_an_epoch,
         warmup_updates=round(config.warmup_epochs * updates_an_epoch),
-        warmup_lr=warmup_lr,
-        min_lr=min_lr,
+        warmup_lr=scale * config.warmup_lr,
+        min_lr=scale * config.min_lr,
     )
-    return Run(wrapped, model, ema, optimizer, schedule, plain)
+    return Run(wrapped, model, ema, optimizer, schedule, plain, device, precision, config.clip_grad)
 
 
-def _epoch(
-    run: Run,
-    normalise: nn.Module,
-    mix: Mix,
-    loader: DataLoader,
-    config: TrainConfig,
-    log: RunLog,
-    save: Callable[[], None],
-    preemption: Preemption,
-    *,
-    seed: int,
-    bf16: bool,
-    max_unreadable: float,
-) -> None:
-    """One pass over the training list, or what is left of it; its figures are in `run.so_far`.
+class Trainer:
+    """One run: the job, its state, and what is written as it goes.
 
-    save: writes a checkpoint; every rank calls it.
-    Raises SystemExit(143) after an update and its checkpoint, when SIGTERM came.
+    Every update seeds torch with (seed, update, rank), so a run's random state is its update counter.
     """
-    device = normalise.mean.device
-    so_far = run.so_far
-    loader.sampler.epoch, loader.sampler.batches_done = run.epoch, so_far.batches
-    batches = iter(loader)
-    run.model.train()
-    videos = min(len(loader.sampler) * distributed.world(), len(loader.dataset))  # of a whole epoch
-    title = f"epoch {run.epoch + 1}/{config.epochs}"
-    ready = saved = time.perf_counter()
-    with progress(total=len(loader), initial=so_far.batches, desc=title, unit="batch") as bar:
-        while so_far.batches < len(loader):
-            torch.manual_seed(mixed_seed(seed, run.update, distributed.rank()))
-            buffers = [buffer.clone() for buffer in distributed.kept_buffers(run.bare)]
-            parts = min(config.accumulate, len(loader) - so_far.batches)
-            passes = []
-            for part in range(parts):
-                asked = time.perf_counter()
-                batch = next(batches)
-                so_far.waited += time.perf_counter() - asked
-                so_far.failures |= dict(batch.failures)
-                if batch.failed:
-                    found = batch.failures
-                    raise InputError(f"{len(found)} videos in a row unreadable, the first: {found[0][1]}")
-                last = part + 1 == parts
-                loss = _forward_backward(run, normalise, mix, batch, config, bf16, parts, last)
-                passes.append((batch.indices, loss))
-                so_far.clips += batch.labels.numel() * distributed.world()
-                so_far.batches += 1
-                bar.update()
 
-            norm = parallel.gradient_norm(run.bare)
-            loss, size = torch.stack([sum(loss for _, loss in passes) / parts, norm]).tolist()
-            broken = not (math.isfinite(loss) and math.isfinite(size))
-            minutes = (time.perf_counter() - saved) / 60
-            due = config.checkpoint_minutes is not None and minutes >= config.checkpoint_minutes
-            # What the ranks do next they must do alike, so they go by the sums of what each has seen.
-            seen = (loss, broken, due and distributed.is_main(), preemption.asked, len(so_far.failures))
-            loss, broken, due, stop, unreadable = distributed.total(seen, device)
-            if broken:
-                run.skip(buffers)
-                log.append("nonfinite.csv", RECORD, _record(run, passes, loader.dataset.rows))
-            else:
-                run.change(norm, config.clip_grad)
-                so_far.loss += loss / distributed.world() * parts
-                so_far.counted += parts
-            so_far.seconds += time.perf_counter() - ready
-
-            if run.update % config.log_every == 0 or so_far.batches == len(loader):
-                shown = None if broken else loss / distributed.world()
-                at = round(run.epoch + so_far.batches / len(loader), 4)
-                log.write("step", step=run.update, at=at, loss=shown, lr=run.lr())
-                bar.set_postfix_str(_postfix(run, shown, config, len(loader)), refresh=False)
-            if unreadable > max_unreadable * videos:
-                found = _list_unreadable(run, log)
-                first = f", the first: {found[0][1]}" if found else ""
-                raise InputError(
-                    f"{unreadable:.0f} unreadable videos are more than data.max_unreadable="
-                    f"{max_unreadable:g} of the {videos} of an epoch{first}"
-                )
-            if run.in_a_row >= config.max_nonfinite:
-                raise InputError(
-                    f"update {run.update}: loss or gradient not finite {run.in_a_row} times in a row "
-                    "(train.max_nonfinite): lower train.lr or set train.clip_grad; their videos are in "
-                    f"{log.folder / 'nonfinite.csv'}"
-                )
-            if due or stop:
-                save()
-                saved = time.perf_counter()
-            if stop:
-                if distributed.is_main():
-                    bar.write(f"SIGTERM: stopped after update {run.update}, --resume continues")
-                raise SystemExit(EXIT_CODE)
-            ready = time.perf_counter()
-
-
-def _forward_backward(
-    run: Run,
-    normalise: nn.Module,
-    mix: Mix,
-    batch: Batch,
-    config: TrainConfig,
-    bf16: bool,
-    parts: int,
-    last: bool,
-) -> Tensor:
-    """One batch of an update's `parts`; gradients are exchanged between ranks with the last."""
-    device = normalise.mean.device
-    # Views first: mixing pairs neighbours, and clips of one video are not to be mixed with each other.
-    clips = batch.clips.transpose(0, 1).flatten(0, 1).to(device, non_blocking=True)
-    labels = batch.labels.t().flatten().to(device, non_blocking=True)
-    clips, targets = mix(normalise(clips), labels)
-    with parallel.exchange(run.model, last):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = run.model(clips)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
-        (loss / parts).backward()
-    return loss.detach()
-
-
-RECORD = ("epoch", "update", "rank", "loss", "index", "path")
-
-
-def _record(run: Run, passes: Sequence[tuple[Tensor, Tensor]], rows: Sequence[Row]) -> list[tuple]:
-    """The videos of an update that was skipped, a row each, of all ranks. passes: (indices, loss)."""
-    own = [
-        (run.epoch + 1, run.update, distributed.rank(), loss.item(), index, rows[index].path)
-        for indices, loss in passes
-        for index in indices.tolist()
-    ]
-    return distributed.to_main(own)
-
-
-def _postfix(run: Run, loss: float | None, config: TrainConfig, batches: int) -> str:
-    """The progress bar's end. batches: of an epoch."""
-    so_far = run.so_far
-    left = (config.epochs - run.epoch) * batches - so_far.batches
-    seconds = int(so_far.seconds / so_far.batches * left)
-    return (
-        f"loss {'not finite' if loss is None else f'{loss:.3f}'}, lr {run.lr():.1e}, "
-        f"{so_far.clips / so_far.seconds:.0f} clips/s, data wait {so_far.waited / so_far.seconds:.0%}, "
-        f"training ends in {timedelta(seconds=seconds)}"
-    )
-
-
-def _close_epoch(run: Run, scores: Scores | None, log: RunLog) -> bool:
-    """The epoch's entry in the log and its list of unreadable files; -> whether it is the best so far."""
-    failures = _list_unreadable(run, log)
-    figures = run.so_far.figures() | {"lr": run.lr(), "unreadable": len(failures)}
-    run.epoch += 1
-    run.so_far = EpochSoFar()
-    metrics = {} if scores is None else scores.metrics()
-    validation = {f"val_{key}": metrics.get(key) for key in ("top1", "top5")}
-    validation["val_failed"] = None if scores is None else len(scores.failures)
-    log.write("epoch", step=run.update, at=run.epoch, epoch=run.epoch, **figures, **validation)
-    top1 = metrics.get("top1")
-    better = top1 is not None and top1 > run.best
-    if better:
-        run.best = top1
-    if distributed.is_main():
-        for key, what in (("unreadable", "unreadable videos"), ("nonfinite", "updates skipped")):
-            if figures[key]:
-                print(f"epoch {run.epoch}: {figures[key]} {what}, see {log.folder / key}.csv")
-        if top1 is not None:
-            loss = "not finite" if figures["loss"] is None else f"{figures['loss']:.4f}"
-            print(f"epoch {run.epoch}: loss {loss}, one-view top-1 {top1:.2%}, best {run.best:.2%}")
-        if scores is not None and scores.failures:
-            first = next(iter(scores.failures.values()))
+    def __init__(
+        self, job: Job, config: LoopConfig, *, output: Path, seed: int, resume: dict[str, Any] | None
+    ):
+        self.job, self.config, self.output, self.seed = job, config, output, seed
+        self.loader = job.train_loader
+        per_update = config.batch_size * config.accumulate * distributed.world()
+        self.run = start_run(
+            job,
+            config,
+            updates_an_epoch=math.ceil(len(self.loader) / config.accumulate),
+            scale=per_update / config.lr_per,
+        )
+        if resume is not None:
+            self.run.load(resume)
+            self.run.so_far.rescale(config.accumulate, resume["config"]["train"]["accumulate"])
+            resume.clear()  # or it would stay in memory for as long as the run lasts
+        if distributed.is_main():
             print(
-                f"epoch {run.epoch}: validation could not read {len(scores.failures)} videos, "
-                f"the first: {first}"
+                f"learning rate {scaled_lr(config.lr, per_update, config.lr_per):.3g} = {config.lr:g} "
+                f"(train.lr) x {per_update} videos an update ({config.batch_size} x {config.accumulate} "
+                f"accumulated x {distributed.world()} ranks; repeated clips not counted) / "
+                f"{config.lr_per} (train.lr_per)"
             )
-    return better
 
+    def train(self) -> None:
+        run, config, val_loader = self.run, self.config, self.job.val_loader
+        self.log = RunLog(self.output, epoch=run.epoch, update=run.update)
+        with Preemption() as self.preemption, closing(self.log):
+            while run.epoch < config.epochs:
+                self._epoch()
+                outcome, figures = None, {}
+                due = (run.epoch + 1) % config.eval_every == 0 or run.epoch + 1 == config.epochs
+                if val_loader is not None and due:
+                    self._save()  # so that SIGTERM and failures of the validation cost the validation alone
+                    outcome, figures = self._validate()
+                self._save(best=self._close_epoch(outcome, figures))
+        if distributed.is_main():
+            draw_curves(read_log(self.log.path), self.output / "curves.png")
+        distributed.barrier()
 
-def _list_unreadable(run: Run, log: RunLog) -> list[tuple[str, str]]:
-    """Into `unreadable.csv` what the epoch under way could not read.
+    def _epoch(self) -> None:
+        """One pass over the training list, or what is left of it; its figures are in `run.so_far`.
 
-    -> (path, cause) of all ranks on the main process. Every rank calls this.
-    """
-    failures = list(dict(distributed.to_main(list(run.so_far.failures.items()))).items())
-    header = ("epoch", "path", "cause")
-    log.append("unreadable.csv", header, [(run.epoch + 1, *failure) for failure in failures])
-    return failures
+        Raises SystemExit(143) after an update and its checkpoint, when SIGTERM came.
+        """
+        run, so_far, batches = self.run, self.run.so_far, len(self.loader)
+        self.loader.sampler.epoch, self.loader.sampler.batches_done = run.epoch, so_far.batches
+        uploads = Uploads(self.loader, self.job.device)
+        run.model.train()
+        self.saved = ready = time.perf_counter()
+        title = f"epoch {run.epoch + 1}/{self.config.epochs}"
+        with progress(total=batches, initial=so_far.batches, desc=title, unit="batch") as bar:
+            while so_far.batches < batches:
+                parts = min(self.config.accumulate, batches - so_far.batches)
+                update = run.make_update(
+                    self.job.task,
+                    self._counted(uploads),
+                    parts,
+                    seed=self.seed,
+                    flags=self._flags,
+                    prefetch=uploads.prefetch,
+                )
+                bar.update(parts)
+                so_far.waited, uploads.waited = so_far.waited + uploads.waited, 0.0
+                so_far.seconds += time.perf_counter() - ready
+                if not update.skipped:
+                    so_far.loss += update.losses["loss"] * parts
+                    so_far.counted += parts
+                self._tell(update, bar)
+                self._obey(update, bar)
+                ready = time.perf_counter()
+
+    def _counted(self, uploads: Uploads) -> Iterator[Batch]:
+        so_far = self.run.so_far
+        for batch in uploads:
+            so_far.failures |= dict(batch.failures)
+            if batch.failed:  # by itself more than the list may have
+                raise InputError(self._too_many(len(so_far.failures), batch.failures))
+            so_far.batches += 1
+            so_far.clips += len(batch.indices) * len(batch.clips[0]) * distributed.world()
+            yield batch
+
+    def _flags(self) -> tuple[float, float, float]:
+        """Whether a checkpoint is due (the main process says so), whether to stop, videos unreadable."""
+        minutes = (time.perf_counter() - self.saved) / 60
+        every = self.config.checkpoint_minutes
+        due = every is not None and minutes >= every and distributed.is_main()
+        return due, self.preemption.asked, len(self.run.so_far.failures)
+
+    def _tell(self, update: Update, bar) -> None:
+        run, batches = self.run, len(self.loader)
+        if update.skipped:
+            header = ("epoch", "update", "rank", "loss", "index", "path")
+            self.log.append("nonfinite.csv", header, self._record(update))
+        if run.update % self.config.log_every == 0 or run.so_far.batches == batches:
+            losses = dict.fromkeys(update.losses) if update.skipped else update.losses
+            at = round(run.epoch + run.so_far.batches / batches, 4)
+            self.log.write("step", step=run.update, at=at, **losses, lr=run.lr())
+            bar.set_postfix_str(self._postfix(losses["loss"]), refresh=False)
+
+    def _record(self, update: Update) -> list[tuple]:
+        """The videos of an update that was skipped, a row each, of all ranks."""
+        run, rows = self.run, self.loader.dataset.rows
+        here = [
+            (run.epoch + 1, run.update, distributed.rank(), loss.item(), index, rows[index].path)
+            for indices, loss in update.passes
+            for index in indices.tolist()
+        ]
+        return distributed.to_main(here)
+
+    def _obey(self, update: Update, bar) -> None:
+        """What the ranks agreed on with an update: stop on too much trouble, save, end by SIGTERM."""
+        run = self.run
+        due, stop, unreadable = update.flags
+        if unreadable > self.loader.dataset.max_unreadable * self._videos():
+            raise InputError(self._too_many(unreadable, self._list_unreadable()))
+        if run.in_a_row >= self.config.max_nonfinite:
+            raise InputError(
+                f"update {run.update}: loss or gradient not finite {run.in_a_row} times in a row "
+                "(train.max_nonfinite): lower train.lr or set train.clip_grad; their videos are in "
+                f"{self.output / 'nonfinite.csv'}"
+            )
+        if due or stop:
+            self._save()
+            self.saved = time.perf_counter()
+        if stop:
+            if distributed.is_main():
+                bar.write(f"SIGTERM: stopped after update {run.update}, --resume continues")
+            raise SystemExit(EXIT_CODE)
+
+    def _videos(self) -> int:
+        """Of a whole epoch, over all ranks."""
+        return min(len(self.loader.sampler) * distributed.world(), len(self.loader.dataset))
+
+    def _too_many(self, unreadable: float, failures: list[tuple[str, str]]) -> str:
+        first = f", the first: {failures[0][1]}" if failures else ""
+        return (
+            f"{unreadable:.0f} unreadable videos are more than data.max_unreadable="
+            f"{self.loader.dataset.max_unreadable:g} of the {self._videos()} of an epoch{first}"
+        )
+
+    def _postfix(self, loss: float | None) -> str:
+        """The progress bar's end."""
+        run, so_far = self.run, self.run.so_far
+        left = (self.config.epochs - run.epoch) * len(self.loader) - so_far.batches
+        seconds = int(so_far.seconds / so_far.batches * left)
+        return (
+            f"loss {'not finite' if loss is None else f'{loss:.3f}'}, lr {run.lr():.1e}, "
+            f"{so_far.clips / so_far.seconds:.0f} clips/s, "
+            f"data wait {so_far.waited / so_far.seconds:.0%}, "
+            f"training ends in {timedelta(seconds=seconds)}"
+        )
+
+    def _save(self, best: bool = False) -> None:
+        """Every rank calls this. `best.pt` first: killed before `last.pt`, the epoch's end is repeated."""
+        state = self.run.state() | self.job.details
+        state |= {"random": {"seed": self.seed, "rule": "(seed, update, rank)"}}
+        if distributed.is_main():
+            if best:
+                checkpoint.save(self.output / checkpoint.BEST, state)
+            checkpoint.save_last(self.output, state)
+
+    def _validate(self) -> tuple[Outcome | None, Figures]:
+        """One view of each video of the validation list: the records on the main process, figures on all."""
+        outcome = score(
+            self.run.scored_model(),
+            self.job.task,
+            self.job.val_loader,
+            self.job.device,
+            precision=self.run.precision,
+            title="validating",
+            after_batch=self.preemption.exit_if_asked,
+        )
+        figures = None if outcome is None else self.job.task.figures(outcome)
+        return outcome, distributed.from_main(figures)
+
+    def _close_epoch(self, outcome: Outcome | None, figures: Figures) -> bool:
+        """The epoch's entry in the log and its list of unreadable files; -> whether it is the best so far.
+
+        outcome: of the validation, on the main process; figures: of the validation, if there was one.
+        """
+        run, watched = self.run, self.job.task.watched
+        failures = self._list_unreadable()
+        entry = run.so_far.figures() | {"lr": run.lr(), "unreadable": len(failures)}
+        run.epoch += 1
+        run.so_far = EpochSoFar()
+        validation = {f"val_{key}": figures.get(key) for key in watched}
+        validation["val_failed"] = None if outcome is None else len(outcome.failures)
+        self.log.write("epoch", step=run.update, at=run.epoch, epoch=run.epoch, **entry, **validation)
+        value = figures.get(watched[0])
+        better = value is not None and value > run.best
+        if better:
+            run.best = value
+        if distributed.is_main():
+            self._print_epoch(entry, value, outcome)
+        return better
+
+    def _print_epoch(self, entry: dict, value: float | None, outcome: Outcome | None) -> None:
+        epoch, name = self.run.epoch, self.job.task.watched[0]
+        for key, what in (("unreadable", "unreadable videos"), ("nonfinite", "updates skipped")):
+            if entry[key]:
+                print(f"epoch {epoch}: {entry[key]} {what}, see {self.output / key}.csv")
+        if value is not None:
+            loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
+            print(f"epoch {epoch}: loss {loss}, one-view {name} {value:.2%}, best {self.run.best:.2%}")
+        if outcome is not None and outcome.failures:
+            count, first = len(outcome.failures), next(iter(outcome.failures.values()))
+            print(f"epoch {epoch}: validation could not read {count} videos, the first: {first}")
+
+    def _list_unreadable(self) -> list[tuple[str, str]]:
+        """Into `unreadable.csv` what the epoch under way could not read.
+
+        -> (path, cause) of all ranks on the main process. Every rank calls this.
+        """
+        run = self.run
+        failures = list(dict(distributed.to_main(list(run.so_far.failures.items()))).items())
+        header = ("epoch", "path", "cause")
+        self.log.append("unreadable.csv", header, [(run.epoch + 1, *failure) for failure in failures])
+        return failures

@@ -3,43 +3,42 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+WATCHED = "val_"  # begins the keys of a validation's figures in the log
 
 
 def draw_curves(entries: Sequence[dict], picture: Path) -> None:
-    """Entries of `log.jsonl` -> loss by epoch, and validation accuracy by epoch."""
+    """Entries of `log.jsonl` -> loss by epoch, and the validation's figures by epoch."""
     steps = [entry for entry in entries if entry["kind"] == "step"]
     epochs = [entry for entry in entries if entry["kind"] == "epoch"]
-    scored = [entry for entry in epochs if entry.get("val_top1") is not None]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    figure, (left, right) = _axes(1, 2, figsize=(10, 3.6))
     left.plot([e["at"] for e in steps], [e["loss"] for e in steps], color="0.8", label="step")
     left.plot([e["epoch"] for e in epochs], [e["loss"] for e in epochs], "C0", label="epoch mean")
     left.set(title="training loss", xlabel="epoch", ylim=(0, None))
     left.legend(frameon=False)
-    for key, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
-        at = [e["epoch"] for e in scored]
-        right.plot(at, [100 * e[key] for e in scored], marker=".", label=label)
+    for key in _watched(epochs):
+        at, values = _validated(epochs, key)
+        right.plot(at, values, marker=".", label=_label(key))
     right.set(title="validation, one view", xlabel="epoch", ylabel="%", ylim=(0, 101))
-    if scored:
+    if right.lines:
         right.legend(frameon=False, loc="lower right")
     _finish(figure, (left, right), picture)
 
 
 def draw_comparison(runs: Mapping[str, Sequence[dict]], picture: Path) -> None:
-    """Entries of several runs' `log.jsonl` -> their losses and validation accuracies in one picture."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    """Entries of several runs' `log.jsonl` -> losses and the first validation figure in one picture."""
+    figure, (left, right) = _axes(1, 2, figsize=(10, 3.6))
+    keys = []
     for name, entries in runs.items():
         epochs = [entry for entry in entries if entry["kind"] == "epoch"]
-        scored = [entry for entry in epochs if entry.get("val_top1") is not None]
         left.plot([e["epoch"] for e in epochs], [e["loss"] for e in epochs], marker=".")
-        at, top1 = [e["epoch"] for e in scored], [100 * e["val_top1"] for e in scored]
-        right.plot(at, top1, marker=".", label=name)
+        keys += _watched(epochs)[:1]
+        at, values = _validated(epochs, keys[-1]) if keys else ([], [])
+        right.plot(at, values, marker=".", label=name)
+    title = " or ".join(_label(key) for key in dict.fromkeys(keys))
     left.set(title="training loss, mean of an epoch", xlabel="epoch", ylim=(0, None))
-    right.set(title="validation top-1, one view", xlabel="epoch", ylabel="%", ylim=(0, 101))
+    right.set(title=f"validation {title}, one view", xlabel="epoch", ylabel="%", ylim=(0, 101))
     right.legend(frameon=False, loc="lower right")
     _finish(figure, (left, right), picture)
 
@@ -59,7 +58,7 @@ def draw_confusion(
     videos = np.bincount(labels[labels >= 0], minlength=size)
     matrix = 100 * matrix / np.maximum(videos, 1)[:, None]
     side = min(3 + 0.45 * size, 14)
-    figure, axis = plt.subplots(figsize=(side + 0.8, side), constrained_layout=True)
+    figure, axis = _axes(figsize=(side + 0.8, side))
     image = axis.imshow(matrix, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axis, shrink=0.8, label="% of the true class")
     axis.set(xlabel="predicted", ylabel="true")
@@ -73,12 +72,11 @@ def draw_confusion(
             colour = "white" if value > 55 else "black"
             axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour)
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
 
 
 def draw_trade(rows: Sequence[Mapping], picture: Path) -> None:
     """Accuracy against measured speed: rows with model, clips/s, top-1 (mean), low and high, in percent."""
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
+    figure, axis = _axes(figsize=(6.4, 4.2))
     for row in rows:
         spread = [[row["top-1"] - row["low"]], [row["high"] - row["top-1"]]]
         kind = row["model"].partition(":")[0]
@@ -100,7 +98,7 @@ def draw_speeds(rows: Sequence[Mapping], picture: Path) -> None:
     """Bars of clips/s over those of the first model, for each mode and batch size; the ratio on them."""
     cases = list(dict.fromkeys((row["mode"], row["batch"]) for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axis = plt.subplots(figsize=(2.5 + 1.6 * len(cases), 3.8), constrained_layout=True)
+    figure, axis = _axes(figsize=(2.5 + 1.6 * len(cases), 3.8))
     width = 0.8 / len(models)
     for i, model in enumerate(models):
         own = {(row["mode"], row["batch"]): row for row in rows if row["model"] == model}
@@ -125,13 +123,8 @@ def draw_maps(frames: np.ndarray, maps: np.ndarray, picture: Path) -> None:
     tokens = maps.reshape(times, -1, slices, height, width)[:, :8]
     shown = min(slices, 8)
     columns = [round(i * (slices - 1) / max(shown - 1, 1)) for i in range(shown)]
-    figure, axes = plt.subplots(
-        tokens.shape[1] + 1,
-        shown,
-        figsize=(1.7 * shown, 1.8 * (tokens.shape[1] + 1)),
-        squeeze=False,
-        constrained_layout=True,
-    )
+    height_in = 1.8 * (tokens.shape[1] + 1)
+    figure, axes = _axes(tokens.shape[1] + 1, shown, figsize=(1.7 * shown, height_in), squeeze=False)
     patch = np.ix_(  # of each pixel
         np.arange(frames.shape[1]) * height // frames.shape[1],
         np.arange(frames.shape[2]) * width // frames.shape[2],
@@ -147,12 +140,11 @@ def draw_maps(frames: np.ndarray, maps: np.ndarray, picture: Path) -> None:
     for axis in axes.flat:
         axis.set_axis_off()
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
 
 
 def draw_loading(rows: Sequence[dict], picture: Path) -> None:
     """Rows of `bench_data` -> where the time of a sample goes, and samples/s by the number of workers."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    figure, (left, right) = _axes(1, 2, figsize=(10, 3.6))
     kinds = {row["what"]: row for row in rows}
     stages = [key for key in rows[0] if key.endswith(" ms") and key != "all ms"]
     start = np.zeros(len(kinds))
@@ -179,9 +171,32 @@ def draw_loading(rows: Sequence[dict], picture: Path) -> None:
     _finish(figure, (left, right), picture)
 
 
-def _finish(figure: plt.Figure, axes: Sequence[plt.Axes], picture: Path) -> None:
+def _axes(*shape: int, figsize: tuple[float, float], **options):
+    """A figure and its axes, without pyplot: a notebook's backend and figures stay as they are."""
+    from matplotlib.figure import Figure  # takes half a second to import
+
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(*shape, **options)
+
+
+def _finish(figure, axes: Sequence, picture: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
+
+
+def _watched(epochs: Sequence[dict]) -> list[str]:
+    """The keys of a validation's figures, in the log's order."""
+    keys = dict.fromkeys(key for entry in epochs for key in entry if key.startswith(WATCHED))
+    return [key for key in keys if key != "val_failed"]
+
+
+def _validated(epochs: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
+    """Epochs with this figure, and its values in percent."""
+    entries = [entry for entry in epochs if entry.get(key) is not None]
+    return [entry["epoch"] for entry in entries], [100 * entry[key] for entry in entries]
+
+
+def _label(key: str) -> str:
+    return key.removeprefix(WATCHED).replace("top", "top-")

@@ -1,0 +1,77 @@
+"""What a run is made of: a task, and the job that gives it a model and data. Tasks live in `tasks/`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..data.batch import Batch
+
+Figures = dict[str, float | None]
+
+
+class Task(Protocol):
+    """What is learnt and how it is scored. The loop and the scorer know no more of a task than this.
+
+    Settings: a dataclass of the settings that only this task has; they are read as `train.*`.
+    watched: the figures that a validation logs and draws; the highest of the first picks `best.pt`.
+    outputs: how many outputs the model has for it (`num_classes`).
+    """
+
+    Settings: type
+    watched: tuple[str, ...]
+    outputs: int
+
+    def to(self, device: torch.device) -> "Task": ...
+
+    def check(self, rows: Sequence, source: str) -> None:
+        """Raises InputError where rows of the list `source` cannot be trained on."""
+
+    def encode(self, target: Any) -> Any:
+        """A row's target, as the views carry it and batches stack it."""
+
+    def mirror(self, target: Any) -> Any:
+        """The encoded target of a mirrored clip."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Of a training batch on the device: "loss", and what else is to be logged, all scalars."""
+
+    def records(self, model: nn.Module, batch: Batch) -> list:
+        """Of a batch on the device: one record a sample, tensors on the CPU and plain values only."""
+
+    def figures(self, outcome: "Outcome") -> Figures:
+        """What the records say, as fractions from 0 to 1; None where nothing counts."""
+
+    def report(self, output: Path, outcome: "Outcome", views: Mapping[str, int]) -> list[str]:
+        """Write the task's own tables and pictures into `output`; -> lines to print."""
+
+
+@dataclass
+class Outcome:
+    """Of a list that was scored: a record for each row, in order, None where it could not be read.
+
+    failures: why not, by the row's index.
+    """
+
+    rows: Sequence
+    records: list
+    failures: dict[int, str]
+
+
+@dataclass
+class Job:
+    """One task on one model and its data, all on one device.
+
+    details: what belongs into checkpoints beside the run's state: class names, settings, sizes.
+    """
+
+    task: Task
+    model: nn.Module
+    device: torch.device
+    train_loader: DataLoader
+    val_loader: DataLoader | None
+    details: dict[str, Any]

@@ -1,0 +1,91 @@
+"""Going on with a run that was broken off: which checkpoint, and whether the settings allow it."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from .config import Config, ConfigError, to_dict, upgrade
+from .engine import checkpoint, distributed
+
+# What may differ between the parts of a resumed run: it changes neither model nor updates.
+FREE_TO_CHANGE = (
+    *("weights", "inflate", "fresh"),
+    *("root", "val", "test", "format", "workers", "timeout", "keep", "max_unreadable"),
+    *("eval_every", "log_every", "max_nonfinite", "checkpoint_minutes", "parallel", "compile"),
+    *("batch_size", "accumulate"),  # their product with the number of ranks may not
+)
+
+
+def find_run(output: Path, *, resume: bool, overwrite: bool) -> tuple[dict | None, Exception | None]:
+    """The checkpoint to continue, None to start anew; and what is wrong with a newer one.
+
+    Raises ConfigError where `output` holds a run and neither was asked for, CheckpointError where no
+    checkpoint of it can be read.
+    """
+    held = [name for name in checkpoint.NAMES if (output / name).exists()]
+    if held and not (resume or overwrite):
+        raise ConfigError(f"output={output} holds a run: --resume continues it, --overwrite discards it")
+    if not resume:
+        return None, None
+    state, damage = checkpoint.load_last(output)
+    if state is None and held:
+        raise ConfigError(f"output={output} holds {held[0]} but no {checkpoint.LAST} to continue")
+    if distributed.is_main():
+        if damage is not None:
+            print(f"warning: {damage}; continuing the one before", file=sys.stderr)
+        told = "no run there yet, starting" if state is None else f"continuing after update {state['update']}"
+        print(f"{output}: {told}")
+    return state, damage
+
+
+def discard_run(output: Path) -> None:
+    """What a former run left in `output` must not pass for this one's."""
+    left = (*checkpoint.NAMES, checkpoint.DAMAGED, "weights.json", "unreadable.csv", "nonfinite.csv")
+    for name in (*left, "curves.png"):
+        (output / name).unlink(missing_ok=True)
+    shutil.rmtree(output / "tensorboard", ignore_errors=True)
+
+
+def check_resume(state: dict[str, Any], config: Config, details: dict[str, Any], path: Path) -> None:
+    """A run goes on only as it began: the same classes, model, data, recipe, seed and videos an update.
+
+    details: of the job that is to go on. Raises ConfigError.
+    """
+    before, ours = upgrade(state["config"]), to_dict(config)
+    for key in state["run"].keys() & {"seed", "videos", "list"}:
+        if details["run"][key] != state["run"][key]:
+            was, now = state["run"][key], details["run"][key]
+            if key == "list":
+                raise ConfigError(f"{path}: began with other videos or labels than data.train={config.data.train}")
+            raise ConfigError(f"{path}: began with {key}={was}, cannot go on with {now}")
+    if state["class_names"] != details["class_names"]:
+        raise ConfigError(f"{path}: its class names are not those of data.train={config.data.train}")
+    moved = {"train"} if "list" in state["run"] else set()  # the same list may lie elsewhere
+    for group in ("model", "data", "train"):
+        for key, value in before[group].items():
+            free = key in FREE_TO_CHANGE or (group == "data" and key in moved)
+            if not free and ours[group].get(key) != value:
+                raise ConfigError(
+                    f"{path}: began with {group}.{key}={value}, cannot go on with {ours[group].get(key)}"
+                )
+    _check_update(before["train"], state["run"], config, path)
+
+
+def _check_update(before: dict[str, Any], run: dict[str, Any], config: Config, path: Path) -> None:
+    """Another number of ranks, batch size or accumulation is well where an update has as many videos."""
+    shapes = [
+        (before["batch_size"], before["accumulate"], run["ranks"]),
+        (config.train.batch_size, config.train.accumulate, distributed.world()),
+    ]
+    sizes = [batch * accumulate * ranks for batch, accumulate, ranks in shapes]
+    was, now = ("train.batch_size {} x train.accumulate {} x {} ranks".format(*shape) for shape in shapes)
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"{path}: began with {sizes[0]} videos an update ({was}), cannot go on with {sizes[1]} ({now})"
+        )
+    if shapes[0] != shapes[1] and distributed.is_main():
+        print(
+            f"began with {was}, goes on with {now}: the same videos an update, so the same run within "
+            "rounding; what is drawn at random in the model (drop path, mixup) is drawn anew"
+        )

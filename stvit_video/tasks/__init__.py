@@ -1,0 +1,6 @@
+"""Tasks by name: `task: NAME` in the settings. A new one is a file here and a line in `TASKS`."""
+
+from .classification import Classification
+from .multilabel import MultiLabel
+
+TASKS = {"classification": Classification, "multilabel": MultiLabel}

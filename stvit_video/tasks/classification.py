@@ -1,0 +1,241 @@
+"""Classification: one class a video. Softmax, averaged over the views of a video."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..bounds import Range
+from ..data.transforms import Mix, Normalise
+from ..errors import InputError
+from ..figures import draw_confusion
+
+
+@dataclass
+class Settings:
+    label_smoothing: Annotated[float, Range(0, 0.999)] = 0.0
+    """Share of the target that is spread over all classes."""
+    erasing: Annotated[float, Range(0, 1)] = 0.0
+    """Share of the clips that lose a random box."""
+    mixup: Annotated[float, Range(0)] = 0.0
+    """Alpha of mixup; 0: none. With cutmix too, they take turns."""
+    cutmix: Annotated[float, Range(0)] = 0.0
+    """Alpha of cutmix; 0: none."""
+
+
+class Classification:
+    """Clips (B, V, 3, T, H, W) to one of K classes.
+
+    class_names: by id. normalise: from uint8 to what the model takes.
+    view_batch: views that go through the model at a time when scoring.
+    on_failure: a video that cannot be read counts as "wrong", or is left out ("exclude").
+    twins: class id -> class id of its mirror image; None: mirroring changes no class.
+    dump_views: keep the scores of every view, and write them to `views.npz`.
+    """
+
+    Settings = Settings
+    watched = ("top1", "top5")
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        *,
+        normalise: Normalise,
+        settings: Settings | None = None,
+        view_batch: int = 16,
+        on_failure: str = "wrong",
+        twins: Sequence[int] | None = None,
+        dump_views: bool = False,
+    ):
+        self.class_names, self.outputs = list(class_names), len(class_names)
+        self.normalise, self.settings = normalise, settings or Settings()
+        self.view_batch, self.on_failure, self.dump_views = view_batch, on_failure, dump_views
+        self.twins = twins
+        self.mix = Mix(
+            self.outputs,
+            erasing=self.settings.erasing,
+            mixup=self.settings.mixup,
+            cutmix=self.settings.cutmix,
+        )
+
+    def to(self, device: torch.device) -> "Classification":
+        self.normalise.to(device)
+        return self
+
+    def check(self, rows: Sequence, source: str) -> None:
+        for row in rows:
+            if not isinstance(row.target, int):
+                cause = "has no label" if row.target is None else f"has several labels {row.target}"
+                raise InputError(f"{source}: {row.path} {cause}, one class a video is to be learnt")
+
+    def encode(self, target: int | None) -> int:
+        return -1 if target is None else target
+
+    def mirror(self, target: int) -> int:
+        return target if self.twins is None else self.twins[target]
+
+    def loss(self, model: nn.Module, batch) -> dict[str, Tensor]:
+        clips, targets = self._mixed(batch)
+        logits = model(clips).float()
+        return {"loss": F.cross_entropy(logits, targets, label_smoothing=self.settings.label_smoothing)}
+
+    def _mixed(self, batch) -> tuple[Tensor, Tensor]:
+        """Normalised clips (V * B, 3, T, H, W) and targets, mixed.
+
+        Views first: mixing pairs neighbours, and clips of one video are not to be mixed with each other.
+        """
+        clips = self.normalise(batch.clips.transpose(0, 1)).flatten(0, 1)
+        return self.mix(clips, batch.targets.transpose(0, 1).flatten(0, 1))
+
+    @torch.no_grad()
+    def view_scores(self, model: nn.Module, clips: Tensor) -> Tensor:
+        """uint8 clips (B, V, 3, T, H, W) -> scores by view (B, V, K), float32, on the model's device.
+
+        `view_batch` views go through the model at a time, whichever videos they are of.
+        """
+        parts = clips.flatten(0, 1).split(self.view_batch)
+        scores = torch.cat([self.activation(model(self.normalise(part)).float()) for part in parts])
+        return scores.unflatten(0, clips.shape[:2])
+
+    def activation(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
+
+    def records(self, model: nn.Module, batch) -> list[dict[str, Tensor]]:
+        """scores: the mean over views (K,); classes: the best one of each view (V,)."""
+        views = self.view_scores(model, batch.clips).cpu()
+        means, classes = views.double().mean(1).float(), views.argmax(-1)
+        records = [{"scores": s, "classes": c} for s, c in zip(means, classes, strict=True)]
+        if self.dump_views:
+            for record, scores in zip(records, views, strict=True):
+                record["views"] = scores.clone()
+        return records
+
+    def figures(self, outcome) -> dict[str, float | None]:
+        return Scores.of(outcome, self.outputs, self.on_failure).figures()
+
+    def report(self, output: Path, outcome, views: Mapping[str, int]) -> list[str]:
+        scores = Scores.of(outcome, self.outputs, self.on_failure)
+        lines, number = [], f"{views['clips']}x{views['crops']}"
+        for key, name in (
+            ("top1", f"top-1 over {number} views"),
+            ("top5", f"top-5 over {number} views"),
+            ("mean_class_accuracy", "mean class accuracy"),
+            ("per_clip_top1", "top-1 of single views"),
+        ):
+            if (value := scores.figures()[key]) is not None:
+                lines.append(f"  {name:<24} {value:7.2%}")
+        written = [self._write_predictions(output / "predictions.csv", scores, outcome)]
+        if (scores.labels >= 0).any():
+            written.append(output / "confusion.png")
+            draw_confusion(scores.labels, scores.predictions, self.class_names, written[-1])
+        if self.dump_views:
+            written.append(write_views(output / "views.npz", outcome, scores.labels, self.class_names))
+        return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
+
+    def _write_predictions(self, path: Path, scores: "Scores", outcome) -> Path:
+        best_five, names = scores.top(5), self.class_names
+        header = ["path", "label", "label_name", "prediction", "prediction_name"]
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.writer(file)
+            writer.writerow([*header, *top_columns(best_five), "failure"])
+            for i, (row, best) in enumerate(zip(outcome.rows, scores.predictions, strict=True)):
+                label = row.target
+                line = [row.path, *(("", "") if label is None else (label, names[label]))]
+                line += [best, "" if best < 0 else names[best]]
+                line += top_cells(best_five[i], scores.scores[i], names, readable=best >= 0)
+                writer.writerow([*line, outcome.failures.get(i, "")])
+        return path
+
+
+@dataclass
+class Scores:
+    """Of N videos: mean softmax over views (N, K), labels (N,) (-1: none), share of right views (N,).
+
+    A video that could not be read has a row of zeros, and its cause in `failures` by index; `on_failure`
+    says whether it counts as "wrong", or is left out ("exclude").
+    """
+
+    scores: np.ndarray
+    labels: np.ndarray
+    views_right: np.ndarray
+    failures: dict[int, str]
+    on_failure: str = "wrong"
+
+    @classmethod
+    def of(cls, outcome, num_classes: int, on_failure: str) -> "Scores":
+        labels = np.array([-1 if row.target is None else row.target for row in outcome.rows])
+        right = [
+            0.0 if record is None else (record["classes"] == int(label)).double().mean().item()
+            for record, label in zip(outcome.records, labels, strict=True)
+        ]
+        scores = mean_scores(outcome.records, num_classes)
+        return cls(scores, labels, np.array(right), outcome.failures, on_failure)
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """(N,) class ids, the lower one on a tie; -1 where unreadable."""
+        best = self.scores.argmax(1)
+        best[list(self.failures)] = -1
+        return best
+
+    def figures(self) -> dict[str, float | None]:
+        """Fractions from 0 to 1 over the labelled videos, None where no video counts."""
+        known = self.labels >= 0
+        if self.on_failure == "exclude":
+            known[list(self.failures)] = False
+        if not known.any():
+            return dict.fromkeys(("top1", "top5", "mean_class_accuracy", "per_clip_top1"))
+        labels, right = self.labels[known], (self.predictions == self.labels)[known]
+        five = (self.top(5) == self.labels[:, None]).any(1)
+        five[list(self.failures)] = False
+        classes = np.unique(labels)
+        return {
+            "top1": float(right.mean()),
+            "top5": float(five[known].mean()),
+            "mean_class_accuracy": float(np.mean([right[labels == c].mean() for c in classes])),
+            "per_clip_top1": float(self.views_right[known].mean()),
+        }
+
+    def top(self, k: int) -> np.ndarray:
+        return top(self.scores, k)
+
+
+def mean_scores(records: Sequence, num_classes: int) -> np.ndarray:
+    """(N, K) float32, zeros where a record is missing."""
+    missing = torch.zeros(num_classes)
+    scores = [missing if record is None else record["scores"] for record in records]
+    return torch.stack(scores).numpy() if scores else np.zeros((0, num_classes), np.float32)
+
+
+def top(scores: np.ndarray, k: int) -> np.ndarray:
+    """(N, K) -> (N, min(k, K)) class ids, best first, the lower one on a tie."""
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+def top_columns(best: np.ndarray) -> list[str]:
+    return [f"top{place}_{kind}" for place in range(1, best.shape[1] + 1) for kind in ("name", "score")]
+
+
+def top_cells(best: np.ndarray, scores: np.ndarray, names: Sequence[str], *, readable: bool) -> list[str]:
+    """One video's cells under `top_columns`, empty where it could not be read."""
+    return [cell for c in best for cell in ((names[c], f"{scores[c]:.6f}") if readable else ("", ""))]
+
+
+def write_views(path: Path, outcome, labels: np.ndarray, class_names: Sequence[str]) -> Path:
+    """Scores of every view (N, V, K), float32, zeros where unreadable; with paths, labels, class names."""
+    views = next((record["views"] for record in outcome.records if record is not None), torch.zeros(0, 0))
+    scores = [torch.zeros_like(views) if record is None else record["views"] for record in outcome.records]
+    np.savez_compressed(
+        path,
+        scores=torch.stack(scores).numpy(),
+        labels=labels,
+        paths=np.array([row.path for row in outcome.rows]),
+        class_names=np.array(class_names),
+    )
+    return path

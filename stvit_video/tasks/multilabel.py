@@ -1,0 +1,99 @@
+"""Multi-label classification: any number of classes a video (Charades). Sigmoid, mean average precision."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.rows import class_ids
+from ..errors import InputError
+from .classification import Classification, mean_scores, top, top_cells, top_columns, write_views
+
+
+class MultiLabel(Classification):
+    """Clips (B, V, 3, T, H, W) to a yes or no for each of K classes, scored by mean average precision.
+
+    The sigmoids of a video's views are averaged. A class without a positive video has no average precision
+    and is left out of the mean, as in Charades' protocol.
+    """
+
+    watched = ("mAP",)
+
+    def check(self, rows: Sequence, source: str) -> None:
+        for row in rows:
+            if row.target is None:
+                raise InputError(f"{source}: {row.path} has no labels to learn")
+
+    def encode(self, target: int | Sequence[int] | None) -> Tensor:
+        """Class ids -> (K,) of zeros and ones."""
+        chosen = torch.zeros(self.outputs)
+        chosen[list(class_ids(target))] = 1
+        return chosen
+
+    def mirror(self, target: Tensor) -> Tensor:
+        return target if self.twins is None else target[list(self.twins)]
+
+    def loss(self, model: nn.Module, batch) -> dict[str, Tensor]:
+        clips, targets = self._mixed(batch)
+        smoothing = self.settings.label_smoothing
+        targets = targets * (1 - smoothing) + smoothing / self.outputs
+        return {"loss": F.binary_cross_entropy_with_logits(model(clips).float(), targets)}
+
+    def activation(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    def figures(self, outcome) -> dict[str, float | None]:
+        precisions = self.average_precisions(outcome)
+        counted = [value for value in precisions if value is not None]
+        return {"mAP": float(np.mean(counted)) if counted else None}
+
+    def average_precisions(self, outcome) -> list[float | None]:
+        """Of each class, over the labelled videos; None for a class without a positive one."""
+        from sklearn.metrics import average_precision_score  # takes a second to import
+
+        counts = [row.target is not None for row in outcome.rows]
+        if self.on_failure == "exclude":
+            counts = [known and i not in outcome.failures for i, known in enumerate(counts)]
+        scores = mean_scores(outcome.records, self.outputs)[counts]
+        rows = [row for row, known in zip(outcome.rows, counts, strict=True) if known]
+        chosen = np.array([self.encode(row.target).numpy() for row in rows]).reshape(-1, self.outputs)
+        return [
+            float(average_precision_score(chosen[:, c], scores[:, c])) if chosen[:, c].any() else None
+            for c in range(self.outputs)
+        ]
+
+    def report(self, output: Path, outcome, views: Mapping[str, int]) -> list[str]:
+        """`predictions.csv`, and `classes.csv` with the average precision of each class."""
+        precisions, lines = self.average_precisions(outcome), []
+        counted = [value for value in precisions if value is not None]
+        if counted:
+            name = f"mAP over {views['clips']}x{views['crops']} views"
+            lines.append(f"  {name:<24} {np.mean(counted):7.2%}  ({len(counted)} of {self.outputs} classes)")
+        written = [output / "predictions.csv", output / "classes.csv"]
+        chosen = np.array([self.encode(row.target).numpy() for row in outcome.rows])
+        self._write_predictions(written[0], mean_scores(outcome.records, self.outputs), outcome)
+        with open(written[1], "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["class", "videos", "average_precision"])
+            for c, (name, value) in enumerate(zip(self.class_names, precisions, strict=True)):
+                videos = int(chosen[:, c].sum())
+                writer.writerow([name, videos, "" if value is None else f"{value:.6f}"])
+        if self.dump_views:
+            written.append(write_views(output / "views.npz", outcome, chosen, self.class_names))
+        return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
+
+    def _write_predictions(self, path: Path, scores: np.ndarray, outcome) -> Path:
+        best_five, names = top(scores, 5), self.class_names
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "labels", "label_names", *top_columns(best_five), "failure"])
+            for i, row in enumerate(outcome.rows):
+                labels = class_ids(row.target)
+                line = [row.path, ",".join(map(str, labels)), ",".join(names[c] for c in labels)]
+                line += top_cells(best_five[i], scores[i], names, readable=i not in outcome.failures)
+                writer.writerow([*line, outcome.failures.get(i, "")])
+        return path
