@@ -1,5 +1,6 @@
 """The only place where settings become objects."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .config import Config, ConfigError, DataConfig
-from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
+from .data.annotations import ListError, Row, Rows, mirrored, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
 from .data.shards import find_shards
@@ -114,7 +115,7 @@ def read_lists(config: Config) -> tuple[dict[str, list[Row]], list[str], dict[st
                 rows = read_rows(path, **options, class_names=names)
             except ListError as error:
                 unknown[split] = error
-                rows = Rows(replace(row, label=None) for row in rows)
+                rows = Rows(replace(row, target=None) for row in rows)
         if names is None:
             highest = max((row.label for row in rows if row.label is not None), default=0)
             names = rows.class_names or [str(i) for i in range(data.num_classes or highest + 1)]
@@ -174,8 +175,8 @@ def build_train_loader(
         scale=data.scale,
         ratio=data.ratio,
         rand_augment=data.rand_augment,
-        flip=data.flip,
-        twins=twins,
+        flip=data.flip != "none",
+        mirror=twins and functools.partial(mirrored, twins=twins),
     )
     views = TrainViews(build_sampling(data), transform, data.repeats)
     dataset = _dataset(config, rows, views, substitute=True)
@@ -211,6 +212,7 @@ def _dataset(
         substitute=substitute,
         timeout=data.timeout,
         keep=data.keep,
+        max_unreadable=data.max_unreadable,
     )
 
 
@@ -221,4 +223,5 @@ def _loader(config, dataset, sampler, batch_size: int, device: torch.device) -> 
         batch_size=batch_size,
         workers=config.data.workers,
         pin_memory=device.type == "cuda",
+        persistent=dataset.substitute or dataset.keep,  # of validation they end with the pass
     )

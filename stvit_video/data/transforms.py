@@ -1,30 +1,31 @@
 """Which pixels, on torchvision.transforms.v2: one set of random parameters a clip, uint8 in and out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
+
+from ..errors import InputError
 
 Clip = Tensor  # uint8 (T, 3, H, W)
 
 
-def empty(shape: Sequence[int]) -> Tensor:
-    """uint8, by numpy: it asks for large pages, which torch does not and which take a third of the time."""
-    return torch.from_numpy(np.empty(shape, np.uint8))
-
-
 class TrainTransform:
-    """Random resized crop, RandAugment, flip: uint8 (T, 3, H, W), label -> ((T, 3, S, S), label).
+    """Random resized crop, RandAugment, flip: uint8 (T, 3, H, W), target -> ((T, 3, S, S), target).
+
+    torchvision's tv_tensors in the target (boxes, masks), also within dicts, lists and tuples, move with
+    the pixels; they have the size of the frames. RandAugment cannot move them: InputError.
 
     scale: range of the crop's share of the area; ratio: range of its aspect ratio.
     rand_augment: (number of operations, magnitude of 10), None for none. The field's recipes name timm's
         `rand-m7-n4-mstd0.5-inc1`; torchvision's is nearest to it, without the noise on the magnitude,
         with each operation always applied (timm: half of the time), and here after the crop.
-    flip: "none", "all", or "swap": mirror the clip and take the left/right twin's label.
-    twins: class id -> class id of its mirror image, needed for "swap".
+    flip: whether half of the clips are mirrored.
+    mirror: target -> target of a mirrored clip (a left/right twin's class); None: the same.
     """
 
     def __init__(
@@ -34,8 +35,8 @@ class TrainTransform:
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (0.75, 4 / 3),
         rand_augment: tuple[int, int] | None = None,
-        flip: str = "none",
-        twins: list[int] | None = None,
+        flip: bool = False,
+        mirror: Callable[[Any], Any] | None = None,
     ):
         self.crop = v2.RandomResizedCrop(size, scale=scale, ratio=ratio, antialias=True)
         self.augment = None
@@ -47,16 +48,26 @@ class TrainTransform:
                 num_magnitude_bins=11,
                 interpolation=InterpolationMode.BILINEAR,
             )
-        self.flip, self.twins = flip, twins
+        self.flip, self.mirror = flip, mirror
 
-    def __call__(self, clip: Clip, label: int) -> tuple[Clip, int]:
-        clip = self.crop(tv_tensors.Video(clip))
+    def __call__(self, clip: Clip, target: Any) -> tuple[Clip, Any]:
+        clip, target = self.crop(tv_tensors.Video(clip), target)
         if self.augment is not None:
+            _refuse_places(target)
             clip = self.augment(clip)
-        if self.flip != "none" and torch.rand(()) < 0.5:
-            clip = v2.functional.horizontal_flip(clip)
-            label = self.twins[label] if self.flip == "swap" else label
-        return clip.as_subclass(Tensor), label
+        if self.flip and torch.rand(()) < 0.5:
+            clip, target = tree_map_only(tv_tensors.TVTensor, v2.functional.horizontal_flip, (clip, target))
+            target = target if self.mirror is None else self.mirror(target)
+        return clip.as_subclass(Tensor), target
+
+
+def _refuse_places(target: Any) -> None:
+    moving = next((leaf for leaf in tree_leaves(target) if isinstance(leaf, tv_tensors.TVTensor)), None)
+    if moving is not None:
+        raise InputError(
+            f"data.rand_augment: cannot move targets of kind {type(moving).__name__} with the pixels; "
+            "null: no RandAugment"
+        )
 
 
 class _RandAugment(v2.RandAugment):

@@ -107,7 +107,7 @@ def evaluate(
         if batch.clips is None:
             continue
         views = view_scores(model, normalise, batch.clips, view_batch=view_batch, bf16=bf16).cpu()
-        right = (views.argmax(-1) == batch.labels).double().mean(1)
+        right = (views.argmax(-1) == batch.targets).double().mean(1)
         scores = views.double().mean(1).float()
         for index, row, share_right in zip(
             batch.indices.tolist(), scores.numpy(), right.tolist(), strict=True

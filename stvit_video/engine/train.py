@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data.annotations import Row
-from ..data.dataset import Batch, mixed_seed
+from ..data.batch import Batch
+from ..data.sampling import mixed_seed
 from ..data.transforms import Mix
 from ..errors import InputError
 from . import checkpoint, distributed, parallel
@@ -252,7 +253,7 @@ def _epoch(
                 last = part + 1 == parts
                 loss = _forward_backward(run, normalise, mix, batch, config, bf16, parts, last)
                 passes.append((batch.indices, loss))
-                so_far.clips += batch.labels.numel() * distributed.world()
+                so_far.clips += batch.targets.numel() * distributed.world()
                 so_far.batches += 1
                 bar.update()
 
@@ -315,7 +316,7 @@ def _forward_backward(
     device = normalise.mean.device
     # Views first: mixing pairs neighbours, and clips of one video are not to be mixed with each other.
     clips = batch.clips.transpose(0, 1).flatten(0, 1).to(device, non_blocking=True)
-    labels = batch.labels.t().flatten().to(device, non_blocking=True)
+    labels = batch.targets.t().flatten().to(device, non_blocking=True)
     clips, targets = mix(normalise(clips), labels)
     with parallel.exchange(run.model, last):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
