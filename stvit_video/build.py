@@ -255,7 +255,7 @@ def build_test_loader(
 ) -> DataLoader:
     dataset = _dataset(config, task, rows, build_test_views(config, clips, crops), substitute=False)
     sampler = TestSampler(len(rows), rank=distributed.rank(), world=distributed.world())
-    return _loader(config, dataset, sampler, config.eval.batch_size, device, persistent=False)
+    return _loader(config, dataset, sampler, config.eval.batch_size, device, persistent=config.data.keep)
 
 
 def _dataset(

@@ -275,7 +275,7 @@ def shards(args: Sequence[str]) -> None:
     if flags.split != "train" and config.data.train is not None:
         names = build.read_split(config, "train")[0].class_names
     rows, _ = build.read_split(config, flags.split, names)
-    names = rows.class_names
+    names, rows = rows.class_names, list(rows)
     if flags.split == "train":
         random.Random(config.seed).shuffle(rows)
     written = write_shards(

@@ -5,11 +5,14 @@ SHA-256 of the whole file is put behind it as the zip file's comment: in place o
 length of 0, come the length 64 and 64 hexadecimal digits. torch.load does not mind.
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
 import re
+import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +27,31 @@ END = b"PK\5\6"  # of the zip file's last record, which has 22 bytes and the com
 
 class FileError(InputError):
     """A file that cannot be read or written: names it and the cause."""
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write the file or folder that `path` is to be: it gets there when all of it is written.
+
+    with written_whole(path) as part: ...   # part is `path`.part; what an earlier attempt left is removed
+    """
+    part = path.with_name(path.name + ".part")
+    _remove(part)
+    try:
+        yield part
+        if part.is_dir():
+            _remove(path)
+        part.replace(path)
+    except BaseException:
+        _remove(part)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_torch(path: Path, values: Any) -> None:

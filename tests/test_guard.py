@@ -228,7 +228,7 @@ def test_the_guard_changes_no_clip(rows, workers):
         runs.append(list(loader))
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a.clips, b.clips)
-        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.targets, b.targets)
         assert a.failures == b.failures
 
 

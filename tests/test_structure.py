@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "stvit_video"
 # who may import whom, beside libraries and errors.py
 ALLOWED = {
-    "data": {"data"},
+    "data": {"data", "files"},
     "models": {"models"},
     "engine": {"engine", "files", "data", "models"},
     "config": {"weights", "engine", "data", "models"},

@@ -1,9 +1,7 @@
-"""Lists of videos: six formats of the field, told apart by their content, read into rows.
+"""Lists of videos: the formats of the field, told apart by their content, read into rows.
 
-Two formats number their classes: `path label` and `folder num_frames label` lines. Three name them:
-the Kinetics csv, the Something-Something V2 json and a folder of class folders. WebDataset shards
-do either. Whatever is wrong
-with a list becomes a `ListError`: one line that says where, what was found and what was expected.
+`FORMATS` is the table of them: a new one is its reader and a line there. Whatever is wrong with a list
+becomes a `ListError`: one line that says where, what was found and what was expected.
 """
 
 import csv
@@ -13,20 +11,26 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from ..errors import ListError
+from ..errors import ListError, nearest
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from .shards import Place, find_shards, index_shards
+from .rows import Row, Rows
+from .shards import find_shards, index_shards
 
 IMAGES = tuple(IMAGE_SUFFIXES)
 MEDIA = (*VIDEO_SUFFIXES, *IMAGES)
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
-KINETICS_SUFFIXES = (".mp4", ".mkv", ".webm")  # in order of preference
+CHARADES_COLUMNS = ("id", "actions")
+SUFFIXES = (".mp4", ".mkv", ".webm")  # in order of preference
 SHARDS_NAMES = "class_names.txt"  # beside shards: the class names of their ids, one a line
 SOMETHING_LABELS = ("labels.json", "something-something-v2-labels.json")
+
+# A path, and class ids with commas between; of several readings the one with the shortest path.
+MULTILABEL = re.compile(r"(.*?\S)[ \t]+([0-9]{1,9}(?:[ \t]*,[ \t]*[0-9]{1,9})*)")
 
 OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 OTHER_SIDE |= {right: left for left, right in OTHER_SIDE.items()}
@@ -39,29 +43,35 @@ Entry = tuple[str, str, str]  # where it stands (for errors), the path, the clas
 Listing = Callable[[str], frozenset[str]]  # folder -> names in it
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A video, an image or a folder of frames; label and num_frames None where not given.
+@dataclass(frozen=True)
+class Source:
+    """What `read_rows` was asked to read."""
 
-    place: where it lies in a shard; `path` is then its name, shard/member.
-    """
+    path: Path
+    root: StrPath | None
+    labels: StrPath | None
+    names: list[str] | None
 
-    path: str
-    label: int | None
-    num_frames: int | None = None
-    place: Place | None = None
+    @functools.cached_property
+    def shards(self) -> list[str]:
+        return find_shards(self.path)
 
-    def contents(self) -> bytes | None:
-        """The file's bytes where it lies in a shard; None: it lies at `path`. Raises DecodeError."""
-        return None if self.place is None else self.place.read(self.path)
+    @functools.cached_property
+    def text(self) -> str:
+        text = _read_text(self.path)
+        if not text.strip():
+            raise ListError(f"{self.path}: found an empty file, expected a list of videos")
+        return text
 
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """(where it stands, text) of each line that is not blank."""
+        for number, line in enumerate(self.text.split("\n"), 1):
+            if line.strip():
+                yield f"{self.path}:{number}", line
 
-class Rows(list[Row]):
-    """A list of rows that knows its class names by id, None where the format carries none."""
-
-    def __init__(self, rows: Iterable[Row] = (), class_names: list[str] | None = None):
-        super().__init__(rows)
-        self.class_names = class_names
+    def columns(self) -> set[str]:
+        """The fields of the first line."""
+        return {field.strip(' "') for field in next(self.lines())[1].split(",")}
 
 
 def read_rows(
@@ -70,10 +80,11 @@ def read_rows(
     root: StrPath | None = None,
     labels: StrPath | None = None,
     class_names: Sequence[str] | None = None,
+    format: str | None = None,
 ) -> Rows:
     """Rows of a list file, a folder of class folders, or WebDataset shards (`find_shards`), in order.
 
-    root: folder of the videos, needed for the Kinetics csv and the Something-Something json.
+    root: folder of the videos, needed for csv and json lists.
         Relative paths lie in root, absolute ones must, and none may hold "..": a list reaches nothing
         outside it but through links that lie there. Without root absolute paths are free, and relative
         ones lie in the current directory if the first of them exists there, else in the list's folder:
@@ -81,30 +92,25 @@ def read_rows(
     labels: labels json of a Something-Something list, by default the one beside the list.
     class_names: names by class id. They decide the ids where classes are named (instead of sorted
         order or the labels json; a space equals an underscore), and bound them where numbered.
+    format: a name in `FORMATS`; None: the first of them that recognises the list.
 
     Raises ListError. Only the decoder looks whether a video is there.
     """
-    path, names = Path(path), None if class_names is None else list(class_names)
-    shards = find_shards(path)
-    text = "" if shards or path.is_dir() else _read_text(path)
-    first = next(filter(str.strip, text.split("\n")), "")
-    is_json = path.suffix.lower() == ".json" or re.match(r'\s*(\[\s*[{\]]|\{\s*["}])', text)
-    if labels is not None and not (first and is_json):
+    source = Source(Path(path), root, labels, None if class_names is None else list(class_names))
+    formats = {entry.name: entry for entry in FORMATS}
+    if format not in (None, *formats):
+        raise ListError(f"{path}: found data.format={format}, unknown{nearest(format, formats)}")
+    chosen = formats[format] if format else next(entry for entry in FORMATS if entry.recognises(source))
+    if labels is not None and chosen.name != "something":
         raise ListError(f"{path}: found labels={labels}, expected only with Something-Something")
-    if shards:
-        return _sharded(shards, names)
-    if path.is_dir():
-        return _by_name(_class_folders(path), names)
-    if not first:
-        raise ListError(f"{path}: found an empty file, expected a list of videos")
-    if is_json:
-        entries = _inside(root, _something(path, text, root))
-        if names is None:
-            names = _something_names(path, labels, needed=any(name for _, _, name in entries))
-        return _by_name(entries, names)
-    if {"youtube_id", "time_start"} & {field.strip(' "') for field in first.split(",")}:
-        return _by_name(_inside(root, _kinetics(path, text, root)), names)
-    return _numbered(path, text, root, names)
+    return chosen.read(source)
+
+
+def class_ids(target: Any) -> tuple[int, ...]:
+    """The class ids of a row's target: none, one or several."""
+    if target is None:
+        return ()
+    return target if isinstance(target, tuple) else (target,)
 
 
 def mirrored_classes(class_names: Sequence[str]) -> list[int]:
@@ -121,47 +127,104 @@ def mirrored_classes(class_names: Sequence[str]) -> list[int]:
     return [i if twins[i] == name else names.index(twins[i]) for i, name in enumerate(names)]
 
 
-def _numbered(path: Path, text: str, root: StrPath | None, names: list[str] | None) -> Rows:
+def _read_lines(source: Source) -> Rows:
     """Lines `path label` or, all of them, `folder num_frames label`; at spaces, tabs or commas.
 
     Where every line ends in two integers and no path in a media suffix these are frame folders,
     unless of a first line "dir 12 3" there is a "dir 12" on disk and no "dir".
     """
     lines, places = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    for where, line in source.lines():
         file, label = _split_right(line)
         folder, count = _split_right(file)
         if not file or not _is_count(label):
             raise ListError(
-                f"{path}:{number}: found {line.strip()[:200]!r}, expected `path label` or "
+                f"{where}: found {line.strip()[:200]!r}, expected `path label` or "
                 "`folder num_frames label` with integers of 0 or more, and no header"
             )
-        if names is not None and int(label) >= len(names):
-            raise ListError(
-                f"{path}:{number}: found label {label}, expected one below {len(names)}, "
-                "the number of class names (labels start at 0)"
-            )
+        _check_id(where, int(label), source.names)
         lines.append((_unquote(file), int(label), _unquote(folder), count))
-        places.append(f"{path}:{number}")
-
-    bases = ["", path.parent] if root is None else [root]
-
-    def on_disk(name: str) -> list[StrPath]:
-        return [base for base in bases if os.path.exists(os.path.join(base, name))]
-
+        places.append(where)
     framed = all(f and _is_count(n) and not f.lower().endswith(MEDIA) for *_, f, n in lines)
     first, _, folder, _ = lines[0]
-    if framed and (on_disk(folder) or not on_disk(first)):
+    if framed and (_on_disk(source, folder) or not _on_disk(source, first)):
         rows = [(folder, label, int(count)) for _, label, folder, count in lines]
     else:
         rows = [(file, label, None) for file, label, *_ in lines]
-    relative = next((file for file, *_ in rows if not os.path.isabs(file)), "")
-    base = (on_disk(relative) or bases[-1:])[0]
-    files = [os.path.join(base, file) for file, *_ in rows]
-    _inside(root, [(place, file, "") for place, file in zip(places, files, strict=True)])
-    return Rows((Row(file, *rest) for file, (_, *rest) in zip(files, rows, strict=True)), names)
+    files = _located(source, places, [file for file, *_ in rows])
+    return Rows((Row(file, *rest) for file, (_, *rest) in zip(files, rows, strict=True)), source.names)
+
+
+def _is_multilabel(source: Source) -> bool:
+    """Whether some line is a path with a media suffix and two or more ids.
+
+    Only with that suffix: `dir 12,3` may also be the folder "dir" or the path "dir 12" and its label.
+    """
+    matches = (MULTILABEL.fullmatch(line.strip()) for _, line in source.lines() if "," in line)
+    return any(m and "," in m[2] and _is_media(m[1]) for m in matches)
+
+
+def _read_multilabel(source: Source) -> Rows:
+    """Lines `path a,b,c`: class ids or, where class names are given, names; the last field may be quoted.
+
+    The empty set is `path ""`. Targets are rising tuples of ids.
+    """
+    places, files, targets = [], [], []
+    for where, line in source.lines():
+        file, labels = _split_labels(line.strip())
+        if not file:
+            raise ListError(
+                f"{where}: found {line.strip()[:200]!r}, expected `path a,b,c` with class ids of 0 or more"
+                f' or, with class names, names (`path ""`: none), and no header'
+            )
+        ids = {_class_id(where, label.strip(), source.names) for label in labels.split(",") if labels}
+        places.append(where)
+        files.append(file)
+        targets.append(tuple(sorted(ids)))
+    rows = zip(_located(source, places, files), targets, strict=True)
+    return Rows((Row(*row) for row in rows), source.names)
+
+
+def _split_labels(line: str) -> tuple[str, str]:
+    """'a b.mp4 1, 2' -> 'a b.mp4', '1, 2'; '' for a path that is not there."""
+    match = MULTILABEL.fullmatch(line) or re.fullmatch(r'(.*\S)[ \t,]+"([^"]*)"', line)
+    match = match or re.fullmatch(r"(.*\S)[ \t]+(\S+)", line)
+    return (_unquote(match[1].removesuffix(",").rstrip()), match[2]) if match else ("", "")
+
+
+def _class_id(where: str, label: str, names: list[str] | None) -> int:
+    if _is_count(label):
+        _check_id(where, int(label), names)
+        return int(label)
+    if names is None:
+        raise ListError(f"{where}: found label {label!r}, expected a class id (no class names are given)")
+    return _find_class(where, label, names, _ids(names))
+
+
+def _check_id(where: str, label: int, names: Sequence[str] | None) -> None:
+    if names is not None and label >= len(names):
+        raise ListError(
+            f"{where}: found label {label}, expected one below {len(names)}, "
+            "the number of class names (labels start at 0)"
+        )
+
+
+def _bases(source: Source) -> list[StrPath]:
+    return ["", source.path.parent] if source.root is None else [source.root]
+
+
+def _on_disk(source: Source, name: str) -> list[StrPath]:
+    """The folders, of those where a path of the list may lie, that have it."""
+    return [base for base in _bases(source) if os.path.exists(os.path.join(base, name))]
+
+
+def _located(source: Source, places: list[str], files: list[str]) -> list[str]:
+    """The paths of a list's lines in the folder that the first relative one decides on."""
+    relative = next((file for file in files if not os.path.isabs(file)), "")
+    base = (_on_disk(source, relative) or _bases(source)[-1:])[0]
+    files = [os.path.join(base, file) for file in files]
+    _inside(source.root, [(place, file, "") for place, file in zip(places, files, strict=True)])
+    return files
 
 
 def _inside(root: StrPath | None, entries: list[Entry]) -> list[Entry]:
@@ -178,73 +241,115 @@ def _inside(root: StrPath | None, entries: list[Entry]) -> list[Entry]:
 
 def _by_name(entries: Sequence[Entry], names: list[str] | None) -> Rows:
     """Rows with ids by class name, or without labels where no entry has a name."""
-    given = sorted({name for _, _, name in entries if name})
-    names = given if names is None else names
+    named = sorted({name for _, _, name in entries if name})
+    names = named if names is None else names
+    ids = _ids(names)
+    rows = (
+        Row(file, _find_class(where, name, names, ids) if named else None) for where, file, name in entries
+    )
+    return Rows(rows, names or None)
+
+
+def _ids(names: Sequence[str]) -> dict[str, int]:
+    """Ids by class name; a space equals an underscore."""
     ids = {name.replace("_", " "): i for i, name in enumerate(names)}
-    ids |= {name: i for i, name in enumerate(names)}
-    rows = Rows(class_names=names or None)
-    for where, file, name in entries:
-        label = ids.get(name, ids.get(name.replace("_", " ")))
-        if given and label is None:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-            raise ListError(
-                f"{where}: found class {name!r}, expected one of {len(names)} class names, nearest {near}"
-            )
-        rows.append(Row(file, label))
-    return rows
+    return ids | {name: i for i, name in enumerate(names)}
 
 
-def _kinetics(path: Path, text: str, root: StrPath | None) -> list[Entry]:
-    """Official Kinetics csv; a file is root/class/id_start_end.mp4 or in a near spelling of it."""
-    if root is None:
-        raise ListError(f"{path}: found a Kinetics csv, expected a video root for it (data.root)")
-    reader = csv.reader(io.StringIO(text), strict=True)
+def _find_class(where: str, name: str, names: Sequence[str], ids: dict[str, int]) -> int:
+    label = ids.get(name, ids.get(name.replace("_", " ")))
+    if label is None:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        raise ListError(
+            f"{where}: found class {name!r}, expected one of {len(names)} class names, nearest {near}"
+        )
+    return label
+
+
+def _read_csv(source: Source, kind: str, required: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """(where it stands, {column: text}) of each line below the header."""
+    path = source.path
+    if source.root is None:
+        raise ListError(f"{path}: found a {kind} csv, expected a video root for it (data.root)")
+    reader = csv.reader(io.StringIO(source.text), strict=True)
     try:
         lines = [(reader.line_num, fields) for fields in reader if any(map(str.strip, fields))]
     except csv.Error as error:
         raise ListError(f"{path}:{reader.line_num}: found {error}, expected valid csv") from error
     (number, header), *lines = lines
-    columns = {name.strip(): i for i, name in enumerate(header)}
-    if not lines or not columns.keys() >= set(KINETICS_COLUMNS):
+    columns = [name.strip() for name in header]
+    if not lines or not set(columns) >= set(required):
         raise ListError(
             f"{path}:{number}: found columns {header} and {len(lines)} rows, "
-            f"expected columns {', '.join(KINETICS_COLUMNS)} and some rows"
+            f"expected columns {', '.join(required)} and some rows"
         )
+    for number, fields in lines:
+        if len(fields) != len(header):
+            raise ListError(f"{path}:{number}: found {len(fields)} fields, expected {len(header)}")
+        yield f"{path}:{number}", dict(zip(columns, map(str.strip, fields), strict=True))
+
+
+def _read_kinetics(source: Source) -> Rows:
+    """Official Kinetics csv; a file is root/class/id_start_end.mp4 or in a near spelling of it."""
 
     @functools.cache
     def folders(name: str) -> list[str]:
         spellings = dict.fromkeys((name, name.replace(" ", "_"), name.replace("_", " "), ""))
-        return [os.path.join(root, spelling) for spelling in spellings]
+        return [os.path.join(source.root, spelling) for spelling in spellings]
 
     listing = functools.cache(_names_in)
     entries = []
-    for number, fields in lines:
-        where = f"{path}:{number}"
-        if len(fields) != len(header):
-            raise ListError(f"{where}: found {len(fields)} fields, expected {len(header)}")
-        video, *times = (fields[columns[name]].strip() for name in KINETICS_COLUMNS)
+    for where, fields in _read_csv(source, "Kinetics", KINETICS_COLUMNS):
+        video, *times = (fields[name] for name in KINETICS_COLUMNS)
         start, end = (re.fullmatch(r"([0-9]{1,9})(\.0*)?", time) for time in times)
         if not (video and start and end):
             raise ListError(
                 f"{where}: found youtube_id {video!r}, times {' and '.join(map(repr, times))}, "
                 "expected an id and whole seconds"
             )
-        name = fields[columns["label"]].strip() if "label" in columns else ""
+        name = fields.get("label", "")
         stems = (f"{video}_{int(start[1]):06d}_{int(end[1]):06d}", video)
-        files = [stem + suffix for stem in stems for suffix in KINETICS_SUFFIXES]
+        files = [stem + suffix for stem in stems for suffix in SUFFIXES]
         entries.append((where, _first(folders(name), files, listing), name))
-    return entries
+    return _by_name(_inside(source.root, entries), source.names)
 
 
-def _something(path: Path, text: str, root: StrPath | None) -> list[Entry]:
+def _read_charades(source: Source) -> Rows:
+    """Official Charades csv, several classes a video; a file is root/id.mp4.
+
+    `actions` is e.g. "c092 11.90 21.20;c147 0.00 12.60", of which the classes are taken and not the times.
+    """
+    listing = functools.cache(_names_in)
+    entries, targets = [], []
+    for where, fields in _read_csv(source, "Charades", CHARADES_COLUMNS):
+        actions = [action.split()[0] for action in fields["actions"].split(";") if action.strip()]
+        if not fields["id"] or not all(re.fullmatch("c[0-9]{3}", action) for action in actions):
+            raise ListError(
+                f"{where}: found id {fields['id']!r}, actions {fields['actions'][:200]!r}, "
+                "expected an id and actions such as c092 11.90 21.20;c147 0.00 12.60"
+            )
+        files = [fields["id"] + suffix for suffix in SUFFIXES]
+        entries.append((where, _first([os.fspath(source.root)], files, listing), ""))
+        targets.append(tuple(sorted({_class_id(where, action[1:], source.names) for action in actions})))
+    rows = zip(_inside(source.root, entries), targets, strict=True)
+    return Rows((Row(file, target) for (_, file, _), target in rows), source.names)
+
+
+def _is_json(source: Source) -> bool:
+    starts = re.match(r'\s*(\[\s*[{\]]|\{\s*["}])', source.text)
+    return source.path.suffix.lower() == ".json" or starts is not None
+
+
+def _read_something(source: Source) -> Rows:
     """Official Something-Something V2 json; a class is a template without its brackets."""
+    path, text = source.path, source.text
     items = _parse_json(path, text)
     if not isinstance(items, list) or not items:
         raise ListError(
             f"{path}: found a json {type(items).__name__} of {text.strip()[:60]!r}, "
             "expected a list of Something-Something items"
         )
-    if root is None:
+    if source.root is None:
         raise ListError(f"{path}: found a json list, expected a video root for it (data.root)")
     listing = functools.cache(_names_in)
     entries = []
@@ -257,9 +362,13 @@ def _something(path: Path, text: str, root: StrPath | None) -> list[Entry]:
                 f"{path}: item {i}: found {str(item)[:200]!r}, expected an object with an id "
                 "and, unless for testing, a template"
             )
-        file = _first([os.fspath(root)], [f"{video}.webm", f"{video}.mp4", f"{video}"], listing)
+        files = [f"{video}.webm", f"{video}.mp4", f"{video}"]
+        file = _first([os.fspath(source.root)], files, listing)
         entries.append((f"{path}: item {i}", file, re.sub(r"[\[\]]", "", template)))
-    return entries
+    names = source.names
+    if names is None:
+        names = _something_names(path, source.labels, needed=any(name for _, _, name in entries))
+    return _by_name(_inside(source.root, entries), names)
 
 
 def _something_names(path: Path, labels: StrPath | None, needed: bool) -> list[str] | None:
@@ -284,9 +393,11 @@ def _something_names(path: Path, labels: StrPath | None, needed: bool) -> list[s
     return sorted(table, key=lambda name: int(table[name]))
 
 
-def _class_folders(path: Path) -> list[Entry]:
+def _read_folders(source: Source) -> Rows:
     """Videos, images and frame folders of each sub-folder, whose name is their class."""
-    entries = []
+    path, entries = source.path, []
+    if not path.is_dir():
+        raise ListError(f"{path}: found no folder, expected one of class folders")
     for folder in filter(os.DirEntry.is_dir, _visible(path)):
         files = [file.path for file in _visible(folder) if _is_readable(file)]
         if not files:
@@ -294,7 +405,7 @@ def _class_folders(path: Path) -> list[Entry]:
         entries += [(file, file, folder.name) for file in files]
     if not entries:
         raise ListError(f"{path}: found no sub-folders, expected one for each class")
-    return entries
+    return _by_name(entries, source.names)
 
 
 def _is_readable(entry: os.DirEntry[str]) -> bool:
@@ -303,28 +414,24 @@ def _is_readable(entry: os.DirEntry[str]) -> bool:
     return entry.name.lower().endswith(MEDIA)
 
 
-def _sharded(shards: Sequence[str], names: list[str] | None) -> Rows:
+def _read_shards(source: Source) -> Rows:
     """Rows of shards; ids are those of the class names beside the shards, where there are some."""
-    own, found = _shards_names(shards), index_shards(shards)
-    limit = own or names
-    for path, label, _ in found:
-        if type(label) is not type(found[0].label):
-            first = f"label {found[0].label!r} of {found[0].path}"
+    if not source.shards:
+        raise ListError(f"{source.path}: found no tar files, expected WebDataset shards")
+    beside, samples = _shards_names(source.shards), index_shards(source.shards)
+    for path, label, _ in samples:
+        if type(label) is not type(samples[0].label):
+            first = f"label {samples[0].label!r} of {samples[0].path}"
             raise ListError(f"{path}: found label {label!r} and {first}, expected all of a kind, or none")
-        if isinstance(label, int) and limit is not None and label >= len(limit):
-            raise ListError(
-                f"{path}: found label {label}, expected one below {len(limit)}, "
-                "the number of class names (labels start at 0)"
-            )
-    named = own is not None or any(isinstance(sample.label, str) for sample in found)
-    rows = Rows((Row(path, label, None, place) for path, label, place in found), names)
-    if not named:
-        return rows
-    labels = (own[label] if isinstance(label, int) else label or "" for _, label, _ in found)
-    entries = [(row.path, row.path, label) for row, label in zip(rows, labels, strict=True)]
-    ids = _by_name(entries, own if names is None else names)
-    both = zip(rows, ids, strict=True)
-    return Rows((replace(row, label=by_name.label) for row, by_name in both), ids.class_names)
+        if isinstance(label, int):
+            _check_id(path, label, beside or source.names)
+    if beside is None and not any(isinstance(sample.label, str) for sample in samples):
+        return Rows((Row(path, label, None, place) for path, label, place in samples), source.names)
+    labels = (beside[label] if isinstance(label, int) else label or "" for _, label, _ in samples)
+    entries = [(path, path, label) for (path, *_), label in zip(samples, labels, strict=True)]
+    rows = _by_name(entries, beside if source.names is None else source.names)
+    both = zip(rows, samples, strict=True)
+    return Rows((Row(row.path, row.target, None, sample.place) for row, sample in both), rows.class_names)
 
 
 def _shards_names(shards: Sequence[str]) -> list[str] | None:
@@ -368,6 +475,10 @@ def _unquote(text: str) -> str:
     return text[1:-1].replace('""', '"') if quoted else text
 
 
+def _is_media(path: str) -> bool:
+    return path.removesuffix(",").rstrip().strip('"').lower().endswith(MEDIA)
+
+
 def _is_count(text: str) -> bool:
     return re.fullmatch("[0-9]{1,9}", text) is not None
 
@@ -388,3 +499,23 @@ def _read_text(path: StrPath) -> str:
         line = error.object.count(b"\n", 0, error.start) + 1
         byte = error.object[error.start]
         raise ListError(f"{path}:{line}: found byte {byte:#04x}, expected UTF-8 text") from error
+
+
+class Format(NamedTuple):
+    """A kind of list: its name (data.format), whether a source is one, its rows."""
+
+    name: str
+    recognises: Callable[[Source], object]
+    read: Callable[[Source], Rows]
+
+
+# Asked in this order.
+FORMATS = (
+    Format("shards", lambda source: source.shards, _read_shards),
+    Format("folders", lambda source: source.path.is_dir(), _read_folders),
+    Format("something", _is_json, _read_something),
+    Format("kinetics", lambda source: {"youtube_id", "time_start"} & source.columns(), _read_kinetics),
+    Format("charades", lambda source: set(CHARADES_COLUMNS) <= source.columns(), _read_charades),
+    Format("multilabel", _is_multilabel, _read_multilabel),
+    Format("lines", lambda source: True, _read_lines),
+)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .annotations import Row
+from .annotations import class_ids
 from .decode import DecodeError, open_video
 from .guard import GivenUp, guarded_map
+from .rows import Row
 
 KINDS = ("missing", "unreadable", "short", "mislabelled", "duplicate")
 HEAD = 1 << 16  # bytes that tell contents apart, with the size
@@ -67,7 +68,7 @@ def check_files(
 ) -> list[Finding]:
     """What is wrong with the files, each looked at once, in the first split that has it; `tick` counts.
 
-    Of a content that two splits have, the file of the later one is told.
+    Of a content that two splits have, the file of the later one is reported.
     """
     rows: dict[str, tuple[str, Row]] = {}
     for split, listed in splits.items():
@@ -98,19 +99,22 @@ def check_labels(splits: dict[str, Sequence[Row]], class_names: Sequence[str]) -
     """Labels out of range, classes without videos, and rows that stand in a list, or in two, twice."""
     first: dict[str, str] = {}
     for split, rows in splits.items():
-        labels = {row.label for row in rows if row.label is not None}
+        seen = set()
         for row in rows:
-            if row.label is not None and not 0 <= row.label < len(class_names):
-                cause = f"{row.path}: label {row.label} is not below {len(class_names)}"
-                yield Finding(split, row.path, "mislabelled", cause)
+            ids = class_ids(row.target)
+            seen.update(ids)
+            for label in ids:
+                if not 0 <= label < len(class_names):
+                    cause = f"{row.path}: label {label} is not below {len(class_names)}"
+                    yield Finding(split, row.path, "mislabelled", cause)
             path = os.path.realpath(row.path)
             if path in first:
                 yield Finding(split, row.path, "duplicate", f"{row.path}: stands in {first[path]} already")
             first.setdefault(path, split)
-        if labels:
-            for label in sorted(set(range(len(class_names))) - labels):
-                cause = f"class {label}, {class_names[label]!r}, has no videos in {split}"
-                yield Finding(split, "", "mislabelled", cause)
+        missing = sorted(set(range(len(class_names))) - seen) if seen else ()
+        for label in missing:
+            cause = f"class {label}, {class_names[label]!r}, has no videos in {split}"
+            yield Finding(split, "", "mislabelled", cause)
 
 
 def summary(splits: dict[str, Sequence[Row]], findings: Iterable[Finding]) -> str:

@@ -1,65 +1,39 @@
-"""Rows become batches: samples by (epoch, index), each with its own seed; collate, samplers, loader."""
+"""Rows become batches: samples by (epoch, index), each with its own seed; samplers, loader."""
 
 import functools
+import gc
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import InputError
-from .annotations import Row
+from .batch import Sample, collate
 from .decode import DecodeError, KeptVideo, Video, open_video
 from .guard import GivenUp, Guard
-from .transforms import empty
+from .rows import Row
+from .sampling import mixed_seed, permuted
 from .views import TestViews, TrainViews
-
-SUBSTITUTES = 10  # rows tried for one sample: where all fail, the cause is a wrong path
-
-
-class Sample(NamedTuple):
-    """One video's views: clips uint8 (V, 3, T, H, W), labels (V,); and what could not be read."""
-
-    index: int
-    clips: Tensor | None
-    labels: Tensor | None
-    failures: list[tuple[str, str]]  # (path, cause)
-
-
-@dataclass
-class Batch:
-    """B videos: indices (B,), clips uint8 (B, V, 3, T, H, W), labels (B, V), and unreadable files."""
-
-    indices: Tensor
-    clips: Tensor | None
-    labels: Tensor | None
-    failures: list[tuple[str, str]] = field(default_factory=list)
-    failed: list[int] = field(default_factory=list)
-
-    def pin_memory(self):
-        if self.clips is not None:
-            self.clips, self.labels = self.clips.pin_memory(), self.labels.pin_memory()
-        return self
 
 
 class VideoDataset(Dataset):
     """Item (epoch, index) -> Sample. All randomness of an item comes from (seed, epoch, index).
 
-    substitute: in training, the next row stands in for an unreadable one, and the failure is told. In
-        scoring nothing stands in: a sample without clips is the failure.
+    encode: a row's target -> what the views carry and batches stack (a task's `encode`).
+    substitute: in training, rows drawn at random stand in for an unreadable one until one can be read; the
+        failures are told. A sample without clips is one for which more than `max_unreadable` of all rows
+        failed. In scoring nothing stands in: a sample without clips is the failure.
     timeout: seconds after which a video is given up as unreadable, also within a native call; a crash of
         the decoder makes its file unreadable, too. None: videos are read in this process, unguarded.
     keep: every process that reads keeps all frames of the videos it has read; one with an unreadable
         frame is unreadable.
-    A row without a label has label -1.
     """
 
     def __init__(
@@ -67,14 +41,17 @@ class VideoDataset(Dataset):
         rows: Sequence[Row],
         views: TrainViews | TestViews,
         *,
+        encode: Callable[[Any], Any] = lambda target: target,
         decoder: str = "av",
         seed: int = 0,
         substitute: bool = False,
         timeout: float | None = None,
         keep: bool = False,
+        max_unreadable: float = 1.0,
     ):
-        self.rows, self.views, self.decoder = rows, views, decoder
+        self.rows, self.views, self.encode, self.decoder = rows, views, encode, decoder
         self.seed, self.substitute, self.keep = seed, substitute, keep
+        self.max_unreadable = max_unreadable
         self._guarded = self._read if timeout is None else Guard(self._read, timeout)
 
     def __len__(self) -> int:
@@ -84,30 +61,26 @@ class VideoDataset(Dataset):
         epoch, index = item
         seed = mixed_seed(self.seed, epoch, index)
         failures = []
-        for row in self._candidates(index):
-            path = self.rows[row].path
+        for row in self._candidates(index, seed):
             try:
-                clips, labels = self._guarded(row, seed)
-                return Sample(index, torch.from_numpy(clips), torch.from_numpy(labels), failures)
-            except DecodeError as error:
-                failures.append((path, str(error)))
-            except GivenUp as error:
-                failures.append((path, f"{path}: {error}"))
-        return Sample(index, None, None, failures)
+                clips, targets = self._guarded(row, seed)
+                return Sample(index, torch.from_numpy(clips), targets, failures)
+            except (DecodeError, GivenUp) as error:
+                path = self.rows[row].path
+                cause = str(error) if isinstance(error, DecodeError) else f"{path}: {error}"
+                failures.append((path, cause))
+            if len(failures) > self.max_unreadable * len(self):
+                break
+        return Sample(index, None, [], failures)
 
-    def _candidates(self, index: int) -> list[int]:
-        """The row, and the rows that stand in for it: the next one, then ever farther ones.
+    def _candidates(self, index: int, seed: int) -> Iterator[int]:
+        """The row, then in training all others: from anywhere, as bad files often lie side by side."""
+        yield index
+        if self.substitute:
+            yield from (row for row in permuted(len(self), seed) if row != index)
 
-        Unreadable files often lie side by side (a class folder that is missing).
-        """
-        if not self.substitute:
-            return [index]
-        steps = [*(2**i - 1 for i in range(SUBSTITUTES)), *range(SUBSTITUTES)]
-        rows = dict.fromkeys((index + step) % len(self) for step in steps)
-        return list(rows)[:SUBSTITUTES]
-
-    def _read(self, index: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Clips and labels of one row. Raises DecodeError; any other error, too, names the file."""
+    def _read(self, index: int, seed: int) -> tuple[np.ndarray, list]:
+        """Clips and targets of one row. Raises DecodeError; any other error, too, names the file."""
         row = self.rows[index]
         try:
             with (
@@ -119,12 +92,12 @@ class VideoDataset(Dataset):
                         f"{row.path}: the list says {row.num_frames} frames, there are {video.num_frames}"
                     )
                 torch.manual_seed(seed)
-                clips, labels = self.views(video, -1 if row.label is None else row.label)
+                clips, targets = self.views(video, self.encode(row.target))
         except InputError:
             raise
         except Exception as error:  # a bug, not the file's fault: raised on, but with the file's name
             raise RuntimeError(f"{row.path}: {type(error).__name__}: {error}") from error
-        return clips.contiguous().numpy(), labels.numpy()
+        return clips.contiguous().numpy(), targets
 
 
 def _open(row: Row, decoder: str) -> Video:
@@ -139,23 +112,12 @@ def open_kept(row: Row, decoder: str) -> Video:
         return KeptVideo(video, Path(row.path))
 
 
-def collate(samples: list[Sample]) -> Batch:
-    read = [s for s in samples if s.clips is not None]
-    clips = [s.clips for s in read]
-    return Batch(
-        indices=torch.tensor([s.index for s in read], dtype=torch.long),
-        clips=torch.stack(clips, out=empty((len(clips), *clips[0].shape))) if read else None,
-        labels=torch.stack([s.labels for s in read]) if read else None,
-        failures=[failure for s in samples for failure in s.failures],
-        failed=[s.index for s in samples if s.clips is None],
-    )
-
-
 class TrainSampler(Sampler):
-    """(epoch, index) in an order that (seed, epoch) shuffles; each rank its share, in whole batches.
+    """(epoch, index) in an order that (seed, epoch) shuffles; each rank its share, in whole updates.
 
-    The last, incomplete round of batches over all ranks is dropped, as is usual in training; a set smaller
-    than one round is repeated up to one.
+    An update takes `batch_size` x `accumulate` x `world` rows, the same ones however they are dealt to
+    batches and ranks. The last, incomplete update of an epoch is dropped, as is usual in training; a set
+    smaller than one update is repeated up to one.
     shards: the rows of each tar file, where rows lie in some. They are then shuffled in two steps, so that
         a disk or network is read file by file: the files are put in a random order and dealt to the ranks
         in one piece each, which is shuffled `buffer` rows at a time.
@@ -167,19 +129,21 @@ class TrainSampler(Sampler):
         *,
         batch_size: int,
         seed: int,
+        accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
         shards: Sequence[range] = (),
         buffer: int = 10_000,
     ):
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world = rank, world
+        self.accumulate, self.rank, self.world = accumulate, rank, world
         self.shards, self.buffer = shards, buffer
         self.epoch = 0
         self.batches_done = 0  # of this epoch: a resumed run goes on behind them
 
     def __len__(self) -> int:
-        return max(self.length // (self.batch_size * self.world), 1) * self.batch_size
+        update = self.batch_size * self.accumulate
+        return max(self.length // (update * self.world), 1) * update
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
@@ -204,17 +168,24 @@ class TrainSampler(Sampler):
 
 def shards_of(rows: Sequence[Row]) -> list[range]:
     """The rows of each shard, in order; none where some row is a file of its own."""
-    if any(row.place is None for row in rows):
+    names = [row.place and row.place.shard for row in rows]
+    if None in names:
         return []
-    runs = groupby(range(len(rows)), key=lambda i: rows[i].place.shard)
-    return [range(run[0], run[-1] + 1) for run in (list(run) for _, run in runs)]
+    runs = [list(run) for _, run in groupby(range(len(names)), key=names.__getitem__)]
+    return [range(run[0], run[-1] + 1) for run in runs]
 
 
 class TestSampler(Sampler):
     """Every index once over all ranks: rank r has r, r + world, ... Nothing is padded or repeated."""
 
     def __init__(self, length: int, *, rank: int = 0, world: int = 1):
-        self.indices = range(length)[rank::world]
+        self.length, self.rank, self.world = length, rank, world
+        self.leave_out(frozenset())
+
+    def leave_out(self, done: Collection[int]) -> None:
+        """The next pass is over the other indices: these were scored before."""
+        left = [index for index in range(self.length) if index not in done] if done else range(self.length)
+        self.indices = left[self.rank :: self.world]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -224,8 +195,19 @@ class TestSampler(Sampler):
 
 
 def make_loader(
-    dataset: VideoDataset, sampler: Sampler, *, batch_size: int, workers: int, pin_memory: bool
+    dataset: VideoDataset,
+    sampler: Sampler,
+    *,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+    persistent: bool = True,
+    prefetch: int = 2,
 ) -> DataLoader:
+    """Batches by `workers` processes, each `prefetch` batches ahead.
+
+    persistent: they stay from pass to pass (training); else they end with each, and free their memory.
+    """
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -233,18 +215,18 @@ def make_loader(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        persistent_workers=workers > 0,
+        persistent_workers=persistent and workers > 0,
+        prefetch_factor=prefetch if workers else None,
         worker_init_fn=_start_worker,
     )
 
 
-def mixed_seed(*numbers: int) -> int:
-    """One well-mixed 63-bit seed of several numbers (numpy's SeedSequence)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
 def _start_worker(worker: int) -> None:
-    """One thread; and signals that are sent to all processes of a job are the main process's to answer."""
+    """One thread; and signals that are sent to all processes of a job are the main process's to answer.
+
+    What the parent made is left to it: a garbage collection here would copy every page of it.
+    """
+    gc.freeze()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS

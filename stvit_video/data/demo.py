@@ -8,7 +8,6 @@ nothing of the class, and a class played backwards is its opposite.
 
 import json
 import multiprocessing
-import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..files import written_whole
 
 CLASSES = (
     "grow",
@@ -33,6 +33,7 @@ WIDTH, HEIGHT, FPS = 64, 48, 16
 ROOM = 16  # pixels: the middle of a shape stays within this central square
 RADII = (12.0, 23.0)  # the smallest and the largest in pixels: where growing starts anew
 ENCODER = {"crf": "18", "preset": "veryfast", "threads": "1"}
+MARKER = "demo.json"  # in a folder that this made
 SETTINGS = {"version": 9, "train": 2400, "test": 320, "seed": 0}
 
 
@@ -45,38 +46,31 @@ def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
     rendering is replaced; another folder at `root` is an InputError.
     """
     root = Path(root)
-    marker = root / "demo.json"
-    if is_demo(root) and marker.read_text() == json.dumps(SETTINGS):
+    if is_demo(root) and (root / MARKER).read_text() == json.dumps(SETTINGS):
         return root
     if root.exists() and not is_demo(root):
         raise InputError(f"{root} exists and was not made by the demo renderer: not replaced")
-    part = root.with_name(root.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    jobs = [(part, split, i) for split in ("train", "test") for i in range(SETTINGS[split])]
-    for split in ("train", "test"):
-        for name in CLASSES:
-            (part / split / name).mkdir(parents=True)
-    with multiprocessing.Pool(workers) as pool:
-        done = pool.imap_unordered(_render_job, jobs, chunksize=16)
-        for _ in tqdm(done, total=len(jobs), desc=f"rendering {root}", unit="clip"):
-            pass
-    root.mkdir(exist_ok=True)
-    marker.write_text("{}")  # until all is in its place, the folder is ours but not complete
-    for split in ("train", "test"):
-        shutil.rmtree(root / split, ignore_errors=True)
-        (part / split).rename(root / split)
-        files = sorted(root.glob(f"{split}/*/*.mp4"))
-        lines = [f"{p.relative_to(root)} {SHAPES.index(p.stem.partition('_')[2])}\n" for p in files]
-        (root / f"{split}_by_shape.txt").write_text("".join(lines))
-    (root / "shapes.txt").write_text("".join(f"{shape}\n" for shape in SHAPES))
-    part.rmdir()
-    marker.write_text(json.dumps(SETTINGS))
+    with written_whole(root) as part:
+        for split in ("train", "test"):
+            for name in CLASSES:
+                (part / split / name).mkdir(parents=True)
+        jobs = [(part, split, i) for split in ("train", "test") for i in range(SETTINGS[split])]
+        with multiprocessing.Pool(workers) as pool:
+            done = pool.imap_unordered(_render_job, jobs, chunksize=16)
+            for _ in tqdm(done, total=len(jobs), desc=f"rendering {root}", unit="clip"):
+                pass
+        for split in ("train", "test"):
+            files = sorted(part.glob(f"{split}/*/*.mp4"))
+            lines = [f"{p.relative_to(part)} {SHAPES.index(p.stem.partition('_')[2])}\n" for p in files]
+            (part / f"{split}_by_shape.txt").write_text("".join(lines))
+        (part / "shapes.txt").write_text("".join(f"{shape}\n" for shape in SHAPES))
+        (part / MARKER).write_text(json.dumps(SETTINGS))
     return root
 
 
 def is_demo(root: Path) -> bool:
     """Whether `root` was made by `prepare_demo`."""
-    return (root / "demo.json").exists()
+    return (root / MARKER).exists()
 
 
 def _render_job(job: tuple[Path, str, int]) -> None:

@@ -5,6 +5,7 @@ is a fork, made when it is first needed; results come back through shared memory
 """
 
 import ctypes
+import gc
 import mmap
 import os
 import pickle
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
@@ -48,20 +50,18 @@ class Guard:
 
     def __call__(self, *args: Any) -> Any:
         with self._lock:
-            # Away while it works: after an interruption its late answer must not pass for the next one.
+            # Away while it works: after an interruption its late result must not pass for the next one.
             child, self._child = self._child, None
             if child is None or not child.lives():
                 child = Child(self.function)
             try:
-                child.send(args)
-                if not child.link.poll(self.timeout):
-                    raise GivenUp(_too_long(self.timeout))
-                answer = child.answer()
+                child.send(args, self.timeout)
+                [(_, result)] = finished([child])
             except BaseException:
                 child.end()
                 raise
-            self._child = child
-        return answer()
+            self._child = None if child.link.closed else child
+        return result()
 
     def close(self) -> None:
         self._child = None
@@ -75,36 +75,46 @@ def guarded_map(
 ) -> Iterator[tuple[Any, Any]]:
     """(item, function(item) or the GivenUp) of each item, as they come, `workers` at a time."""
     waiting, idle = deque(items), []
-    working: dict[Connection, tuple[Child, Any, float]] = {}
+    working: dict[Child, Any] = {}
     try:
         while waiting or working:
             while waiting and len(working) < workers:
                 child = idle.pop() if idle else Child(function)
-                item = waiting.popleft()
-                child.send((item,))
-                working[child.link] = child, item, time.monotonic() + (timeout or float("inf"))
-            soonest = min(deadline for *_, deadline in working.values()) - time.monotonic()
-            for link in wait(list(working), None if timeout is None else max(soonest, 0)):
-                child, item, _ = working.pop(link)
-                try:
-                    answer = child.answer()
-                except GivenUp as crash:
-                    yield item, crash
-                else:
+                working[child] = waiting.popleft()
+                child.send((working[child],), timeout)
+            for child, result in finished(working):
+                item = working.pop(child)
+                if not child.link.closed:
                     idle.append(child)
-                    yield item, answer()
-            for link, (child, item, deadline) in list(working.items()):
-                if deadline < time.monotonic() and not link.poll():
-                    del working[link]
-                    child.end()
-                    yield item, GivenUp(_too_long(timeout))
+                try:
+                    yield item, result()
+                except GivenUp as cause:
+                    yield item, cause
     finally:
-        for child in (*idle, *(child for child, *_ in working.values())):
+        for child in (*idle, *working):
             child.end()
 
 
+def finished(working: Iterable["Child"]) -> list[tuple["Child", Callable[[], Any]]]:
+    """Waits for one or more that have answered, crashed or run out of time; -> what gives their results.
+
+    Those that crashed or ran out of time have been ended; their result is to raise GivenUp.
+    """
+    working, results = list(working), []
+    while not results:
+        left = min(child.deadline for child in working) - time.monotonic()
+        ready = wait([child.link for child in working], None if left == float("inf") else max(left, 0))
+        for child in working:
+            if child.link in ready:
+                results.append((child, child.result()))
+            elif child.deadline < time.monotonic():
+                child.end()
+                results.append((child, partial(_raise, GivenUp(_too_long(child.timeout)))))
+    return results
+
+
 class Child:
-    """A process that answers calls of one function, one after the other."""
+    """A process that makes calls of one function, one after the other."""
 
     def __init__(self, function: Callable):
         self.link, its_link = Pipe()
@@ -120,19 +130,22 @@ class Child:
         """Whether it is this process's child, and has not ended (it ends with the thread that made it)."""
         return self.owner == os.getpid() and self._status() is None
 
-    def send(self, args: tuple) -> None:
+    def send(self, args: tuple, timeout: float | None) -> None:
+        """Begin a call, which has `timeout` seconds (None: any time)."""
+        self.timeout = timeout
+        self.deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
         self.link.send(args)
 
-    def answer(self) -> Callable[[], Any]:
-        """What returns or raises what the function did. Raises GivenUp where the process crashed."""
+    def result(self) -> Callable[[], Any]:
+        """What returns or raises what the function did; GivenUp where the process crashed."""
         try:
             outcome, content, sizes = self.link.recv()
         except (EOFError, ConnectionError):
-            raise GivenUp(f"the decoder crashed ({self.end(patience=1)})") from None
-        if outcome == "returned":
-            result = pickle.loads(content, buffers=self.memory.read(sizes))
-            return lambda: result
-        return lambda: _raise(content)
+            return partial(_raise, GivenUp(f"the decoder crashed ({self.end(patience=1)})"))
+        if outcome == "failed":
+            return partial(_raise, content)
+        result = pickle.loads(content, buffers=self.memory.read(sizes))
+        return lambda: result
 
     def end(self, patience: float = 0.0) -> str:
         """Reap it, killed if it does not end by itself within `patience` seconds; -> how it ended."""
@@ -185,17 +198,17 @@ class SharedMemory:
         sizes = [part.size for part in parts]
         if sum(sizes) > self.size:
             self.file.truncate(sum(sizes))
-        start, whole = 0, self._map(sum(sizes))
+        start, mapped = 0, self._map(sum(sizes))
         for part in parts:
-            whole[start : start + part.size] = part
+            mapped[start : start + part.size] = part
             start += part.size
         return sizes
 
     def read(self, sizes: list[int]) -> list[np.ndarray]:
         """Called by the parent; -> copies, which the next result does not touch."""
-        whole = self._map(sum(sizes))
+        mapped = self._map(sum(sizes))
         ends = np.cumsum(sizes).tolist()
-        return [whole[end - size : end].copy() for end, size in zip(ends, sizes, strict=True)]
+        return [mapped[end - size : end].copy() for end, size in zip(ends, sizes, strict=True)]
 
     def _map(self, size: int) -> np.ndarray:
         if size > self.size:
@@ -210,26 +223,28 @@ def _serve(function: Callable, link: Connection, memory: SharedMemory, parent: i
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+        gc.freeze()  # what the parent made is left to it: a collection here would copy all its pages
         torch.set_num_threads(1)  # the parent's pool of threads is not in a fork
         while os.getppid() == parent:
             args = link.recv()
             buffers: list[pickle.PickleBuffer] = []
             try:
-                result = pickle.dumps(function(*args), 5, buffer_callback=buffers.append)
-                answer = ("returned", result, memory.write(buffers))
+                content = pickle.dumps(function(*args), 5, buffer_callback=buffers.append)
+                message = ("returned", content, memory.write(buffers))
             except InputError as error:
-                answer = ("refused", error, [])
+                message = ("failed", error, [])
             except Exception as error:  # whatever it is, the parent raises it
-                answer = ("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}", [])
-            link.send(answer)
+                cause = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+                message = ("failed", RuntimeError(cause), [])
+            link.send(message)
     except (EOFError, ConnectionError):
         pass  # the parent has gone, or closed
     finally:
         os._exit(0)
 
 
-def _raise(content: InputError | str) -> NoReturn:
-    raise content if isinstance(content, InputError) else RuntimeError(content)
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _too_long(timeout: float) -> str:

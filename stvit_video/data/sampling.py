@@ -1,10 +1,27 @@
-"""Which frames: integers in, integers out. No file is opened here.
+"""Which frames, and which rows: integers in, integers out. No file is opened here.
 
 A clip's place in its video is a number `at` from 0 to 1: 0 is the earliest clip, which starts at the first
 frame, and 1 the latest, which ends at the last. Training draws it; scoring spreads it: `test_positions`.
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One well-mixed 63-bit seed of several numbers (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def permuted(length: int, seed: int) -> Iterator[int]:
+    """The numbers below `length` in random order, each drawn when it is asked for (Fisher-Yates)."""
+    draw, moved = random.Random(seed), {}
+    for i in range(length):
+        j = draw.randrange(i, length)
+        yield moved.get(j, j)
+        moved[j] = moved.pop(i, i)
 
 
 def test_positions(clips: int) -> list[float]:

@@ -1,30 +1,32 @@
 """Which pixels, on torchvision.transforms.v2: one set of random parameters a clip, uint8 in and out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
+
+from ..errors import InputError
+from .batch import empty
 
 Clip = Tensor  # uint8 (T, 3, H, W)
 
 
-def empty(shape: Sequence[int]) -> Tensor:
-    """uint8, by numpy: it asks for large pages, which torch does not and which take a third of the time."""
-    return torch.from_numpy(np.empty(shape, np.uint8))
-
-
 class TrainTransform:
-    """Random resized crop, RandAugment, flip: uint8 (T, 3, H, W), label -> ((T, 3, S, S), label).
+    """Random resized crop, RandAugment, flip: uint8 (T, 3, H, W), target -> ((T, 3, S, S), target).
+
+    torchvision's tv_tensors in the target (boxes, masks), also within dicts, lists and tuples, move with
+    the pixels; they have the size of the frames. RandAugment cannot move them: InputError.
 
     scale: range of the crop's share of the area; ratio: range of its aspect ratio.
     rand_augment: (number of operations, magnitude of 10), None for none. The field's recipes name timm's
         `rand-m7-n4-mstd0.5-inc1`; torchvision's is nearest to it, without the noise on the magnitude,
         with each operation always applied (timm: half of the time), and here after the crop.
-    flip: "none", "all", or "swap": mirror the clip and take the left/right twin's label.
-    twins: class id -> class id of its mirror image, needed for "swap".
+    flip: whether half of the clips are mirrored.
+    mirror: target -> target of a mirrored clip (a left/right twin's class); None: the same.
     """
 
     def __init__(
@@ -34,8 +36,8 @@ class TrainTransform:
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (0.75, 4 / 3),
         rand_augment: tuple[int, int] | None = None,
-        flip: str = "none",
-        twins: list[int] | None = None,
+        flip: bool = False,
+        mirror: Callable[[Any], Any] | None = None,
     ):
         self.crop = v2.RandomResizedCrop(size, scale=scale, ratio=ratio, antialias=True)
         self.augment = None
@@ -47,16 +49,26 @@ class TrainTransform:
                 num_magnitude_bins=11,
                 interpolation=InterpolationMode.BILINEAR,
             )
-        self.flip, self.twins = flip, twins
+        self.flip, self.mirror = flip, mirror
 
-    def __call__(self, clip: Clip, label: int) -> tuple[Clip, int]:
-        clip = self.crop(tv_tensors.Video(clip))
+    def __call__(self, clip: Clip, target: Any) -> tuple[Clip, Any]:
+        clip, target = self.crop(tv_tensors.Video(clip), target)
         if self.augment is not None:
+            _refuse_places(target)
             clip = self.augment(clip)
-        if self.flip != "none" and torch.rand(()) < 0.5:
-            clip = v2.functional.horizontal_flip(clip)
-            label = self.twins[label] if self.flip == "swap" else label
-        return clip.as_subclass(Tensor), label
+        if self.flip and torch.rand(()) < 0.5:
+            clip, target = tree_map_only(tv_tensors.TVTensor, v2.functional.horizontal_flip, (clip, target))
+            target = target if self.mirror is None else self.mirror(target)
+        return clip.as_subclass(Tensor), target
+
+
+def _refuse_places(target: Any) -> None:
+    moving = next((leaf for leaf in tree_leaves(target) if isinstance(leaf, tv_tensors.TVTensor)), None)
+    if moving is not None:
+        raise InputError(
+            f"data.rand_augment: cannot move targets of kind {type(moving).__name__} with the pixels; "
+            "null: no RandAugment"
+        )
 
 
 class _RandAugment(v2.RandAugment):
@@ -100,14 +112,30 @@ class Normalise(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1, 1), persistent=False)
 
     def forward(self, clips: Tensor) -> Tensor:
-        return (clips.float() - self.mean) / self.std
+        """Contiguous, whatever the layout of `clips`."""
+        if clips.is_cuda:
+            return clips.contiguous().to(torch.float32, copy=True).sub_(self.mean).div_(self.std)
+        out = empty(clips.shape, torch.float32)
+        shape = clips.shape[-4:]  # clip by clip: what is written is still in the cache when it is read
+        for clip, values in zip(out.view(-1, *shape), _each(clips, len(shape)), strict=True):
+            clip.copy_(values).sub_(self.mean).div_(self.std)
+        return out
+
+
+def _each(clips: Tensor, dims: int) -> Iterator[Tensor]:
+    """The clips of a batch of any layout, in order, as views."""
+    if clips.ndim == dims:
+        yield clips
+    else:
+        for part in clips:
+            yield from _each(part, dims)
 
 
 class Mix:
     """Random erasing of each clip, then mixup or cutmix of the batch; after normalisation.
 
-    Float (B, 3, T, H, W), labels (B,) -> clips, targets: (B, K) with rows that sum to 1 where labels were
-    mixed, else the labels. Erasing draws one box a clip, the same in all its frames, filled with noise;
+    Float (B, 3, T, H, W), labels (B,) or (B, K) -> clips, targets: (B, K) where labels were mixed, else the
+    labels. Clips are changed in place. Erasing draws one box a clip, the same in all its frames, filled with noise;
     mixup and cutmix take turns at random.
 
     erasing: share of the clips; mixup, cutmix: alpha of the Beta distribution, 0 for none.
@@ -130,10 +158,22 @@ class Mix:
 
     def __call__(self, clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         clips = clips.transpose(1, 2)  # v2 works on (..., T, 3, H, W)
-        if self.erase.p:
-            clips = torch.stack([self.erase(clip) for clip in clips])
+        for clip in clips if self.erase.p else ():
+            self._erase(clip)
         if self.mixes:
             mix = self.mixes[torch.randint(len(self.mixes), ()).item()]
             clips, labels = mix(tv_tensors.Video(clips), labels)
             clips = clips.as_subclass(Tensor)
         return clips.transpose(1, 2), labels
+
+    def _erase(self, clip: Tensor) -> None:
+        """In place; the noise is drawn on the CPU, and no device is waited for until it has it."""
+        if torch.rand(1) >= self.erase.p:
+            return
+        box = self.erase.make_params([clip])
+        noise = box.pop("v")
+        if noise is None:  # no box of that size fits
+            return
+        noise = noise.pin_memory() if clip.is_cuda else noise
+        v2.functional.erase(clip, v=noise.to(clip.device, non_blocking=True), inplace=True, **box)
+

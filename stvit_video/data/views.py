@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import sampling
+from .batch import empty
 from .decode import Video
-from .transforms import TestTransform, TrainTransform, empty
+from .transforms import TestTransform, TrainTransform
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,12 @@ class TrainViews:
     transform: TrainTransform
     repeats: int = 1
 
-    def __call__(self, video: Video, label: int) -> tuple[Tensor, Tensor]:
-        """-> clips uint8 (V, 3, T, H, W), labels (V,): mirroring may change a label."""
+    def __call__(self, video: Video, target: Any) -> tuple[Tensor, list]:
+        """-> clips uint8 (V, 3, T, H, W), V targets: a crop may move one, mirroring change it."""
         indices = [self.sampling.train(video) for _ in range(self.repeats)]
         frames, clips = read_once(video, indices)
-        clips, labels = zip(*(self.transform(frames[clip], label) for clip in clips), strict=True)
-        return _stack([clip.contiguous().unbind() for clip in clips]), torch.tensor(labels)
+        views = [self.transform(frames[clip], target) for clip in clips]
+        return _stack([clip.contiguous().unbind() for clip, _ in views]), [target for _, target in views]
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,13 @@ class TestViews:
     transform: TestTransform
     clips: int = 1
 
-    def __call__(self, video: Video, label: int) -> tuple[Tensor, Tensor]:
-        """-> clips uint8 (V, 3, T, H, W), labels (V,)."""
+    def __call__(self, video: Video, target: Any) -> tuple[Tensor, list]:
+        """-> clips uint8 (V, 3, T, H, W), V times the target as it is."""
         indices = [self.sampling.test(video, at) for at in sampling.test_positions(self.clips)]
         frames, clips = read_once(video, indices)
         crops = self.transform(frames)
         views = [[crop[place] for place in clip] for clip in clips for crop in crops]
-        return _stack(views), torch.full((len(views),), label)
+        return _stack(views), [target] * len(views)
 
 
 def read_once(video: Video, clips: Sequence[list[int]]) -> tuple[Tensor, list[list[int]]]:

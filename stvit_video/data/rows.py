@@ -1,0 +1,81 @@
+"""What a list of videos says of each: a `Row`; and `Rows`, which cost a forked worker no memory."""
+
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .shards import Place
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A video, an image or a folder of frames.
+
+    target: what is to be learnt of it: a class id, several in rising order (multi-label); None: not known.
+    num_frames: None where the list does not say.
+    place: where it lies in a shard; `path` is then its name, shard/member.
+    """
+
+    path: str
+    target: Any
+    num_frames: int | None = None
+    place: "Place | None" = None
+
+    @property
+    def label(self) -> Any:
+        """The target, by its name in classification."""
+        return self.target
+
+    def contents(self) -> bytes | None:
+        """The file's bytes where it lies in a shard; None: it lies at `path`. Raises DecodeError."""
+        return None if self.place is None else self.place.read(self.path)
+
+
+def class_ids(target: Any) -> tuple[int, ...]:
+    """A target of classification as the classes in it: of one class, several, or none."""
+    return () if target is None else (target,) if isinstance(target, int) else tuple(target)
+
+
+class Rows(Sequence[Row]):
+    """Rows as one block of bytes, made into objects as they are asked for; equal to a list of them.
+
+    A worker that is forked from this process shares the block. Objects it would copy, page by page, as
+    soon as it counts references to them.
+    class_names: names by class id, None where the format carries none.
+    """
+
+    def __init__(self, rows: Iterable[Row] = (), class_names: list[str] | None = None):
+        parts = [pickle.dumps((row.path, row.target, row.num_frames, row.place), 5) for row in rows]
+        self._ends = np.cumsum([0, *map(len, parts)])
+        self._block = b"".join(parts)
+        self.class_names = class_names
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        places = range(len(self))[index]
+        if isinstance(index, slice):
+            return [self[i] for i in places]
+        start, end = self._ends[places : places + 2].tolist()
+        return Row(*pickle.loads(self._block[start:end]))
+
+    def __iter__(self) -> Iterator[Row]:
+        start = 0
+        for end in self._ends[1:]:
+            yield Row(*pickle.loads(self._block[start:end]))
+            start = end
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Rows | list):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"Rows({list(self)!r}, {self.class_names!r})"
