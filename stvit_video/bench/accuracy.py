@@ -1,7 +1,6 @@
 """What token reduction costs in accuracy and gives in speed: one recipe, one backbone, several seeds."""
 
 import contextlib
-import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence

@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from timm.utils import ModelEmaV3
 
 from ..bounds import Range
