@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -35,18 +36,27 @@ from .weights import LoadReport
 
 
 def command(function):
-    """A command that tells what its user got wrong in one line and exits with code 2."""
+    """A command that tells what its user got wrong in one line and exits with code 2.
+
+    A failure in a group of processes is printed, and ends this process at once.
+    """
 
     def run(args: Sequence[str] | None = None) -> None:
         try:
-            function(sys.argv[1:] if args is None else args)
+            distributed.recorded(function)(sys.argv[1:] if args is None else args)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            distributed.leave(2)
         except KeyboardInterrupt:
-            sys.exit(130)
-        finally:
-            distributed.stop()
+            distributed.leave(130)
+        except SystemExit as stop:
+            distributed.leave(stop.code)
+        except Exception:
+            if not distributed.in_group():
+                raise
+            traceback.print_exc()
+            distributed.leave(1)
+        distributed.stop()
 
     run.__doc__ = function.__doc__
     run.__name__ = function.__name__
@@ -61,7 +71,7 @@ def train(args: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Start anew although output holds a run.")
     config, flags = parse(parser, args)
     config = resolve(config)
-    device = distributed.start(config.device)
+    device = distributed.start(config.device, config.data.timeout)
     output = Path(config.output)
     last = output / checkpoints.LAST
     resume, damage = _find_run(output, resume=flags.resume, overwrite=flags.overwrite)
@@ -133,7 +143,7 @@ def test(args: Sequence[str]) -> None:
         config = _with_checkpoint(config, own, args)
     elif config.model.weights is None:
         raise ConfigError("nothing to score: give --checkpoint FILE or --model.weights FILE")
-    device = distributed.start(config.device)
+    device = distributed.start(config.device, config.data.timeout)
     output = Path(config.output)
     if distributed.is_main():
         _make_folder(output)
@@ -336,13 +346,14 @@ def _find_run(output: Path, *, resume: bool, overwrite: bool) -> tuple[dict | No
     values, damage = checkpoints.load_last(output)
     if values is None and held:
         raise ConfigError(f"output={output} holds {held[0]} but no {checkpoints.LAST} to continue")
-    updates = distributed.gather(None if values is None else values["update"])
-    if len(set(updates)) > 1:
-        raise checkpoints.CheckpointError(f"{output}: the ranks read checkpoints of updates {updates}")
     if distributed.is_main():
         if damage is not None:
             print(f"warning: {damage}; continuing the one before", file=sys.stderr)
-        found = "no run there yet, starting" if values is None else f"continuing after update {updates[0]}"
+        found = (
+            "no run there yet, starting"
+            if values is None
+            else f"continuing after update {values['update']}"
+        )
         print(f"{output}: {found}")
     return values, damage
 

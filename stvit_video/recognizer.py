@@ -13,7 +13,7 @@ from .data.decode import DecodeError, open_video
 from .data.guard import GivenUp, Guard
 from .data.views import TestViews
 from .engine import checkpoint
-from .engine.distributed import pick_device
+from .engine.device import pick_device
 from .engine.evaluate import use_bf16, view_scores
 from .engine.figures import draw_maps
 from .errors import InputError
