@@ -6,6 +6,7 @@ import json
 import random
 import sys
 import time
+import traceback
 from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -36,18 +37,27 @@ from .weights import LoadReport
 
 
 def command(function):
-    """A command that tells what its user got wrong in one line and exits with code 2."""
+    """A command that tells what its user got wrong in one line and exits with code 2.
+
+    A failure in a group of processes is printed, and ends this process at once.
+    """
 
     def run(args: Sequence[str] | None = None) -> None:
         try:
-            function(sys.argv[1:] if args is None else args)
+            distributed.recorded(function)(sys.argv[1:] if args is None else args)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            distributed.leave(2)
         except KeyboardInterrupt:
-            sys.exit(130)
-        finally:
-            distributed.stop()
+            distributed.leave(130)
+        except SystemExit as stop:
+            distributed.leave(stop.code)
+        except Exception:
+            if not distributed.in_group():
+                raise
+            traceback.print_exc()
+            distributed.leave(1)
+        distributed.stop()
 
     run.__doc__ = function.__doc__
     run.__name__ = function.__name__
@@ -62,8 +72,7 @@ def train(args: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Start anew although output holds a run.")
     config, flags = parse(parser, args)
     config = resolve(config)
-    device = distributed.start(config.device, config.data.timeout)
-    set_up(device, config)
+    device = _start(config)
     output = Path(config.output)
     last = output / checkpoints.LAST
     state, damage = find_run(output, resume=flags.resume, overwrite=flags.overwrite)
@@ -110,8 +119,7 @@ def test(args: Sequence[str]) -> None:
         config = _with_checkpoint(config, own, args)
     elif config.model.weights is None:
         raise ConfigError("nothing to score: give --checkpoint FILE or --model.weights FILE")
-    device = distributed.start(config.device, config.data.timeout)
-    set_up(device, config)
+    device = _start(config)
     output = Path(config.output)
     if distributed.is_main():
         _make_folder(output)
@@ -334,6 +342,14 @@ def _with_checkpoint(config: Config, own: Config, args: Sequence[str]) -> Config
             raise ConfigError(f"--{group}.{key} {asked}: the checkpoint was made with {value}")
     data = replace(config.data, **{key: getattr(own.data, key) for key in _DATA_OF_CHECKPOINT})
     return replace(config, task=own.task, model=own.model, data=data)
+
+
+def _start(config: Config) -> torch.device:
+    """Join the other processes, if any; -> this one's device, set up."""
+    device = distributed.start(config.device, config.data.timeout)
+    if device.type == "cuda":
+        set_up(config.train.matmul, benchmark=config.model.name.startswith("ptv_"))
+    return device
 
 
 def _introduce(

@@ -5,6 +5,7 @@ SHA-256 of the whole file is put behind it as the zip file's comment: in place o
 length of 0, come the length 64 and 64 hexadecimal digits. torch.load does not mind.
 """
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -71,19 +72,24 @@ def write_torch(path: Path, values: Any) -> None:
         raise FileError(f"{path}: cannot be written ({cause.strerror})") from None
 
 
-def read_torch(path: Path) -> Any:
-    """What torch.save wrote, on the CPU: tensors and plain values only, seal or checksums compared.
+def read_torch(path: Path, *, verify: bool = True, mmap: bool = False) -> Any:
+    """What torch.save wrote, on the CPU: tensors and plain values only, and argparse's settings, which MAE
+    and VideoMAE save beside their weights.
 
-    A file of `write_torch` is refused if any byte of it has changed. Raises FileError.
+    verify: compare seal or checksums first; a file of `write_torch` is refused if any byte has changed.
+    mmap: read tensors from the file as they are used, into memory that processes share (not in the format
+        that torch wrote until 2020).
+    Raises FileError.
     """
     try:
         if not path.is_file():
             raise FileError(f"{path}: no such file")
         if path.stat().st_size == 0:
             raise FileError(f"{path}: the file is empty")
-        if broken := _damage(path):
+        if verify and (broken := _damage(path)):
             raise FileError(f"{path}: damaged, or not a checkpoint ({broken})")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileError:
         raise
     except Exception as error:  # damage can surface anywhere within zip, pickle and storages

@@ -6,8 +6,10 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import FileError, read_torch, write_torch
+from . import distributed
 
-FORMAT = "stvit_video 2"
+FORMAT = "stvit_video 3"
+READABLE = (FORMAT, "stvit_video 2")
 LAST, PREVIOUS, BEST = "last.pt", "last-previous.pt", "best.pt"
 DAMAGED = "last-damaged.pt"
 NAMES = (LAST, PREVIOUS, BEST)
@@ -43,18 +45,28 @@ def save_last(folder: Path, values: dict[str, Any]) -> None:
 def load_last(folder: Path) -> tuple[dict[str, Any] | None, CheckpointError | None]:
     """The newest undamaged checkpoint (None: there is none at all), and what is wrong with a newer one.
 
-    Raises CheckpointError if there are only damaged ones.
+    Every rank calls this, and all read the same file: the main process looks for damage, the others map the
+    sound one without looking again. Raises CheckpointError, on every rank, if there are only damaged ones.
     """
-    found = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
-    damage = []
-    for path in found:
-        try:
-            return load(path), damage[0] if damage else None
-        except CheckpointError as error:
-            damage.append(error)
-    if damage:
+    path, values, damage = _newest(folder) if distributed.is_main() else (None, None, [])
+    path, damage = distributed.from_main((path, damage))
+    if path is None and damage:
         raise CheckpointError("no checkpoint to continue: " + "; ".join(map(str, damage)))
-    return None, None
+    if path is not None and not distributed.is_main():
+        values = load(path, verify=False)
+    return values, damage[0] if damage else None
+
+
+def _newest(folder: Path) -> tuple[Path | None, dict[str, Any] | None, list[CheckpointError]]:
+    """The newest undamaged checkpoint, what it holds, and what is wrong with newer ones."""
+    damage = []
+    for path in (folder / name for name in (LAST, PREVIOUS)):
+        if path.exists():
+            try:
+                return path, load(path), damage
+            except CheckpointError as error:
+                damage.append(error)
+    return None, None, damage
 
 
 def tidy(folder: Path, *, last_is_damaged: bool) -> None:
@@ -68,19 +80,20 @@ def tidy(folder: Path, *, last_is_damaged: bool) -> None:
         os.replace(folder / LAST, folder / DAMAGED)
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     """Read what `save` wrote, on the CPU: one changed byte is noticed. Only plain values are unpickled.
 
+    verify: False, for a file that another process has verified: tensors are mapped, not read.
     Raises CheckpointError.
     """
     try:
-        values = read_torch(Path(path))
+        values = read_torch(Path(path), verify=verify, mmap=not verify)
     except FileError as error:
         raise CheckpointError(str(error)) from None
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != FORMAT:
-        told = "none is given" if found is None else f"it says {found!r}"
-        raise CheckpointError(f"{path}: not a checkpoint of this toolbox (format {FORMAT!r}; {told})")
+    form = values.get("format") if isinstance(values, dict) else None
+    if form not in READABLE:
+        said = "none is given" if form is None else f"it says {form!r}"
+        raise CheckpointError(f"{path}: not a checkpoint of this toolbox (format {FORMAT!r}; {said})")
     return values
 
 

@@ -1,25 +1,34 @@
 """One process or many: `torchrun` says which through its environment."""
 
+import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ..errors import InputError
+from .device import DTYPES, pick_device
 
-# A process that waits longer for the others gives up. Long enough for one of them to render the demo set or
-# to write a checkpoint; a process that died is noticed at once, by torchrun and by its closed connections.
+# Long enough for one process to render the demo set or to write a checkpoint while the others wait. A
+# process that died is noticed at once, by torchrun and by its closed connections.
 TIMEOUT = timedelta(minutes=10)
+SLOW_VIDEOS = 20
 
 
-def start(device: str = "auto") -> torch.device:
+def start(device: str = "auto", patience: float | None = None) -> torch.device:
     """Join the group that torchrun announces, if any; -> this process's device.
 
-    gloo on the CPU, NCCL on GPUs. `device="auto"`: this rank's GPU where there is one.
+    Tensors on the CPU, and all plain values, go through gloo, tensors on GPUs through NCCL.
+    device: "auto" is this rank's GPU where there is one.
+    patience: seconds that a video may take (`data.timeout`). A rank waits for the others 10 minutes and 20
+        times as long, so that some hung videos in a row on one rank do not end the job.
+    Raises InputError.
     """
     chosen = pick_device(device)
     if chosen.type == "cuda":
@@ -27,11 +36,11 @@ def start(device: str = "auto") -> torch.device:
     if "RANK" in os.environ:
         store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
             store=PrefixStore(_attempt(), store),
             rank=rank,
             world_size=world,
-            timeout=TIMEOUT,
+            timeout=TIMEOUT + SLOW_VIDEOS * timedelta(seconds=patience or 0),
         )
     return chosen
 
@@ -47,25 +56,46 @@ def _attempt() -> str:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """A device by name; "auto": CUDA where there is one; "cuda": this rank's. Raises InputError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device={name}: {str(error).partition(chr(10))[0]}") from None
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise InputError(f"device={name}: there are {torch.cuda.device_count()} CUDA devices here")
-    return device
-
-
 def stop() -> None:
+    """Leave the group after a success, together with the other ranks; after a failure: `leave`."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Exit with `code`; in a group at once, without clean-up.
+
+    To destroy the group waits for the other ranks, and they for this one in an exchange that it will never
+    join. Closed connections and torchrun end them instead.
+    """
+    if not dist.is_initialized():
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(code)
+
+
+def recorded(function: Callable) -> Callable:
+    """Under torchrun: `function`, whose exceptions are then in torchrun's summary of the job."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return function
+    from torch.distributed.elastic.multiprocessing.errors import record  # slow to import
+
+    return record(function)
+
+
+def in_group() -> bool:
+    """Whether other processes may wait for this one."""
+    return dist.is_initialized()
+
+
+def describe(device: torch.device, precision: str) -> str:
+    """One line for the start of a run: "device: NVIDIA H200 (cuda), bfloat16, 8 processes"."""
+    name = f"{torch.cuda.get_device_name(device)} (cuda)" if device.type == "cuda" else device.type
+    processes = "1 process" if world() == 1 else f"{world()} processes"
+    return f"device: {name}, {DTYPES[precision]}, {processes}"
 
 
 def rank() -> int:
@@ -98,7 +128,7 @@ def share(tensors: Iterable[torch.Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
-def gather(value) -> list:
+def gather(value: Any) -> list:
     """Every rank's value, in rank order, on every rank. Any picklable value."""
     if not dist.is_initialized():
         return [value]
@@ -108,15 +138,35 @@ def gather(value) -> list:
 
 
 def to_main(items: list) -> list:
-    """The items of all ranks, in rank order, on the main process; none on the others."""
-    parts = gather(items)
+    """The picklable items of all ranks, in rank order, on the main process; none on the others."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * world() if is_main() else None
+    dist.gather_object(items, parts)
     return [item for part in parts for item in part] if is_main() else []
 
 
+def from_main(value: Any) -> Any:
+    """The main process's value, on every rank. Any picklable value."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def total(values: Sequence[float], device: torch.device) -> list[float]:
-    """Sums over the ranks, the same on every rank: what ranks decide by, they decide alike."""
+    """Sums of plain numbers over the ranks, the same on every rank."""
     if not dist.is_initialized():
         return list(values)
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    sums(tensor)
+    return tensor.tolist()
+
+
+def sums(tensor: Tensor) -> None:
+    """Sums over the ranks in place, the same on every rank: what ranks decide by, they decide alike.
+
+    tensor: of any shape, on this rank's device, where it stays: the caller reads it once, with `tolist()`.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(tensor)

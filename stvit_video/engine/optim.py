@@ -21,7 +21,7 @@ def make_optimizer(
     weight_decay: float,
     layer_decay: float | None,
 ) -> torch.optim.Optimizer:
-    """AdamW. Biases, norms and `model.no_weight_decay()` are not decayed.
+    """AdamW (fused on GPUs). Biases, norms and `model.no_weight_decay()` are not decayed.
 
     layer_decay: lr of a layer = lr * layer_decay ^ (layers above it), by `model.group_matcher`; a model
         without one is an InputError (timm would silently decay nothing, or by guesswork).
@@ -36,7 +36,8 @@ def make_optimizer(
             f"train.layer_decay={layer_decay}: {type(model).__name__} does not say what its layers "
             "are (no group_matcher); set it to null"
         )
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=on_gpu or None)
 
 
 def make_schedule(
