@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,6 +40,8 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh)
+            for name in module.parts:
+                register_fsdp_forward_method(module, name)
     return fully_shard(model, mesh=mesh)
 
 
