@@ -24,7 +24,7 @@ from .data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
 from .data.write_shards import write_shards
 from .engine import checkpoint as checkpoints
 from .engine import distributed
-from .engine.device import describe, pick_precision, set_up
+from .engine.device import pick_precision, set_up
 from .engine.evaluate import Shares, score, write_report
 from .engine.logs import progress, read_log
 from .engine.train import fit
@@ -360,7 +360,7 @@ def _introduce(
     weights: LoadReport | None,
 ) -> None:
     """What computes, what is computed, and where its weights come from."""
-    print(describe(device, pick_precision(config.train.precision, device), distributed.world()))
+    print(distributed.describe(device, pick_precision(config.train.precision, device)))
     cost = multiply_adds(model, num_frames=config.data.num_frames, image_size=config.data.image_size)
     parameters = sum(p.numel() for p in model.parameters())
     print(

@@ -11,7 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,6 +68,8 @@ def shard(model: nn.Module, device: torch.device, *, precision: str = "fp32") ->
     mesh = init_device_mesh(device.type, (distributed.world(),))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
+        for name in block.parts:
+            register_fsdp_forward_method(block, name)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 

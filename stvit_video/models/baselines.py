@@ -56,9 +56,8 @@ def ptv_mvit_base_16x4(*, num_classes: int, num_frames: int = 16, image_size: in
     Raises ValueError when ``num_frames`` is no multiple of 2 or ``image_size`` none of 4: the patch
     embedding, stride (2, 4, 4), would give more tokens than there are position embeddings.
     """
-    _check("ptv_mvit_base_16x4", "num_classes", num_classes)
-    _check("ptv_mvit_base_16x4", "num_frames", num_frames, multiple=2)
-    _check("ptv_mvit_base_16x4", "image_size", image_size, multiple=4)
+    multiples = {"num_frames": (num_frames, 2), "image_size": (image_size, 4)}
+    _check("ptv_mvit_base_16x4", num_classes, image_size, **multiples)
     from pytorchvideo.models.hub import mvit_base_16x4
 
     net = mvit_base_16x4(temporal_size=num_frames, spatial_size=image_size, head_num_classes=num_classes)
@@ -74,9 +73,9 @@ def ptv_x3d_m(*, num_classes: int, num_frames: int = 16, image_size: int = 224) 
 
     Raises ValueError when ``image_size`` is below 32, the network's total stride.
     """
-    _check("ptv_x3d_m", "num_classes", num_classes)
-    _check("ptv_x3d_m", "num_frames", num_frames)
-    _check("ptv_x3d_m", "image_size", image_size, least=TOTAL_STRIDE)
+    _check("ptv_x3d_m", num_classes, image_size)
+    if image_size < TOTAL_STRIDE:
+        raise ValueError(f"image_size={image_size} of ptv_x3d_m: must be at least {TOTAL_STRIDE}")
     from pytorchvideo.models.x3d import create_x3d
 
     net = create_x3d(
@@ -96,9 +95,7 @@ def ptv_slowfast_r50(*, num_classes: int, num_frames: int = 32, image_size: int 
 
     Raises ValueError when ``num_frames`` is no multiple of 4: the pathways would not fuse.
     """
-    _check("ptv_slowfast_r50", "num_classes", num_classes)
-    _check("ptv_slowfast_r50", "num_frames", num_frames, multiple=SLOW_STEP)
-    _check("ptv_slowfast_r50", "image_size", image_size)
+    _check("ptv_slowfast_r50", num_classes, image_size, num_frames=(num_frames, SLOW_STEP))
     from pytorchvideo.models.hub import slowfast_r50
 
     side = -(-image_size // TOTAL_STRIDE)  # five padded strides of 2, each of which rounds up
@@ -109,8 +106,15 @@ def ptv_slowfast_r50(*, num_classes: int, num_frames: int = 32, image_size: int 
     return FixedClip(net, num_frames=num_frames, image_size=image_size, slow_step=SLOW_STEP)
 
 
-def _check(model: str, name: str, value: int, *, least: int = 1, multiple: int = 1) -> None:
-    """Raise ValueError unless ``value`` is an int, ``least`` or more, that ``multiple`` divides."""
-    if type(value) is not int or value < least or value % multiple:
-        rule = f"a positive multiple of {multiple}" if multiple > 1 else f"at least {least}"
-        raise ValueError(f"{name}={value!r} of {model}: must be an int, {rule}")
+def _check(model: str, num_classes: int, image_size: int, **multiples: tuple[int, int]) -> None:
+    """Raise ValueError without classes, for two image sizes, or where a size is not a multiple.
+
+    multiples: value and divisor by name.
+    """
+    if not num_classes:
+        raise ValueError(f"num_classes=0 of {model}: must be 1 or more, as it cannot go without its head")
+    if not isinstance(image_size, int):
+        raise ValueError(f"image_size={image_size!r} of {model}: must be one number, of square clips")
+    for name, (value, divisor) in multiples.items():
+        if value % divisor:
+            raise ValueError(f"{name}={value} of {model}: must be a multiple of {divisor}")

@@ -24,7 +24,7 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"patch_size={patch_size} must be (frames, height, width)")
         axes = ("frames (num_frames)", "rows (image_size)", "columns (image_size)")
         for axis, size, patch in zip(axes, clip_size, patch_size, strict=True):
-            if size < 1 or patch < 1 or size % patch:
+            if size % patch:
                 raise ValueError(
                     f"clip of {size} {axis} does not divide into tubelets of {patch} "
                     f"(patch_size={patch_size})"

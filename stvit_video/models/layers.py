@@ -5,6 +5,7 @@ every ViT checkpoint speaks.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Regroup = Callable[[Tensor], Tensor]
-Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Attention(nn.Module):
@@ -38,12 +38,12 @@ class Attention(nn.Module):
         regroup: Regroup | None = None,
     ) -> Tensor:
         """(B, N, C) [, (B, M, C), bias broadcastable to (B, heads, N, M)] -> (B, N, C)."""
-        return self._answer(*self._qkv(x, context, regroup), bias)
+        return self._attended(*self._qkv(x, context, regroup), bias)
 
-    def with_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def with_keys(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, N, C) -> what `forward` gives; the tokens' keys, averaged over heads (B, N, C / heads)."""
         q, k, v = self._qkv(x, None, None)
-        return self._answer(q, k, v, None), k.mean(1)
+        return self._attended(q, k, v, bias), k.mean(1)
 
     def weights(
         self,
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(-1)
 
-    def _answer(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -82,7 +82,10 @@ class Block(nn.Module):
     layer_scale: initial value of the residual branches' learned scale; None: no scale.
     residual: False keeps the queries out of what the attention gives: `attn(norm1(x), norm1(context))`.
     checkpointing: recompute activations in the backward pass instead of keeping them.
+    parts: the methods beside `forward` that use parameters; who shards blocks must know them.
     """
+
+    parts = ("attend", "transform")
 
     def __init__(
         self,
@@ -114,31 +117,32 @@ class Block(nn.Module):
         context: Tensor | None = None,
         bias: Tensor | None = None,
         regroup: Regroup | None = None,
-        merge: Merge | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, N, C) [, (B, M, C)] -> (B, N, C); whatever shape `attn` takes.
+    ) -> Tensor:
+        """(B, N, C) [, (B, M, C)] -> (B, N, C); whatever shape `attn` takes."""
+        return self._run(self._forward, x, context, bias, regroup)
 
-        merge: called between attention and MLP with the tokens and their keys, averaged over heads
-            (B, N, C / heads), gives fewer tokens and their sizes, which are returned with the tokens.
-        """
+    def attend(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The first half alone: (B, N, C) -> (B, N, C) after attention; the keys (B, N, C / heads)."""
+        return self._run(self._attend, x, bias)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The second half alone, the MLP: (B, N, C) -> (B, N, C)."""
+        return self._run(self._transform, x)
+
+    def _run(self, part: Callable, *args: Tensor | Regroup | None) -> Any:
         if self.checkpointing and self.training:
-            return checkpoint(self._forward, x, context, bias, regroup, merge, use_reentrant=False)
-        return self._forward(x, context, bias, regroup, merge)
+            return checkpoint(part, *args, use_reentrant=False)
+        return part(*args)
 
     def _forward(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        bias: Tensor | None,
-        regroup: Regroup | None,
-        merge: Merge | None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if merge is not None:
-            attended, keys = self.attn.with_keys(self.norm1(x))
-            x, sizes = merge(x + self.drop_path(self.ls1(attended)), keys)
-            return self._transform(x), sizes
+        self, x: Tensor, context: Tensor | None, bias: Tensor | None, regroup: Regroup | None
+    ) -> Tensor:
         taken = self.drop_path(self.ls1(self.attn(*self._normed(x, context), bias, regroup)))
         return self._transform(x + taken if self.residual else taken)
+
+    def _attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        taken, keys = self.attn.with_keys(self.norm1(x), bias)
+        return x + self.drop_path(self.ls1(taken)), keys
 
     def _transform(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))

@@ -15,62 +15,97 @@ from torch.utils.checkpoint import checkpoint
 from . import windows
 from .embed import Size3, resize_grid
 from .layers import Block, Regroup
+from .tokens import Tokens, regions
 
 
 class SemanticTokens(nn.Module):
-    """Condense a grid (B, T, H, W, C) into (B, t*h*w, C) with the layers it is handed: a reducer.
+    """Condense tokens into t*h*w semantic ones with the layers it is handed: a reducer.
 
     P = pooled X;  S1 = layer(query=P, context=X);  S2 = layer(query=S1 + G, context=[S1, X]); further
     layers ask [S, X] too. The layers belong to the backbone and stand in its ordinary places, so that a
     dense checkpoint loads into them by name; only `centres` (G) is new.
 
-    tokens: how many (t, h, w); layers: how many it is handed; pool: "max" or "avg".
-    centres: learn G, one vector per semantic token, which needs two layers.
+    semantic_tokens: how many (t, h, w); semantic_layers: how many layers it is handed.
+    pool: "max" or "avg". centres: learn G, one vector per semantic token, which needs two layers.
     """
 
-    def __init__(self, tokens: Size3, dim: int, *, layers: int = 2, pool: str = "max", centres=True):
+    def __init__(
+        self,
+        grid: Size3,
+        dim: int,
+        *,
+        semantic_tokens: Size3,
+        semantic_layers: int = 2,
+        pool: str = "max",
+        centres: bool = True,
+    ):
         super().__init__()
-        self.tokens, self.layers, self.pool = tokens, layers, make_pool(pool)
-        self.centres = nn.Parameter(torch.zeros(1, *tokens, dim)) if centres and layers > 1 else None
+        self.tokens, self.layers, self.pool = (
+            check_fits(semantic_tokens, grid),
+            semantic_layers,
+            make_pool(pool),
+        )
+        needed = centres and semantic_layers > 1
+        self.centres = nn.Parameter(torch.zeros(1, *self.tokens, dim)) if needed else None
+        token, count = regions(grid, self.tokens)
+        self.register_buffer("token", token, persistent=False)
+        self.register_buffer("count", count, persistent=False)
 
-    def forward(self, x: Tensor, layers: Sequence[Block]) -> tuple[Tensor, None]:
-        """Grid (B, T, H, W, C) and the semantic layers -> semantic tokens (B, t*h*w, C), None."""
-        return _ask(layers[-1], *self._last_question(x, layers)), None
+    def forward(self, tokens: Tokens, layers: Sequence[Block], clip: Tensor | None = None) -> Tokens:
+        """Any tokens and the semantic layers -> (B, t*h*w, C)."""
+        x = _semantic_layer(layers[-1], *self._last_question(tokens, layers))
+        return Tokens(x, tokens.grid, self.token, self.count.float())
 
-    def maps(self, x: Tensor, layers: Sequence[Block]) -> Tensor:
+    def maps(self, tokens: Tokens, layers: Sequence[Block]) -> Tensor:
         """How much each semantic token took from each patch: (B, t*h*w, T, H, W), each summing to 1.
 
         The last layer's attention, averaged over heads, restricted to the patches and renormalised.
         """
-        grid = x.shape[1:4]
-        query, *context = self._last_question(x, layers)
-        weights = layers[-1].attention_map(query, torch.cat(context, 1)).mean(1)
-        weights = weights[..., -grid.numel() :]
-        return (weights / weights.sum(-1, keepdim=True)).unflatten(-1, grid)
+        query, bias, *context = self._last_question(tokens, layers)
+        weights = layers[-1].attention_map(query, torch.cat(context, 1), bias).mean(1)
+        weights = tokens.share(weights[..., -tokens.x.shape[1] :])
+        return (weights / weights.sum(-1, keepdim=True)).unflatten(-1, tokens.grid)
 
-    def _last_question(self, x: Tensor, layers: Sequence[Block]) -> tuple[Tensor, ...]:
-        """What the last semantic layer asks (B, t*h*w, C), and whom: (B, M, C), one part or two."""
-        query = self.pool(x, self.tokens).flatten(1, 3)
-        x = x.flatten(1, 3)
-        context = (x,)
+    def _last_question(self, tokens: Tokens, layers: Sequence[Block]) -> tuple[Tensor | None, ...]:
+        """What the last layer asks (B, t*h*w, C), the bias, and whom: (B, M, C), one part or two."""
+        query = self.pool(tokens.to_grid(), self.tokens).flatten(1, 3)
+        bias, context = tokens.bias(), (tokens.x,)
         for i, layer in enumerate(layers[:-1]):
-            tokens = query = _ask(layer, query, *context)
-            if i == 0 and self.centres is not None:
-                query = tokens + self.centres.flatten(1, 3)
-            context = (tokens, x)
-        return query, *context
+            made = query = _semantic_layer(layer, query, bias, *context)
+            if i == 0:
+                if self.centres is not None:
+                    query = made + self.centres.flatten(1, 3)
+                bias = None if bias is None else F.pad(bias, (made.shape[1], 0))
+            context = (made, tokens.x)
+        return query, bias, *context
 
 
-def _ask(layer: Block, query: Tensor, *context: Tensor) -> Tensor:
+def _semantic_layer(layer: Block, query: Tensor, bias: Tensor | None, *context: Tensor) -> Tensor:
     """A semantic layer. Its backward pass makes the keys and values of all patches anew.
 
     To keep them is a tenth of a training step's memory, to make them a fortieth of its arithmetic.
     """
 
-    def ask(query: Tensor, *context: Tensor) -> Tensor:
-        return layer(query, torch.cat(context, 1) if len(context) > 1 else context[0])
+    def run(query: Tensor, bias: Tensor | None, *context: Tensor) -> Tensor:
+        return layer(query, torch.cat(context, 1) if len(context) > 1 else context[0], bias)
 
-    return checkpoint(ask, query, *context, use_reentrant=False) if layer.training else ask(query, *context)
+    if not layer.training:
+        return run(query, bias, *context)
+    return checkpoint(run, query, bias, *context, use_reentrant=False)
+
+
+def check_fits(tokens: Size3, grid: Size3) -> Size3:
+    """`tokens` as a tuple. Raises ValueError unless the grid has as many patches along every axis."""
+    if (
+        tokens is None
+        or len(tokens) != 3
+        or not all(n <= size for n, size in zip(tokens, grid, strict=True))
+    ):
+        raise ValueError(
+            f"semantic_tokens={tokens} (t, h, w) must each lie between 1 and the number of "
+            f"patches along its axis, here {grid}"
+        )
+    return tuple(tokens)
 
 
 class SemanticWindows(nn.Module):
@@ -98,15 +133,15 @@ class SemanticWindows(nn.Module):
         centres: bool = False,
     ):
         super().__init__()
-        if len(per_window) != 3 or not all(1 <= n <= w for n, w in zip(per_window, window, strict=True)):
+        if len(per_window) != 3 or not all(n <= w for n, w in zip(per_window, window, strict=True)):
             raise ValueError(
                 f"semantic_tokens={per_window} (t, h, w) must each lie between 1 and the window's "
                 f"patches along its axis, here {window} (window_size)"
             )
         self.window, self.per_window, self.semantic_layers = window, per_window, semantic_layers
         self.pool = make_pool(pool)
-        clamped, own = self._clamped(size)
-        self.tokens = tuple(-(-n // w) * k for n, w, k in zip(size, clamped, own, strict=True))
+        clamped, count = self._clamped(size)
+        self.tokens = tuple(-(-n // w) * k for n, w, k in zip(size, clamped, count, strict=True))
         self.centres = nn.Parameter(torch.zeros(1, *self.tokens, dim)) if centres else None
 
     def forward(self, x: Tensor, layers: Sequence[Block], *, centres: bool = True) -> Tensor:
@@ -116,7 +151,7 @@ class SemanticWindows(nn.Module):
         """
         tokens = self._pooled(x)
         for i, layer in enumerate(layers):
-            tokens = self._answer(i, layer(*self._question(i, tokens, x, centres)), tokens, x)
+            tokens = self._as_grid(i, layer(*self._question(i, tokens, x, centres)), tokens, x)
         return tokens
 
     def maps(self, x: Tensor, layers: Sequence[Block]) -> Tensor:
@@ -133,7 +168,7 @@ class SemanticWindows(nn.Module):
             weights = weights[..., -patch.shape[-1] :]
             patch = patch.repeat(len(x), weights.shape[1], 1)
             weights = weights.new_zeros(*weights.shape[:2], size.numel()).scatter(-1, patch, weights)
-            weights = self._answer(last, weights, tokens, x).flatten(1, 3)
+            weights = self._as_grid(last, weights, tokens, x).flatten(1, 3)
         weights = weights[..., -size.numel() :]
         return (weights / weights.sum(-1, keepdim=True)).unflatten(-1, size)
 
@@ -143,17 +178,17 @@ class SemanticWindows(nn.Module):
         return window, tuple(map(min, self.per_window, window))
 
     def _pooled(self, x: Tensor) -> Tensor:
-        window, own = self._clamped(x.shape[1:4])
+        window, count = self._clamped(x.shape[1:4])
         x = windows.pad(x, window)
-        size = tuple(n // w * k for n, w, k in zip(x.shape[1:4], window, own, strict=True))
+        size = tuple(n // w * k for n, w, k in zip(x.shape[1:4], window, count, strict=True))
         parts = windows.partition(x, window).unflatten(1, window)
-        return windows.merge(self.pool(parts, own).flatten(1, 3), own, size)
+        return windows.merge(self.pool(parts, count).flatten(1, 3), count, size)
 
     def _question(
         self, i: int, tokens: Tensor, x: Tensor, centres: bool
     ) -> tuple[Tensor, Tensor | None, None, Regroup | None]:
         """What layer i asks, whom, (no bias,) and how the keys belong to the windows."""
-        window, own = self._clamped(x.shape[1:4])
+        window, count = self._clamped(x.shape[1:4])
         context = regroup = None
         if i < self.semantic_layers:
             context = torch.cat([tokens.flatten(1, 3), x.flatten(1, 3)], 1)
@@ -165,13 +200,13 @@ class SemanticWindows(nn.Module):
             sizes = tokens.shape[1:4], x.shape[1:4]
 
             def regroup(kv: Tensor) -> Tensor:
-                own_kv, around = kv.split([size.numel() for size in sizes], 1)
-                own_kv = windows.partition(own_kv.unflatten(1, sizes[0]), own)
-                return torch.cat([own_kv, windows.enlarge(around.unflatten(1, sizes[1]), window)], 1)
+                inside, around = kv.split([size.numel() for size in sizes], 1)
+                inside = windows.partition(inside.unflatten(1, sizes[0]), count)
+                return torch.cat([inside, windows.enlarge(around.unflatten(1, sizes[1]), window)], 1)
 
-        return windows.partition(tokens, own), context, None, regroup
+        return windows.partition(tokens, count), context, None, regroup
 
-    def _answer(self, i: int, answer: Tensor, tokens: Tensor, x: Tensor) -> Tensor:
+    def _as_grid(self, i: int, answer: Tensor, tokens: Tensor, x: Tensor) -> Tensor:
         """What layer i gave, as a grid of the shape of `tokens`."""
         size = tokens.shape[1:4]
         if i % 2:

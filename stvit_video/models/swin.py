@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
@@ -36,14 +37,33 @@ class WindowAttention(Attention):
         window, shift = windows.clamp_window(self.window, self.shift, size)
         bias = windows.relative_bias(self.relative_position_bias_table, self.window, window)
         x = windows.pad(x, window)
-        if any(shift):
-            given, x = x, torch.empty_like(x)
-            for slab, mask in windows.slabs(tuple(x.shape[1:4]), window, shift, x.device):
-                masked = bias if mask is None else bias + mask
-                windows.put(x, slab, self._in_windows(windows.take(given, slab), window, masked))
-        else:
+        if not any(shift):
             x = self._in_windows(x, window, bias)
+        else:  # many small calls are what a GPU is slow at, a copy of the mask what a CPU is slow at
+            x = (self._rolled if x.is_cuda else self._in_slabs)(x, window, shift, bias)
         return x[:, : size[0], : size[1], : size[2]]
+
+    def _in_slabs(self, x: Tensor, window: Size3, shift: Size3, bias: Tensor) -> Tensor:
+        """Shifted windows, those that share a mask at a time."""
+        out = torch.empty_like(x)
+        for slab, mask in windows.slabs(tuple(x.shape[1:4]), window, shift, x.device):
+            masked = bias if mask is None else bias + mask
+            windows.put(out, slab, self._in_windows(windows.take(x, slab), window, masked))
+        return out
+
+    def _rolled(self, x: Tensor, window: Size3, shift: Size3, bias: Tensor) -> Tensor:
+        """Shifted windows in one attention: the grid is rolled, and each window has its mask.
+
+        A clip's windows stand beside its heads, so that the masks are not repeated for every clip.
+        """
+        size, mask = x.shape[1:4], windows.roll_mask(tuple(x.shape[1:4]), window, shift, x.device)
+        parts = windows.partition(x.roll([-s for s in shift], (1, 2, 3)), window)
+        count = len(mask)
+        q, k, v = (part.unflatten(0, (-1, count)).flatten(1, 2) for part in self._qkv(parts, None, None))
+        masked = (mask[:, None] + bias).flatten(0, 1)[None]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=masked)
+        attended = attended.unflatten(1, (count, -1)).flatten(0, 1).transpose(1, 2).flatten(2)
+        return windows.merge(self.proj(attended), window, size).roll(shift, (1, 2, 3))
 
     def _in_windows(self, x: Tensor, window: Size3, bias: Tensor) -> Tensor:
         attended = super().forward(windows.partition(x, window), bias=bias)
@@ -116,6 +136,7 @@ class VideoSwin(nn.Module):
     """Swin on tubelets; stage 3 on a few semantic tokens a window from `base_depth` on (STViT), or with
     units that condense and recover the patches (STViT-R).
 
+    num_classes: 0: a backbone, which gives pooled features.
     Takes clips of any size; num_frames and image_size say for which G is made (pixels: one number or
     (height, width)).
     patch_size: (frames, height, width) of one tubelet; window_size: in tubelets, for every stage.
@@ -159,8 +180,8 @@ class VideoSwin(nn.Module):
             ("patch_size", patch_size, 3),
             ("window_size", window_size, 3),
         ):
-            if not isinstance(values, Sequence) or len(values) != count or min(values) < 1:
-                raise ValueError(f"{key}={values} must be {count} numbers from 1 up")
+            if not isinstance(values, Sequence) or len(values) != count:
+                raise ValueError(f"{key}={values} must be {count} numbers")
         patch, window = tuple(patch_size), tuple(window_size)
         height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
         depth = depths[SEMANTIC_STAGE]
@@ -169,12 +190,10 @@ class VideoSwin(nn.Module):
         if semantic_tokens is not None:
             if recovery and depth % UNIT:
                 raise ValueError(f"depths={list(depths)}: stage 3 of STViT-R has units of {UNIT} layers")
-            if not recovery and (
-                base_depth < 0 or semantic_layers < 1 or base_depth + semantic_layers > depth
-            ):
+            if not recovery and base_depth + semantic_layers > depth:
                 raise ValueError(
-                    f"base_depth={base_depth} and semantic_layers={semantic_layers} (at least 1) "
-                    f"must fit into stage 3's depth, {depth} (depths)"
+                    f"base_depth={base_depth} and semantic_layers={semantic_layers} must fit into "
+                    f"stage 3's depth, {depth} (depths)"
                 )
             strides = (patch[0], *(p * 2**SEMANTIC_STAGE for p in patch[1:]))
             semantic = SemanticWindows(
@@ -222,10 +241,12 @@ class VideoSwin(nn.Module):
                 stage = SemanticStage(downsample, blocks, semantic, base_depth)
             self.layers.append(stage)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.head = nn.Linear(dim, num_classes)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self.apply(_init_linear)
-        for name in self.no_weight_decay():
-            nn.init.trunc_normal_(self.get_parameter(name), std=0.02)
+        undecayed = self.no_weight_decay()
+        for name, table in self.named_parameters():  # in their order: a set's is another in every process
+            if name in undecayed:
+                nn.init.trunc_normal_(table, std=0.02)
 
     @property
     def semantic(self) -> SemanticWindows | None:
@@ -233,22 +254,23 @@ class VideoSwin(nn.Module):
         return getattr(self.layers[SEMANTIC_STAGE], "semantic", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W), or (B, 3, H, W) for one frame -> logits (B, num_classes)."""
+        """(B, 3, T, H, W), or (B, 3, H, W) for one frame -> logits (B, num_classes), or pooled features."""
         return self.head(self.pooled_features(x))
 
     def pooled_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, C): the mean of the last tokens, each normalised; what the head sees."""
         return self.norm(self.forward_features(x)).mean((1, 2, 3))
 
-    def forward_features(self, x: Tensor, stages: Sequence[int] | None = None) -> Tensor | list[Tensor]:
-        """(B, 3, T, H, W) -> the last layer's token grid (B, t, h, w, C).
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> the last layer's token grid (B, t, h, w, C)."""
+        return list(self._grids(x))[-1]
 
-        stages: instead, the patch grids that these stages (1 to 4) end with, in that order, as a list:
-            at strides 4, 8, 16 and 32, not normalised. Raises ValueError where there is none: in stages
-            3 and 4 of an STViT without recovery.
+    def grids(self, x: Tensor, stages: Sequence[int] = (1, 2, 3, 4)) -> list[Tensor]:
+        """(B, 3, T, H, W) -> the patch grids (B, t, h, w, C) that these stages end with, not normalised.
+
+        At strides 4, 8, 16 and 32. Raises ValueError where there is none: in stages 3 and 4 of an STViT
+        without recovery.
         """
-        if stages is None:
-            return list(self._grids(x))[-1]
         patches = 2 if type(self.layers[SEMANTIC_STAGE]) is SemanticStage else 4
         for stage in stages:
             if not 1 <= stage <= patches:
@@ -266,7 +288,7 @@ class VideoSwin(nn.Module):
         if self.semantic is None:
             raise ValueError("a dense model (semantic_tokens=None) has no semantic maps")
         stage = self.layers[SEMANTIC_STAGE]
-        (x,) = self.forward_features(x, stages=(SEMANTIC_STAGE,))
+        (x,) = self.grids(x, stages=(SEMANTIC_STAGE,))
         return self.semantic.maps(stage.base(stage.downsample(x)), stage.blocks[stage.base_depth :])
 
     def _grids(self, x: Tensor) -> Iterator[Tensor]:

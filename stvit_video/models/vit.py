@@ -1,4 +1,6 @@
-"""The plain video vision transformer, dense or with semantic tokens. An image is a clip of one frame."""
+"""The plain video vision transformer, with reducers between its layers. An image is a clip of one frame."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from timm.layers import calculate_drop_path_rates
@@ -6,23 +8,21 @@ from torch import Tensor, nn
 
 from .embed import PatchEmbed, Size3, sincos_table
 from .layers import Block
-from .reducers import REDUCERS, make_reducer
+from .tokens import Tokens
+
+MakeReducer = Callable[[Size3, int], nn.Module]  # (grid of patches, width) -> a reducer
 
 
 class VideoViT(nn.Module):
-    """ViT on tubelets; from `base_depth` on, on a few semantic tokens (STViT, CVPR 2023, section 3).
+    """ViT on tubelets; with reducers, layers run on fewer tokens from some depth on (STViT, CVPR 2023).
 
+    num_classes: 0: a backbone, which gives pooled features.
     num_frames, image_size: of the clips it takes; image_size in pixels, one number or (height, width).
     patch_size: (frames, height, width) of one tubelet.
-    semantic_tokens: (t, h, w) of them; None: the plain, dense backbone.
-    reducer: what makes them. "semantic", or a control: "pool", "random" or "tome" (see `reducers`), which
-        takes base_depth and semantic_tokens likewise.
-    base_depth, semantic_layers: layers on all patches, then layers that make the semantic tokens, out of
-        `depth`: none is added. The rest runs on the semantic tokens alone.
-    proportional: after merging, a token is asked as often as it has patches in it (ToMe, equation 1).
-    centres: learn G, which needs semantic_layers >= 2.
+    reducers: by the number of layers before each, what makes it of (grid, width): see `reducers`. A reducer
+        uses layers out of `depth`: none is added. The first that makes semantic tokens is `semantic`.
     pos_embed: "learned", or "sincos" (VideoMAE's fixed table).
-    layer_scale: initial value, in the layers from `base_depth` on (all layers of a dense model).
+    layer_scale: initial value, in the layers from the first reducer on (all layers of a dense model).
     Raises ValueError, naming value and rule, where sizes do not fit each other.
     """
 
@@ -31,20 +31,14 @@ class VideoViT(nn.Module):
         *,
         num_classes: int,
         num_frames: int,
-        image_size: int | tuple[int, int],
+        image_size: int | Sequence[int],
         patch_size: Size3,
         embed_dim: int,
         depth: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
         pos_embed: str = "learned",
-        semantic_tokens: Size3 | None = None,
-        reducer: str = "semantic",
-        base_depth: int = 4,
-        semantic_layers: int = 2,
-        pool: str = "max",
-        centres: bool = True,
-        proportional: bool = True,
+        reducers: Mapping[int, MakeReducer] | None = None,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         checkpointing: bool = False,
@@ -52,8 +46,6 @@ class VideoViT(nn.Module):
         super().__init__()
         if pos_embed not in ("learned", "sincos"):
             raise ValueError(f"pos_embed={pos_embed!r} is none of ['learned', 'sincos']")
-        if reducer not in REDUCERS:
-            raise ValueError(f"reducer={reducer!r} is none of {list(REDUCERS)}")
         height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
         self.patch_embed = PatchEmbed((num_frames, height, width), tuple(patch_size), embed_dim)
         grid = self.patch_embed.grid
@@ -62,25 +54,10 @@ class VideoViT(nn.Module):
         else:
             self.register_buffer("pos_embed", sincos_table(grid, embed_dim), persistent=False)
 
-        self.semantic, self.proportional = None, proportional
-        self.base_depth, self.reduced_depth = depth, depth
-        if semantic_tokens is not None:
-            self.semantic = make_reducer(
-                reducer,
-                grid,
-                tuple(semantic_tokens),
-                embed_dim,
-                semantic_layers=semantic_layers,
-                pool=pool,
-                centres=centres,
-            )
-            self.base_depth, self.reduced_depth = base_depth, base_depth + self.semantic.layers
-            if base_depth < 0 or semantic_layers < 1 or self.reduced_depth > depth:
-                raise ValueError(
-                    f"base_depth={base_depth} and semantic_layers={semantic_layers} (at least 1) "
-                    f"must fit into depth={depth}"
-                )
-        scaled_from = 0 if self.semantic is None else base_depth
+        self.semantic, self._plan = None, [(None, 0, 0, depth)]
+        for first, make in sorted((reducers or {}).items()):
+            self._plan_reducer(first, make(grid, embed_dim), depth)
+        scaled_from = min(reducers or [0])
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim,
@@ -93,14 +70,38 @@ class VideoViT(nn.Module):
             for i, rate in enumerate(calculate_drop_path_rates(drop_path, depth))
         )
         self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.head = nn.Linear(embed_dim, num_classes)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.apply(_init_linear)
-        for table in (self.pos_embed, getattr(self.semantic, "centres", None)):
-            if isinstance(table, nn.Parameter):
+        undecayed = self.no_weight_decay()
+        for name, table in self.named_parameters():
+            if name in undecayed:
                 nn.init.trunc_normal_(table, std=0.02)
 
+    def _plan_reducer(self, first: int, reducer: nn.Module, depth: int) -> None:
+        """Register it, and give it its layers and the rest after them: out of those of the step before."""
+        name, start, free, _ = self._plan[-1]
+        rest = first + reducer.layers
+        if not free <= first <= rest <= depth:
+            raise ValueError(
+                f"base_depth={first} and semantic_layers={reducer.layers}, of a reducer, must fit into "
+                f"depth={depth}, from layer {free} on"
+            )
+        self._plan[-1] = name, start, free, first
+        name = "semantic" if hasattr(reducer, "maps") and self.semantic is None else f"reducer_{first}"
+        setattr(self, name, reducer)
+        self._plan.append((name, first, rest, depth))
+
+    @property
+    def segments(self) -> list[tuple[nn.Module | None, list[Block], list[Block]]]:
+        """The way of the tokens: a reducer, the layers it uses, the layers after it; the first has none."""
+        blocks = list(self.blocks)
+        return [
+            (name and getattr(self, name), blocks[first:rest], blocks[rest:end])
+            for name, first, rest, end in self._plan
+        ]
+
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W), or (B, 3, H, W) in image mode -> logits (B, num_classes)."""
+        """(B, 3, T, H, W), or (B, 3, H, W) in image mode -> logits (B, num_classes), or pooled features."""
         return self.head(self.pooled_features(x))
 
     def pooled_features(self, x: Tensor) -> Tensor:
@@ -108,17 +109,38 @@ class VideoViT(nn.Module):
 
         Merged tokens count as often as they have patches in them.
         """
-        x, sizes = self._tokens(x)
-        if sizes is None:
-            return self.fc_norm(x.mean(1))
-        weights = (sizes / sizes.sum(1, keepdim=True)).to(x.dtype)
-        return self.fc_norm((x * weights[..., None]).sum(1))
+        return self.fc_norm(self.tokens(x).pooled())
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> the last layer's token grid (B, t, h, w, C); (B, n, 1, 1, C) where tokens have
-        lost their places ("random", "tome")."""
-        x, _ = self._tokens(x)
-        return x.unflatten(1, self.patch_embed.grid if self.semantic is None else self.semantic.tokens)
+        """(B, 3, T, H, W) -> the last tokens' grid (B, t, h, w, C); where they lie on none ("random",
+        "tome"), that of the patches, each with its token's features."""
+        tokens, (reducer, _, _) = self.tokens(x), self.segments[-1]
+        size = None if reducer is None else reducer.tokens
+        return tokens.to_grid() if size is None else tokens.x.unflatten(1, size)
+
+    def tokens(self, x: Tensor) -> Tokens:
+        """(B, 3, T, H, W) -> the last layer's tokens."""
+        *_, (_, last) = self._layers(x)
+        return last
+
+    def grids(self, x: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
+        """(B, 3, T, H, W) -> the grids of patches (B, t, h, w, C) after these layers, not normalised.
+
+        Every patch has its token's features. layers: from 1 to depth, by default the last alone. Raises
+        ValueError where there is no such layer, or a reducer has no tokens yet.
+        """
+        layers, grids = [len(self.blocks)] if layers is None else list(layers), {}
+        inner = {i for _, first, rest, _ in self._plan for i in range(first + 1, rest)}
+        for layer in layers:
+            if not 1 <= layer <= len(self.blocks) or layer in inner:
+                known = [i for i in range(1, len(self.blocks) + 1) if i not in inner]
+                raise ValueError(f"layers={layers}: there are tokens after each of the layers {known}")
+        for layer, tokens in self._layers(x):
+            if layer in layers:
+                grids[layer] = tokens.to_grid()
+            if layer >= max(layers, default=0) < len(self.blocks):
+                break
+        return [grids[layer] for layer in layers]
 
     def semantic_maps(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> how much each semantic token took from each patch (B, n, T', H', W').
@@ -126,46 +148,44 @@ class VideoViT(nn.Module):
         n = t*h*w semantic tokens over the grid of patches; each map sums to 1. Raises ValueError for a
         model without semantic tokens.
         """
-        if not hasattr(self.semantic, "maps"):
-            raise ValueError("no semantic maps: the model is dense or its reducer another")
-        return self.semantic.maps(self._base(x), self._reducing_layers())
-
-    def _tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The last layer's tokens (B, n, C); if they were merged, of how many patches each (B, n)."""
-        x = self._base(x)
         if self.semantic is None:
-            return x.flatten(1, 3), None
-        x, sizes = self.semantic(x, self._reducing_layers())
-        weighted = sizes is not None and self.proportional
-        bias = sizes.log().to(x.dtype)[:, None, None] if weighted else None
-        for block in self.blocks[self.reduced_depth :]:
-            x = block(x, bias=bias)
-        return x, sizes
+            raise ValueError("no semantic maps: the model is dense or its reducer another")
+        used, first = next(
+            (s[1], p[1]) for s, p in zip(self.segments, self._plan, strict=True) if s[0] is self.semantic
+        )
+        tokens = next(tokens for layer, tokens in self._layers(x) if layer == first)
+        return self.semantic.maps(tokens, used)
 
-    def _base(self, x: Tensor) -> Tensor:
-        """The grid of patches (B, T', H', W', C) after `base_depth` layers."""
-        x = self.patch_embed(x) + self.pos_embed
-        grid = x.shape[1:4]
-        x = x.flatten(1, 3)
-        for block in self.blocks[: self.base_depth]:
-            x = block(x)
-        return x.unflatten(1, grid)
+    def _layers(self, x: Tensor) -> Iterator[tuple[int, Tokens]]:
+        """After the embedding, every layer and every reducer: how many layers were used, and the tokens.
 
-    def _reducing_layers(self) -> nn.ModuleList:
-        return self.blocks[self.base_depth : self.reduced_depth]
+        A reducer that uses none comes without a number of its own: it belongs to the layer after it.
+        """
+        tokens, layer = Tokens.of(self.patch_embed(x) + self.pos_embed), 0
+        yield layer, tokens
+        for reducer, used, rest in self.segments:
+            if reducer is not None:
+                tokens, layer = reducer(tokens, used, x), layer + len(used)
+                if used or not rest:
+                    yield layer, tokens
+            bias = tokens.bias()
+            for block in rest:
+                tokens, layer = tokens._replace(x=block(tokens.x, bias=bias)), layer + 1
+                yield layer, tokens
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that AdamW leaves undecayed, beside one-dimensional ones (timm's protocol)."""
-        return {"pos_embed", "semantic.centres"}
+        ends = ("pos_embed", "centres")
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ends}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer groups for layer decay (timm's protocol): embedding, each block, then norm and head.
 
-        G joins the block that it enters.
+        What a reducer learns, as G, joins the block that it enters: the second that the reducer uses.
         """
         blocks = [(r"^blocks\.(\d+)", None)]
-        if self.semantic is not None:
-            blocks.append((r"^semantic\.centres", (self.base_depth + 1,)))
+        for name, first, rest, _ in self._plan[1:]:
+            blocks.append((rf"^{name}\.", (min(first + 1, max(rest - 1, first)),)))
         return {
             "stem": r"^(?:pos_embed|patch_embed)",
             "blocks": blocks,

@@ -97,7 +97,7 @@ def slabs(
         [(slice(s, n - w + s),), (slice(n - w + s, n), slice(0, s))] if s else [(slice(0, n),)]
         for n, w, s in zip(size, window, shift, strict=True)
     ]
-    found = []
+    parts_and_masks = []
     with torch.inference_mode(False):  # what is kept must serve training too
         for slab in itertools.product(*pieces):
             regions = [
@@ -106,8 +106,22 @@ def slabs(
             ]
             region = torch.cartesian_prod(*regions)
             apart = (region[:, None] != region).any(-1)
-            found.append((slab, apart * MASKED if any(len(parts) > 1 for parts in slab) else None))
-    return found
+            parts_and_masks.append(
+                (slab, apart * MASKED if any(len(parts) > 1 for parts in slab) else None)
+            )
+    return parts_and_masks
+
+
+@kept
+def roll_mask(size: Size3, window: Size3, shift: Size3, device: torch.device) -> Tensor:
+    """(windows, N, N): the same for all windows of a grid that was rolled by -shift."""
+    with torch.inference_mode(False):
+        sides = [
+            torch.arange(n, device=device) >= (n - s if s else n) for n, s in zip(size, shift, strict=True)
+        ]
+        region = torch.cartesian_prod(*sides).view(1, *size, 3)
+        region = partition(region, window)
+        return (region[:, :, None] != region[:, None]).any(-1) * MASKED
 
 
 def take(x: Tensor, slab: Slab) -> Tensor:

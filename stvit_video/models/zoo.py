@@ -3,40 +3,57 @@
 import copy
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..bounds import Range, check
 from ..errors import nearest
 from . import baselines
+from .reducers import REDUCERS
+from .semantic import SemanticWindows
+from .sizes import Sizes
 from .swin import VideoSwin
 from .vit import VideoViT
 
 
 class Entry(NamedTuple):
-    """How a name is built: constructor, arguments, which of them a caller may change, frames of a clip."""
+    """How a name is built: what builds it, the sizes it takes with their defaults, frames of a clip."""
 
     build: Callable[..., nn.Module]
-    defaults: dict
-    sizes: frozenset[str]
+    sizes: dict[str, Any]
     num_frames: int = 16
 
 
-_COMMON = {"num_classes", "num_frames", "image_size"}
-_SEMANTIC = {"semantic_tokens", "base_depth", "semantic_layers", "pool", "centres"}
-_REDUCER = {"reducer", "proportional"}
-# what a control takes no part in, of the sizes of an STViT
-_FOREIGN = {
-    "pool": {"semantic_layers", "centres", "proportional"},
-    "random": {"semantic_layers", "centres", "proportional", "pool"},
-    "tome": {"semantic_layers", "centres", "pool"},
-}
+def _sizes(*builds: Callable) -> dict[str, Any]:
+    """The sizes that these take, which are their keyword arguments, with their defaults."""
+    parameters = [p for build in builds for p in inspect.signature(build).parameters.values()]
+    others = {"num_classes", "num_frames", "image_size", "reducers", "recovery"}
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others}
 
 
-def _sizes(build: Callable) -> frozenset[str]:
-    return frozenset(inspect.signature(build).parameters) - _COMMON
+def _without(sizes: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in sizes.items() if name not in names}
+
+
+def reduced_vit(*, reducer: str = "semantic", base_depth: int, depth: int, **sizes) -> VideoViT:
+    """A `VideoViT` with one kind of reducer, after `base_depth` layers; ToMe's schedule in every layer.
+
+    sizes: the ViT's and all reducers'; those of other reducers are passed over.
+    """
+    if reducer not in REDUCERS:
+        raise ValueError(f"reducer={reducer!r} is none of {list(REDUCERS)}")
+    reducer_sizes = {k: sizes.pop(k) for k in _sizes(*REDUCERS.values()) if k in sizes}
+    schedule, once = reducer_sizes.get("tome_r"), reducer_sizes["semantic_tokens"] is not None
+    if schedule is not None and reducer != "tome":
+        raise ValueError(f"tome_r={schedule}: is token merging's (reducer=tome), not that of {reducer!r}")
+    known = _sizes(REDUCERS[reducer])
+    make = partial(REDUCERS[reducer], **{k: v for k, v in reducer_sizes.items() if k in known})
+    places = range(depth) if schedule is not None else [base_depth] if once else []
+    return VideoViT(depth=depth, reducers=dict.fromkeys(places, make), **sizes)
 
 
 def _vit_family() -> dict[str, Entry]:
@@ -47,28 +64,24 @@ def _vit_family() -> dict[str, Entry]:
         ("base", 768, 12, 12, 4),
         ("large", 1024, 24, 16, 8),
     ):
-        dense = {
-            "patch_size": (2, 16, 16),
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-        }
-        semantic = {"semantic_tokens": (8, 4, 4), "base_depth": base_depth}
-        sizes = _sizes(VideoViT)
-        models[f"vit_{size}_patch16_224"] = Entry(VideoViT, dense, sizes - _SEMANTIC - _REDUCER)
-        models[f"stvit_{size}_patch16_224"] = Entry(VideoViT, dense | semantic, sizes)
-        for reducer, foreign in _FOREIGN.items():
-            control = dense | semantic | {"reducer": reducer}
-            known = sizes - foreign - {"reducer"}
-            models[f"{reducer}_vit_{size}_patch16_224"] = Entry(VideoViT, control, known)
+        dense = {"patch_size": (2, 16, 16), "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+        dense = _sizes(VideoViT) | dense
+        models[f"vit_{size}_patch16_224"] = Entry(VideoViT, dense)
+        reduced = {"semantic_tokens": (8, 4, 4), "base_depth": base_depth}
+        every = _sizes(*REDUCERS.values()) | {"reducer": "semantic"}
+        models[f"stvit_{size}_patch16_224"] = Entry(reduced_vit, dense | every | reduced)
+        for name, reducer in REDUCERS.items():
+            if name != "semantic":
+                build = partial(reduced_vit, reducer=name)
+                models[f"{name}_vit_{size}_patch16_224"] = Entry(build, dense | _sizes(reducer) | reduced)
     return models
 
 
 def _swin_family() -> dict[str, Entry]:
     models = {}
-    known = _sizes(VideoSwin) - {"recovery"}
-    dense_only = known - _SEMANTIC - {"layer_scale"}
-    recovering = known - {"base_depth", "semantic_layers"}
+    known = _sizes(VideoSwin)
+    dense_only = _without(known, *_sizes(SemanticWindows), "semantic_tokens", "base_depth", "layer_scale")
+    recovering = _without(known, "base_depth", "semantic_layers")
     for size, embed_dim, depth, num_heads, base_depth in (
         ("tiny", 96, 6, [3, 6, 12, 24], 3),
         ("small", 96, 18, [3, 6, 12, 24], 11),
@@ -82,12 +95,12 @@ def _swin_family() -> dict[str, Entry]:
             (f"video_swin_{size}", f"video_swin_{size}", video, (8, 3, 3), 32),
         ):
             semantic = sizes | {"semantic_tokens": tokens}
-            depths = semantic | {"base_depth": base_depth}
-            models[pretrained_name] = Entry(VideoSwin, sizes, dense_only, frames)
-            models[f"stvit_{name}"] = Entry(VideoSwin, depths, known, frames)
+            models[pretrained_name] = Entry(VideoSwin, dense_only | sizes, frames)
+            depths = known | semantic | {"base_depth": base_depth}
+            models[f"stvit_{name}"] = Entry(VideoSwin, depths, frames)
             if size != "tiny":
-                units = semantic | {"recovery": True, "layer_scale": 1e-5}
-                models[f"stvit_r_{name}"] = Entry(VideoSwin, units, recovering, frames)
+                units = recovering | semantic | {"layer_scale": 1e-5}
+                models[f"stvit_r_{name}"] = Entry(partial(VideoSwin, recovery=True), units, frames)
     return models
 
 
@@ -95,7 +108,7 @@ MODELS: dict[str, Entry] = (
     _vit_family()
     | _swin_family()
     | {
-        build.__name__: Entry(build, {}, _sizes(build))
+        build.__name__: Entry(build, _sizes(build))
         for build in (
             baselines.ptv_mvit_base_16x4,
             baselines.ptv_slowfast_r50,
@@ -113,53 +126,43 @@ def list_models() -> list[str]:
 def create_model(
     name: str,
     *,
-    num_classes: int,
-    num_frames: int | None = None,
-    image_size: int | tuple[int, int] = 224,
+    num_classes: Annotated[int, Range(0)],
+    num_frames: Annotated[int, Range(1)] | None = None,
+    image_size: Annotated[int | tuple[int, int], Range(1)] = 224,
     **sizes,
 ) -> nn.Module:
     """A model with random weights that takes (B, 3, T, H, W) and gives logits (B, num_classes).
 
+    num_classes: 0: a backbone, which gives pooled features (B, C).
     num_frames: None: 16 for a ViT, 32 for a Video Swin, 1 for an image Swin. 1 is image mode: (B, 3, H, W)
         is taken too, and default tubelets, windows and semantic tokens span one frame, as in patch_size
         (1, 16, 16) and semantic_tokens (1, 4, 4).
-    sizes: what else to change, by the names of `VideoViT`'s or `VideoSwin`'s arguments (`embed_dim`,
-        `depth`, `semantic_tokens`, ...). `semantic_tokens=None` makes an STViT its dense backbone.
+    sizes: what else to change: the fields of `Sizes` that the name takes (`embed_dim`, `depth`,
+        `semantic_tokens`, ...). `semantic_tokens=None` makes an STViT its dense backbone.
+    `model.built` holds all that the model was built with, in plain values: `create_model(**model.built)`
+    makes the same model.
     Raises ValueError for an unknown model or sizes that do not fit each other; TypeError for an unknown
         size; both with the nearest known one.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}{nearest(name, MODELS)}")
-    build, defaults, known, frames = MODELS[name]
-    num_frames = frames if num_frames is None else num_frames
-    _check_counts(num_classes=num_classes, num_frames=num_frames, image_size=image_size, **sizes)
+    build, defaults, frames = MODELS[name]
     for size in sizes:
-        if size not in known:
-            raise TypeError(f"{name} takes no size {size!r}{nearest(size, known)}")
+        if size not in defaults:
+            raise TypeError(f"{name} takes no size {size!r}{nearest(size, defaults)}")
+    num_frames = frames if num_frames is None else num_frames
+    clip = {"num_classes": num_classes, "num_frames": num_frames, "image_size": image_size}
+    check(create_model, clip)
+    check(Sizes, sizes)
     if num_frames == 1:
         defaults = {k: (1, *v[1:]) if isinstance(v, tuple) else v for k, v in defaults.items()}
-    return build(
-        num_classes=num_classes,
-        num_frames=num_frames,
-        image_size=image_size,
-        **defaults | sizes,
-    )
+    model = build(**clip, **defaults | sizes)
+    model.built = {"name": name} | {k: _plain(v) for k, v in (clip | defaults | sizes).items()}
+    return model
 
 
-_COUNTS = {  # sizes that are whole numbers from 1 up, or lists of them; base_depth from 0 up
-    *("num_classes", "num_frames", "image_size", "embed_dim", "depth", "depths", "num_heads", "patch_size"),
-    *("window_size", "semantic_tokens", "semantic_layers", "base_depth"),
-}
-
-
-def _check_counts(**sizes) -> None:
-    for name, value in sizes.items():
-        if name not in _COUNTS or value is None:
-            continue
-        least = 0 if name == "base_depth" else 1
-        for number in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise ValueError(f"{name}={value!r}: must be whole numbers from {least} up")
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
 
 
 def multiply_adds(model: nn.Module, *, num_frames: int, image_size: int) -> int:
