@@ -7,9 +7,10 @@ from stvit_video import create_model
 from stvit_video.data.annotations import Row
 from stvit_video.data.transforms import Normalise
 from stvit_video.engine import checkpoint
-from stvit_video.engine.evaluate import Scores, _merge, view_scores
+from stvit_video.engine.evaluate import Shares, merge
 from stvit_video.engine.optim import make_optimizer, make_schedule, scaled_lr
 from stvit_video.errors import InputError
+from stvit_video.tasks.classification import Classification, Scores
 
 
 def tiny():
@@ -113,7 +114,7 @@ def scores():
 def test_metrics():
     s = scores()
     assert s.predictions.tolist() == [0, 0, -1, 2]
-    found = s.metrics()
+    found = s.figures()
     assert found["top1"] == pytest.approx(1 / 3)
     assert found["top5"] == pytest.approx(2 / 3)  # the unreadable one is wrong even among all
     assert found["mean_class_accuracy"] == pytest.approx(1 / 2)
@@ -124,7 +125,7 @@ def test_metrics():
 def test_without_labels_there_are_no_metrics():
     s = scores()
     s.labels[:] = -1
-    assert set(s.metrics().values()) == {None}
+    assert set(s.figures().values()) == {None}
 
 
 def test_ties_go_to_the_lower_class():
@@ -135,11 +136,11 @@ def test_ties_go_to_the_lower_class():
 
 def test_a_video_scored_twice_or_never_is_an_error():
     rows = [Row("a", 0), Row("b", 1)]
-    one = (np.ones(3, np.float32), 1.0)
-    assert _merge([({0: one}, {}), ({1: one}, {})], rows, 3).scores.sum() == 6
-    for shares in ([({0: one}, {}), ({0: one}, {})], [({0: one}, {})]):
+    outcome = merge([({0: "first"}, {}), ({}, {1: "gone"})], rows)
+    assert (outcome.records, outcome.failures) == (["first", None], {1: "gone"})
+    for shares in ([({0: 1}, {}), ({0: 1}, {})], [({0: 1}, {})]):
         with pytest.raises(RuntimeError, match="2 videos, but"):
-            _merge(shares, rows, 3)
+            merge(shares, rows)
 
 
 @pytest.mark.parametrize("view_batch", [1, 4, 100])
@@ -147,5 +148,17 @@ def test_scores_do_not_depend_on_the_view_batch(view_batch):
     model, normalise = tiny().eval(), Normalise((0.5,) * 3, (0.2,) * 3)
     clips = torch.randint(256, (2, 3, 3, 2, 32, 32), dtype=torch.uint8)
     expected = model(normalise(clips.flatten(0, 1))).softmax(-1).view(2, 3, 3)
-    found = view_scores(model, normalise, clips, view_batch=view_batch)
-    torch.testing.assert_close(found, expected)
+    task = Classification("abc", normalise=normalise, view_batch=view_batch)
+    torch.testing.assert_close(task.view_scores(model, clips), expected)
+
+
+def test_shares_of_another_scoring_are_not_taken_up(tmp_path):
+    shares = Shares(tmp_path / "shares", ["best.pt", 3])
+    shares.write({0: {"scores": torch.ones(2)}}, {4: "gone"})
+    (tmp_path / "shares" / "share-9-of-9-0.pt").write_bytes(b"cut off")
+    ((records, failures),) = Shares(tmp_path / "shares", ["best.pt", 3]).read()
+    assert torch.equal(records[0]["scores"], torch.ones(2))
+    assert failures == {4: "gone"}
+    assert Shares(tmp_path / "shares", ["best.pt", 4]).read() == []
+    shares.discard()
+    assert not (tmp_path / "shares").exists()

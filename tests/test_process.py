@@ -17,11 +17,12 @@ from test_runs import wait_for
 from torch import nn
 
 from stvit_video import cli, create_model
-from stvit_video.engine import checkpoint, device, distributed, evaluate, parallel
+from stvit_video.engine import checkpoint, device, distributed, parallel
 from stvit_video.engine.optim import make_optimizer
 from stvit_video.engine.preemption import Preemption
 from stvit_video.errors import InputError
 from stvit_video.files import FileError, read_torch, write_torch
+from stvit_video.tasks.classification import Classification
 
 SMALL = SMALL.replace("batch_size: 4", "batch_size: 2")
 CPU = torch.device("cpu")
@@ -41,14 +42,14 @@ def args(tmp_path, demo_root):
 
 def fail_on_one(error):
     def before(rank):
-        count, view_scores = iter(range(99)), evaluate.view_scores
+        count, view_scores = iter(range(99)), Classification.view_scores
 
-        def failing(*args, **options):
+        def failing(*args):
             if rank == 1 and next(count) == 1:
                 raise error
-            return view_scores(*args, **options)
+            return view_scores(*args)
 
-        evaluate.view_scores = failing
+        Classification.view_scores = failing
 
     return before
 
@@ -107,8 +108,8 @@ def test_alone_a_command_raises_and_exits_as_ever(capsys):
 
 
 def slow_validation(rank):
-    view_scores = evaluate.view_scores
-    evaluate.view_scores = lambda *args, **options: time.sleep(0.5) or view_scores(*args, **options)
+    view_scores = Classification.view_scores
+    Classification.view_scores = lambda *args: time.sleep(0.5) or view_scores(*args)
 
 
 def test_sigterm_in_a_validation_ends_both_ranks(args, tmp_path):

@@ -20,7 +20,10 @@ from test_runs import children, entries, wait_for
 from stvit_video import build, cli, create_model
 from stvit_video.config import Config, ModelConfig, from_dict
 from stvit_video.data.dataset import VideoDataset
-from stvit_video.engine import checkpoint, distributed, parallel, train
+from stvit_video.engine import checkpoint, distributed, parallel
+from stvit_video.engine.job import Job
+from stvit_video.engine.train import LoopConfig, start_run
+from stvit_video.tasks.classification import Classification
 
 SMALL = SMALL.replace("batch_size: 4", "batch_size: 2")
 
@@ -138,13 +141,12 @@ def assert_statistics_are_the_first_ranks(args):
     distributed.start("cpu")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
-    kept = train._start(
-        model, train.TrainConfig(parallel="fsdp2", ema=0.5), (0.1, 0.1, 0.1), 9, torch.device("cpu")
-    )
+    config = LoopConfig(parallel="fsdp2", ema=0.5, clip_grad=1.0)
+    kept = start_run(Job(None, model, torch.device("cpu"), None, None, {}), config, updates_an_epoch=9)
     for _ in range(3):
         model[1].running_mean += 100 * distributed.rank()
         kept.model(torch.randn(5, 3) + distributed.rank()).square().mean().backward()
-        kept.change(parallel.gradient_norm(kept.bare), 1.0)
+        kept.change(parallel.gradient_norm(kept.bare))
         assert model[1].running_mean.max() < 50, "a forward pass begins with the first rank's"
     scored = kept.scored_model()
     for part in (scored.state_dict(), kept.scored_model().state_dict()):
@@ -184,7 +186,8 @@ def test_a_sharded_checkpoint_loads_into_one_process(args, unbroken, tmp_path):
     state = checkpoint.load(unbroken / "fsdp2" / "last.pt")
     config = from_dict(state["config"], "")
     model = build.build_model(config, len(state["class_names"]))
-    one = train._start(model, config.train, (1e-3, 1e-6, 1e-6), 3, torch.device("cpu"))
+    job = Job(None, model, torch.device("cpu"), None, None, {})
+    one = start_run(job, config.train, updates_an_epoch=3)
     one.load(state)
     assert_same({key: state[key] for key in one.state()}, one.state())
     for kind in ("ddp", "fsdp2"):
@@ -199,8 +202,12 @@ def test_a_sharded_checkpoint_loads_into_one_process(args, unbroken, tmp_path):
 def test_ranks_skip_an_update_together(args, tmp_path, kind):
     def break_one(rank):
         if rank == 1:
-            whole, calls = train.F.cross_entropy, iter(range(1000))
-            train.F.cross_entropy = lambda *a, **o: whole(*a, **o) * (torch.nan if next(calls) == 3 else 1)
+            loss, calls = Classification.loss, iter(range(1000))
+
+            def broken(*args):
+                return {"loss": loss(*args)["loss"] * (torch.nan if next(calls) == 3 else 1)}
+
+            Classification.loss = broken
 
     given = [*args, "--train.epochs=1", "--train.eval_every=2", f"--train.parallel={kind}"]
     train_on(2, tmp_path / "run", *given, before=break_one)

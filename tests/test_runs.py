@@ -17,9 +17,11 @@ from test_end_to_end import SMALL, assert_same, figures, run
 
 from stvit_video import build, cli, files, recognizer
 from stvit_video.data.dataset import TrainSampler, VideoDataset
-from stvit_video.engine import checkpoint, evaluate, train
+from stvit_video.engine import checkpoint
 from stvit_video.engine.optim import make_schedule
 from stvit_video.engine.run import Run
+from stvit_video.tasks import classification
+from stvit_video.tasks.classification import Classification
 
 SMALL = SMALL.replace("batch_size: 4", "batch_size: 2").replace("flip: swap", "flip: none")
 
@@ -106,8 +108,8 @@ def test_sigterm_ends_a_run_at_an_update_and_it_goes_on_there(
 
 
 def slow_validation(rank):
-    whole = evaluate.view_scores
-    evaluate.view_scores = lambda *given, **options: time.sleep(0.5) or whole(*given, **options)
+    view_scores = Classification.view_scores
+    Classification.view_scores = lambda *args: time.sleep(0.5) or view_scores(*args)
 
 
 def test_sigterm_in_a_validation_ends_it_and_the_epoch_is_not_lost(unbroken, args, tmp_path):
@@ -260,13 +262,13 @@ def test_a_run_does_not_depend_on_the_number_of_workers(unbroken, args, tmp_path
 
 def not_finite_at(patch, calls):
     """The losses of these forward passes, counted from 0, become NaN."""
-    count, whole = iter(range(10**6)), train.F.cross_entropy
+    count, whole = iter(range(10**6)), classification.F.cross_entropy
 
     def broken(*given, **options):
         loss = whole(*given, **options)
         return loss * torch.nan if next(count) in calls else loss
 
-    patch.setattr(train.F, "cross_entropy", broken)
+    patch.setattr(classification.F, "cross_entropy", broken)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_on_record(args, tmp_path, monkeypatch, capsys):
@@ -310,7 +312,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_on_record(args, tmp_path, m
 
 
 def test_skipped_updates_leave_no_trace_in_the_model(args, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * torch.inf)
+    monkeypatch.setattr(classification.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * torch.inf)
     given = ["--train.epochs=1", "--train.max_nonfinite=7", "--train.eval_every=9"]
     assert run(cli.train, *args, f"--output={tmp_path}/run", *given) == 0
     state = checkpoint.load(tmp_path / "run" / "last.pt")
@@ -339,7 +341,7 @@ def test_a_skipped_update_gives_back_the_statistics_of_batchnorm():
 
 
 def test_a_run_stops_where_nothing_is_finite(args, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * torch.nan)
+    monkeypatch.setattr(classification.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * torch.nan)
     assert run(cli.train, *args, f"--output={tmp_path}/run", "--train.max_nonfinite=2") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: update 2: loss or gradient not finite 2 times in a row")

@@ -17,15 +17,24 @@ PACKAGE = ROOT / "stvit_video"
 ALLOWED = {
     "data": {"data", "files"},
     "models": {"models"},
-    "engine": {"engine", "files", "data", "models"},
-    "config": {"weights", "engine", "data", "models"},
-    "build": {"weights", "config", "engine", "data", "models"},
-    "recognizer": {"build", "weights", "config", "engine", "data", "models"},
-    "bench": {"bench", "build", "config", "engine", "data", "models"},
-    "cli": {"bench", "recognizer", "build", "weights", "config", "engine", "data", "models"},
+    "bounds": set(),
+    "figures": set(),
     "files": set(),
+    "data": {"data", "files"},
+    "models": {"models", "bounds"},
+    "tasks": {"tasks", "data", "bounds", "figures"},
+    "engine": {"engine", "files", "data", "models", "bounds", "figures"},
     "adapters": set(),
     "weights": {"adapters", "files", "models"},
+    "config": {"bounds", "weights", "tasks", "engine", "data", "models"},
+    "build": {"weights", "config", "tasks", "engine", "data", "models"},
+    "recognizer": {"figures", "build", "weights", "config", "engine", "data", "models"},
+    "resume": {"config", "engine"},
+    "bench": {"figures", "files", "bench", "build", "config", "tasks", "engine", "data", "models"},
+    "cli": {
+        *("figures", "bench", "recognizer", "resume", "build", "weights", "config", "engine", "data"),
+        "models",
+    },
     "errors": set(),
 }
 
@@ -63,7 +72,7 @@ def test_every_recipe_builds_its_model_and_data(path):
     config, _ = parse(make_parser(""), ["--cfg", str(path)])
     config = resolve(config)
     build.build_model(config, config.data.num_classes or 8)
-    build.build_normalise(config.data)
+    build.build_task(config, [str(i) for i in range(config.data.num_classes or 8)])
     build.build_test_views(config, config.eval.clips, config.eval.crops)
     assert path.read_text().startswith("#"), "a recipe begins with its command, cost and result"
 

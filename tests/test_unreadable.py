@@ -11,7 +11,7 @@ import pytest
 from test_end_to_end import TRAIN_NET, run, settings
 
 from stvit_video import cli
-from stvit_video.engine.evaluate import Scores
+from stvit_video.tasks.classification import Scores
 
 PLAIN = ("--data.flip=none", "--data.repeats=1", "--train.epochs=1", "--train.accumulate=1")
 
@@ -148,7 +148,7 @@ def test_figures_without_the_unreadable_ones():
         failures={2: "gone", 3: "gone"},
         on_failure="exclude",
     )
-    assert scores.metrics() == pytest.approx(
+    assert scores.figures() == pytest.approx(
         {"top1": 1 / 2, "top5": 1, "mean_class_accuracy": 1 / 2, "per_clip_top1": 3 / 8}
     )
 

@@ -23,7 +23,7 @@ from ..data.dataset import VideoDataset
 from ..data.decode import Video, open_video
 from ..data.demo import write_mp4
 from ..data.sampling import mixed_seed
-from ..engine.figures import draw_loading
+from ..figures import draw_loading
 from ..engine.logs import progress
 
 STAGES = ("read", "transform", "collate")
@@ -201,10 +201,11 @@ def _loader(config: Config, what: str, rows: Sequence[Row], workers: int) -> Dat
         train=replace(config.train, batch_size=BATCH),
         eval=replace(config.eval, batch_size=BATCH),
     )
-    device = torch.device("cpu")
+    device, task = torch.device("cpu"), build.build_task(config, ["0"])
     if what == "train":
-        return build.build_train_loader(config, rows, [], device)
-    return build.build_test_loader(config, rows, device, clips=config.eval.clips, crops=config.eval.crops)
+        return build.build_train_loader(config, task, rows, device)
+    views = {"clips": config.eval.clips, "crops": config.eval.crops}
+    return build.build_test_loader(config, task, rows, device, **views)
 
 
 def _ms(call: Callable[[], object]) -> float:

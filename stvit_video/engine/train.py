@@ -22,6 +22,7 @@ from .evaluate import score
 from .job import Figures, Job, Outcome
 from .logs import RunLog, progress, read_log
 from .optim import make_optimizer, make_schedule, scaled_lr
+from .parallel import Parallel
 from .preemption import EXIT_CODE, Preemption
 from .run import EpochSoFar, Run, Update
 from .uploads import Uploads
@@ -76,7 +77,7 @@ class LoopConfig:
     """Updates between log entries."""
     checkpoint_minutes: NotNegative | None = 15.0
     """Minutes between checkpoints within an epoch; null: only where one ends."""
-    parallel: parallel.Parallel = "ddp"
+    parallel: Parallel = "ddp"
     """Several processes: a model each (ddp), or one model in shares (fsdp2: less memory, more traffic)."""
 
 
