@@ -338,28 +338,23 @@ def losses(called, model, updates=3):
 
 
 def counting():
-    graphs = []
-    return graphs, lambda graph, inputs: graphs.append(graph) or graph.forward
+    """A backend, and the graphs that it was given: without a compiler, and with eager's random numbers."""
+    graphs, backend = [], torch._dynamo.lookup_backend("aot_eager")
+    return graphs, lambda graph, inputs: graphs.append(graph) or backend(graph, inputs)
 
 
-@pytest.fixture
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_compiled_model_is_one_graph_compiled_once(checkpointing):
-    model = tiny(checkpointing=checkpointing)
-    plain, names = copy.deepcopy(model), list(model.state_dict())
-    graphs, backend = counting()
-    assert parallel.wrap(model, "ddp", CPU, compile=True, backend=backend) is model
-    assert losses(model, model) == pytest.approx(losses(plain, plain), abs=1e-5)
-    assert len(graphs) == 1
-    assert list(model.state_dict()) == names
-    assert plain._compiled_call_impl is None, "a copy made before is not compiled"
+def assert_compiled_alone(args):
+    """A command: compiled and not, the same losses; one graph, which is compiled once."""
+    for checkpointing in (False, True):
+        torch._dynamo.reset()
+        model = tiny(depth=5, base_depth=2, checkpointing=checkpointing)
+        plain, names = copy.deepcopy(model), list(model.state_dict())
+        graphs, backend = counting()
+        assert parallel.wrap(model, "ddp", CPU, compile=True, backend=backend) is model
+        assert losses(model, model) == pytest.approx(losses(plain, plain), abs=1e-5)
+        assert len(graphs) == 1
+        assert list(model.state_dict()) == names
+        assert plain._compiled_call_impl is None, "a copy made before is not compiled"
 
 
 def assert_compiled_ranks(args):
@@ -381,9 +376,10 @@ def assert_compiled_ranks(args):
     distributed.stop()
 
 
-def test_compiled_models_on_two_ranks(tmp_path):
+@pytest.mark.parametrize(("check", "ranks"), [(assert_compiled_alone, 1), (assert_compiled_ranks, 2)])
+def test_compiled_models_train_alike(tmp_path, check, ranks):
     log = tmp_path / "out.txt"
-    assert finish(launch(assert_compiled_ranks, ranks=2, log=log)) == [0, 0], log.read_text()
+    assert finish(launch(check, ranks=ranks, log=log)) == [0] * ranks, log.read_text()
 
 
 def assert_bf16_shards(args):
