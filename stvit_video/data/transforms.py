@@ -56,7 +56,8 @@ class TrainTransform:
             _refuse_places(target)
             clip = self.augment(clip)
         if self.flip and torch.rand(()) < 0.5:
-            clip, target = tree_map_only(tv_tensors.TVTensor, v2.functional.horizontal_flip, (clip, target))
+            clip = v2.functional.horizontal_flip(clip)
+            target = tree_map_only(tv_tensors.TVTensor, v2.functional.horizontal_flip, target)
             target = target if self.mirror is None else self.mirror(target)
         return clip.as_subclass(Tensor), target
 
