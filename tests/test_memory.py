@@ -46,7 +46,7 @@ from stvit_video.data.batch import Sample
 from stvit_video.data.dataset import TestSampler, make_loader
 
 class Probe(Dataset):
-    rows = Rows(Row(f"/data/videos/some class name/{i:011d}_000001_000011.mp4", i % 400) for i in range(300_000))
+    rows = Rows(Row(f"/data/videos/class/{i:011d}_000001_000011.mp4", i % 400) for i in range(300_000))
 
     def __getitem__(self, item):
         order = list(range(len(self.rows)))

@@ -88,7 +88,7 @@ def bench_views(config: Config, *, videos: Sequence = (), rounds: int = 5) -> li
 
 
 def measure_loading(config: Config, what: str, rows: Sequence[Row], *, workers: int, epoch: int) -> float:
-    """Samples/s of the "train" or "test" loader, but for its first batches, and with work left at its end."""
+    """Samples/s of the "train" or "test" loader, but for its first batches, with work left at its end."""
     counted, ahead = COUNTED * max(workers, 1), 2 * workers + 1
     repeated = [rows[i % len(rows)] for i in range(BATCH * (counted + 2 * ahead))]
     loader = _loader(config, what, repeated, workers)
