@@ -130,7 +130,7 @@ def test_boxes_and_masks_move_with_the_pixels():
         clip, moved = transform(frames, target)
         mask = moved["mask"][0]
         assert type(moved["mask"]) is tv_tensors.Mask
-        assert (mask != clip[0, 0] // 128).sum() <= 0.2 * mask.sum()  # edges are blurred
+        assert (mask != clip[0, 0] // 128).sum() <= 0.3 * mask.sum()  # a pixel around it
         x, y = mask.any(0).nonzero().flatten(), mask.any(1).nonzero().flatten()
         edges = torch.stack([x[0], y[0], x[-1] + 1, y[-1] + 1])
         assert (moved["boxes"][0] - edges).abs().max() <= 1

@@ -249,7 +249,10 @@ def _epoch(
                 so_far.failures |= dict(batch.failures)
                 if batch.failed:
                     found = batch.failures
-                    raise InputError(f"{len(found)} videos in a row unreadable, the first: {found[0][1]}")
+                    raise InputError(
+                        f"{len(found)} unreadable videos are more than data.max_unreadable="
+                        f"{max_unreadable:g} of the {videos} of an epoch, the first: {found[0][1]}"
+                    )
                 last = part + 1 == parts
                 loss = _forward_backward(run, normalise, mix, batch, config, bf16, parts, last)
                 passes.append((batch.indices, loss))
