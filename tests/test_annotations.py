@@ -6,7 +6,19 @@ import pickle
 
 import pytest
 
-from stvit_video.data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
+from stvit_video.data import annotations
+from stvit_video.data.annotations import (
+    FORMATS,
+    Format,
+    ListError,
+    Row,
+    Rows,
+    class_ids,
+    mirrored,
+    mirrored_classes,
+    read_rows,
+)
+from stvit_video.data.shards import Place
 
 HEADER = "label,youtube_id,time_start,time_end,split\n"
 TEMPLATES = {"Closing [something]": "Closing something", "Holding [a] of [b]": "Holding a of b"}
@@ -418,7 +430,147 @@ def test_class_folder_errors(write, tmp_path):
     check_error(["d/hollow: found no video, image or frame folder"], tmp_path / "d")
 
 
+# Several classes a video
+
+
+@pytest.mark.parametrize(
+    ("line", "row"),
+    [
+        ("a.mp4 5,2,9", ("a.mp4", (2, 5, 9))),
+        ("my dir/b c.mp4  3, 1", ("my dir/b c.mp4", (1, 3))),
+        ('"x, 1 2.mp4" 4,4', ("x, 1 2.mp4", (4,))),
+        ('"x y.mp4","7,0"', ("x y.mp4", (0, 7))),
+        ("7 8.mp4\t12,3", ("7 8.mp4", (3, 12))),
+        ("c.webm 6", ("c.webm", (6,))),
+    ],
+)
+def test_multilabel_lines(write, line, row):
+    path = write(f"first.mp4 1,0\n\n{line}\n")
+    rows = read_rows(path, root="/v")
+    assert rows == [Row("/v/first.mp4", (0, 1)), Row(f"/v/{row[0]}", row[1])]
+    assert rows == read_rows(path, root="/v", format="multilabel")
+    assert rows[1].label == row[1]
+
+
+@pytest.mark.parametrize("text", ["12 3,7\n", "a,30,4\nb,7,0\n", "my 12,30,4\n", "a.mp4,7\n", "b, 3, 4\n"])
+def test_commas_alone_make_no_multilabel_list(write, text):
+    path = write(text)
+    assert all(type(row.target) is int for row in read_rows(path))
+    assert read_rows(path) == read_rows(path, format="lines")
+
+
+def test_multilabel_that_is_named_takes_single_ids_none_and_frame_folders(write):
+    path = write('clips/one 3\n"a b.mp4" ""\nclips/two 4,1\n')
+    rows = read_rows(path, root="/f", format="multilabel")
+    assert rows == [Row("/f/clips/one", (3,)), Row("/f/a b.mp4", ()), Row("/f/clips/two", (1, 4))]
+
+
+def test_multilabel_class_names(write):
+    path = write('a b.mp4 air_drumming,zumba\nb.mp4 "zumba, air drumming"\nc.mp4 0\n')
+    names = ["air drumming", "other", "zumba"]
+    rows = read_rows(path, root="/v", class_names=names, format="multilabel")
+    assert [row.target for row in rows] == [(0, 2), (0, 2), (0,)]
+    assert rows.class_names == names
+    parts = ["list.txt:1: found class 'air_drumming'", "one of 2 class names"]
+    check_error(parts, path, class_names=["hair drumming", "zumba"], format="multilabel")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a.mp4 1,2\nb.mp4\n", ["list.txt:2: found 'b.mp4'", "expected `path a,b,c`"]),
+        ("a.mp4 1,2\n\nb.mp4 x\n", ["list.txt:3: found label 'x'", "expected a class id"]),
+        ("a.mp4 1,2\nb.mp4 1,-2\n", ["list.txt:2: found label '-2'"]),
+        ("a.mp4 1,2\nb.mp4 1,,2\n", ["list.txt:2: found label ''"]),
+        ("a.mp4 1,2\n../b.mp4 1,2\n", ["list.txt:2: found path '/v/../b.mp4'", "data.root=/v"]),
+    ],
+)
+def test_multilabel_errors(write, text, parts):
+    check_error(parts, write(text), root="/v")
+
+
+def test_multilabel_ids_stay_below_the_number_of_class_names(write):
+    parts = ["list.txt:1: found label 2, expected one below 2"]
+    check_error(parts, write("a.mp4 0,2\n"), class_names=["x", "y"])
+
+
+def test_mirrored_targets():
+    assert mirrored(2, [0, 2, 1]) == 1
+    assert mirrored((0, 2), [2, 1, 0]) == (0, 2)
+    assert mirrored((0, 1), [3, 1, 2, 0]) == (1, 3)
+    assert [class_ids(target) for target in (None, 3, (1, 2), ())] == [(), (3,), (1, 2), ()]
+
+
+CHARADES = "id,subject,actions,length\n"
+
+
+def test_charades(write, tmp_path):
+    write.touch("v/AB1.mp4", "v/CD2.mkv")
+    text = CHARADES + "AB1,S1,c092 11.90 21.20;c007 0.00 12.60;c092 1 2,33\nCD2,S2,,3\nEF3,S,c000 0 1,3\n"
+    rows = read_rows(write(text, "c.csv"), root=tmp_path / "v")
+    assert tails(rows, tmp_path / "v") == [("AB1.mp4", (7, 92)), ("CD2.mkv", ()), ("EF3.mp4", (0,))]
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("A,S,92 0 1,3", ["c.csv:2: found id 'A', actions '92 0 1'", "expected an id and actions"]),
+        (",S,c092 0 1,3", ["c.csv:2: found id ''"]),
+        ("A,S,3", ["c.csv:2: found 3 fields, expected 4"]),
+        ("../A,S,c001 0 1,3", ["c.csv:2: found path"]),
+    ],
+)
+def test_charades_errors(write, line, parts):
+    check_error(parts, write(CHARADES + line + "\n", "c.csv"), root="/v")
+
+
+# The table of formats
+
+
+def test_a_format_that_is_named(write, tmp_path):
+    path = write("clip 30 4\n")
+    assert read_rows(path, root="/f", format="lines") == [Row("/f/clip", 4, 30)]
+    check_error(["list.txt: found data.format=kinetic", "did you mean 'kinetics'"], path, format="kinetic")
+    faults = {
+        "shards": "found no tar files",
+        "folders": "found no folder",
+        "something": "list.txt:1: found Expecting value, expected valid json",
+        "kinetics": "list.txt:1: found columns ['clip 30 4']",
+        "charades": "list.txt:1: found columns ['clip 30 4']",
+        "multilabel": "list.txt:1: found label 'x'",
+    }
+    assert set(faults) | {"lines"} == {entry.name for entry in FORMATS}
+    for name, fault in faults.items():
+        text = "clip x\n" if name == "multilabel" else "clip 30 4\n"
+        check_error([fault], write(text), root="/f", format=name)
+    (tmp_path / "folder").mkdir()
+    check_error(["folder: found Is a directory"], tmp_path / "folder", root="/f", format="kinetics")
+
+
+def test_a_new_format_is_a_reader_and_a_line(write, monkeypatch):
+    def read(source):
+        return Rows(Row(line.partition("=")[0], line.partition("=")[2]) for _, line in source.lines())
+
+    entry = Format("pairs", lambda source: "=" in source.text, read)
+    monkeypatch.setattr(annotations, "FORMATS", (entry, *FORMATS))
+    assert read_rows(write("a.mp4=caption of a\n")) == [Row("a.mp4", "caption of a")]
+
+
 # Rows
+
+
+def test_rows_are_a_sequence_of_rows():
+    rows = [Row(f"{i}.mp4", i, None, Place("a.tar", i, 512)) for i in range(5)]
+    packed = Rows(rows)
+    assert packed == rows == list(packed) == packed[:]
+    assert packed != rows[:4]
+    assert packed != [*rows[:4], Row("other", 4)]
+    assert (packed[-1], packed[1:4:2], len(packed)) == (rows[-1], rows[1:4:2], 5)
+    assert packed.index(rows[3]) == 3
+    assert len(Rows()) == 0
+    for index in (5, -6):
+        with pytest.raises(IndexError):
+            packed[index]
 
 
 def test_rows_are_a_list_that_survives_pickling():

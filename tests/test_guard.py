@@ -13,7 +13,7 @@ import torch
 
 from stvit_video.data import dataset as datasets
 from stvit_video.data import views
-from stvit_video.data.annotations import Row
+from stvit_video.data.annotations import Row, read_rows
 from stvit_video.data.dataset import TrainSampler, VideoDataset, make_loader
 from stvit_video.data.decode import DecodeError
 from stvit_video.data.guard import GivenUp, Guard, guarded_map
@@ -245,13 +245,40 @@ def test_pipes_are_refused_at_once(tmp_path, timeout, decoder):
         assert "not a regular file" in sample.failures[0][1]
 
 
-def test_stand_ins_are_far_apart():
+def test_stand_ins_come_from_the_whole_list_in_an_order_of_the_seed():
     data = train_set([Row(str(i), 0) for i in range(2000)])
-    assert data._candidates(3) == [3, 4, 6, 10, 18, 34, 66, 130, 258, 514]
-    assert data._candidates(1990)[5:] == [21, 53, 117, 245, 501]
-    for size in (1, 2, 5, 9):
-        few = train_set([Row(str(i), 0) for i in range(size)])
-        assert sorted(few._candidates(0)) == list(range(size))
+    first = list(data._candidates(3, seed=7))
+    assert first[0] == 3
+    assert sorted(first) == list(range(2000))
+    assert first == list(data._candidates(3, seed=7)) != list(data._candidates(3, seed=8))
+    spread = np.histogram(first[1:81], 4, (0, 2000))[0]  # the first ones are not neighbours
+    assert spread.min() >= 8
+
+
+def test_a_missing_class_folder_costs_no_sample(demo_root, tmp_path):
+    rows = [Row(row.path, row.target) for row in read_rows(demo_root / "train")]  # sorted by class
+    rows = [Row(f"{tmp_path}/gone{i}.mp4", 5) if row.target == 5 else row for i, row in enumerate(rows)]
+    missing = {row.path for row in rows if row.target == 5}
+    assert len(missing) == 3
+    data = train_set(rows, max_unreadable=0.2)
+    again = train_set(rows, max_unreadable=0.2)
+    for index, row in enumerate(rows):
+        sample = data[0, index]
+        assert sample.clips.shape == (2, 3, 4, 32, 32)
+        assert 5 not in sample.targets
+        assert {path for path, _ in sample.failures} <= missing
+        assert bool(sample.failures) == (row.path in missing)
+        assert torch.equal(sample.clips, again[0, index].clips)
+
+
+@pytest.mark.parametrize(("share", "tries"), [(0.0, 1), (0.2, 3), (0.5, 6), (1.0, 10)])
+def test_a_sample_gives_up_when_it_alone_has_met_too_many(tmp_path, share, tries):
+    rows = [Row(f"{tmp_path}/gone{i}.mp4", 0) for i in range(10)]
+    sample = train_set(rows, max_unreadable=share)[0, 4]
+    assert sample.clips is None
+    paths = [path for path, _ in sample.failures]
+    assert len(paths) == len(set(paths)) == tries
+    assert paths[0] == rows[4].path
 
 
 @pytest.mark.parametrize("timeout", [None, 30])

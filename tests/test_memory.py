@@ -1,4 +1,4 @@
-"""A process that opens and reads thousands of clips stays as large as it was."""
+"""A process that opens and reads thousands of clips stays as large as it was; workers own no rows."""
 
 import subprocess
 import sys
@@ -36,3 +36,35 @@ def test_reading_clips_does_not_grow_the_process(demo_root, decoder, number, aft
     grown = float(done.stdout)
     print(f"{decoder}: {number - after} clips after the first {after} grow the process by {grown:.1f} MB")
     assert grown < 50
+
+
+WORKER = """
+import gc, random
+from torch.utils.data import Dataset
+from stvit_video.data.annotations import Row, Rows
+from stvit_video.data.batch import Sample
+from stvit_video.data.dataset import TestSampler, make_loader
+
+class Probe(Dataset):
+    rows = Rows(Row(f"/data/videos/class/{i:011d}_000001_000011.mp4", i % 400) for i in range(300_000))
+
+    def __getitem__(self, item):
+        order = list(range(len(self.rows)))
+        random.shuffle(order)
+        assert all(self.rows[i].target == i % 400 for i in order)
+        del order
+        gc.collect()
+        lines = [line.split() for line in open("/proc/self/smaps_rollup")]
+        private = sum(int(line[1]) for line in lines if line[0].startswith("Private_"))
+        return Sample(item[1], None, [], [("private", str(private / 1024))])
+
+loader = make_loader(Probe(), TestSampler(1), batch_size=1, workers=1, pin_memory=False)
+print(next(iter(loader)).failures[0][1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")
+def test_rows_do_not_multiply_in_workers():
+    done = subprocess.run([sys.executable, "-c", WORKER], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 20  # MB

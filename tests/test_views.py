@@ -1,17 +1,24 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from torchvision import tv_tensors
 
 from stvit_video.data import dataset, demo, views
-from stvit_video.data.annotations import Row
-from stvit_video.data.batch import collate
+from stvit_video.data.annotations import Row, Rows
+from stvit_video.data.batch import Sample, collate
 from stvit_video.data.dataset import TestSampler as EverySampler
 from stvit_video.data.dataset import TrainSampler, VideoDataset, make_loader
 from stvit_video.data.transforms import Mix, Normalise, TrainTransform
 from stvit_video.data.transforms import TestTransform as CropTransform
+from stvit_video.errors import InputError
 
 Sampling = views.Sampling
+ROOT = Path(__file__).parents[1]
 
 
 class Counter:
@@ -98,6 +105,123 @@ def test_flip(flip, mirror, mirrored_label):
         assert torch.equal(clip, ramp) or torch.equal(clip, ramp.flip(-1))
         seen.add((not torch.equal(clip, ramp), label))
     assert seen == ({(False, 0)} if mirrored_label is None else {(False, 0), (True, mirrored_label)})
+
+
+def test_what_is_augmented_is_mirrored_too():
+    frames = torch.randint(256, (2, 3, 24, 24), dtype=torch.uint8)
+    plain, flipped = (TrainTransform(16, rand_augment=(2, 7), flip=flip) for flip in (False, True))
+    seen = set()
+    for seed in range(12):
+        clips = [torch.manual_seed(seed) and transform(frames, 0)[0] for transform in (plain, flipped)]
+        assert torch.equal(clips[1], clips[0]) or torch.equal(clips[1], clips[0].flip(-1))
+        seen.add(torch.equal(*clips))
+    assert seen == {True, False}
+
+
+def test_boxes_and_masks_move_with_the_pixels():
+    """The box and the mask of a white rectangle are still those of it, wherever crop and flip put it."""
+    frames = torch.zeros(2, 3, 40, 48, dtype=torch.uint8)
+    frames[..., 12:28, 10:30] = 255
+    box = tv_tensors.BoundingBoxes([[10, 12, 30, 28]], format="XYXY", canvas_size=(40, 48))
+    target = {"boxes": box, "mask": tv_tensors.Mask(frames[0, :1] // 255), "ids": (3, 1), "text": "white"}
+    transform = TrainTransform(32, scale=(0.9, 1), flip=True, mirror=lambda t: t | {"text": "mirrored"})
+    texts = set()
+    for _ in range(10):
+        clip, moved = transform(frames, target)
+        mask = moved["mask"][0]
+        assert type(moved["mask"]) is tv_tensors.Mask
+        assert (mask != clip[0, 0] // 128).sum() <= 0.3 * mask.sum()  # a pixel around it
+        x, y = mask.any(0).nonzero().flatten(), mask.any(1).nonzero().flatten()
+        edges = torch.stack([x[0], y[0], x[-1] + 1, y[-1] + 1])
+        assert (moved["boxes"][0] - edges).abs().max() <= 1
+        assert moved["boxes"].canvas_size == (32, 32)
+        assert moved["ids"] == (3, 1)
+        texts.add(moved["text"])
+    assert texts == {"white", "mirrored"}
+    assert target["text"] == "white"
+
+
+def test_randaugment_does_not_take_boxes():
+    box = tv_tensors.BoundingBoxes([[0, 0, 5, 5]], format="XYXY", canvas_size=(16, 16))
+    transform = TrainTransform(16, rand_augment=(1, 5))
+    with pytest.raises(InputError, match=r"data.rand_augment: .* BoundingBoxes"):
+        transform(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), {"where": [box]})
+
+
+def sample(index, *targets, shape=(3, 2, 4, 4)):
+    clips = torch.full((len(targets), *shape), index, dtype=torch.uint8)
+    return Sample(index, clips, list(targets), [])
+
+
+def boxes(*rows):
+    return tv_tensors.BoundingBoxes(list(rows), format="XYXY", canvas_size=(4, 4))
+
+
+def test_targets_that_are_alike_are_stacked():
+    failed = Sample(9, None, [], [("x.mp4", "gone")])
+    batch = collate([sample(4, 1, 2), failed, sample(7, 3, 4)])
+    assert (batch.indices.tolist(), batch.failed, batch.failures) == ([4, 7], [9], [("x.mp4", "gone")])
+    assert batch.clips.shape == (2, 2, 3, 2, 4, 4)
+    assert batch.clips[:, 0, 0, 0, 0, 0].tolist() == [4, 7]
+    assert (batch.targets.tolist(), batch.targets.dtype) == ([[1, 2], [3, 4]], torch.long)
+    assert collate([failed]).clips is collate([failed]).targets is None
+    targets = [
+        {"id": i, "flow": torch.full((3,), i), "mask": tv_tensors.Mask(torch.zeros(2, 2))} for i in range(4)
+    ]
+    batch = collate([sample(0, *targets[:2]), sample(1, *targets[2:])])
+    assert batch.targets["id"].tolist() == [[0, 1], [2, 3]]
+    assert batch.targets["flow"][1, 0].tolist() == [2, 2, 2]
+    assert (batch.targets["mask"].shape, type(batch.targets["mask"])) == ((2, 2, 2, 2), tv_tensors.Mask)
+
+
+def test_targets_that_differ_are_listed_and_keep_their_meaning():
+    assert collate([sample(0, (1,), (2,)), sample(1, (), (3, 4))]).targets == [[(1,), (2,)], [(), (3, 4)]]
+    one, two = boxes([0, 0, 1, 1]), boxes([0, 0, 1, 1], [1, 1, 2, 2])
+    batch = collate([sample(0, {"boxes": one, "id": 5}), sample(1, {"boxes": two, "id": 6})])
+    assert batch.targets["id"].tolist() == [[5], [6]]
+    for moved in (batch, batch.to("cpu"), batch.to("meta")):
+        [[first], [second]] = moved.targets["boxes"]
+        assert type(first) is type(second) is tv_tensors.BoundingBoxes
+        assert (second.canvas_size, second.shape, first.format) == ((4, 4), (2, 4), one.format)
+    assert moved.clips.device.type == second.device.type == moved.targets["id"].device.type == "meta"
+
+
+def test_clips_of_other_shapes_are_listed():
+    batch = collate([sample(0, 1), sample(1, 2, shape=(3, 2, 6, 4))])
+    assert [clip.shape for clip in batch.clips] == [(1, 3, 2, 4, 4), (1, 3, 2, 6, 4)]
+    assert batch.targets.tolist() == [[1], [2]]
+
+
+@pytest.mark.parametrize(("workers", "timeout"), [(0, None), (1, None), (1, 30)])
+def test_any_target_comes_through_workers_and_guard(demo_root, workers, timeout):
+    path = str(next(demo_root.glob("train/*/*.mp4")))
+    target = {
+        "boxes": tv_tensors.BoundingBoxes([[8, 8, 40, 40]], format="XYXY", canvas_size=(48, 64)),
+        "ids": (1, 2),
+    }
+    make = views.TrainViews(Sampling("dense", 4, 2), TrainTransform(32, flip=True), 2)
+    data = VideoDataset(Rows([Row(path, target)]), make, timeout=timeout)
+    (batch,) = make_loader(
+        data, EverySampler(1), batch_size=1, workers=workers, pin_memory=False, persistent=False
+    )
+    expected = data[0, 0].targets
+    assert batch.targets["ids"] == [[(1, 2), (1, 2)]]
+    for came, sent in zip(batch.targets["boxes"][0], expected, strict=True):
+        assert torch.equal(came, sent["boxes"])
+        assert (came.canvas_size, came.format) == ((32, 32), sent["boxes"].format)
+
+
+def test_what_a_trainer_needs_imports_without_decoders():
+    code = """
+import sys, types
+sys.modules |= dict.fromkeys(["av", "webdataset", "braceexpand", "decord"])
+for name in ("stvit_video", "stvit_video.data"):
+    package = sys.modules[name] = types.ModuleType(name)
+    package.__path__ = [name.replace(".", "/")]
+import stvit_video.data.batch, stvit_video.data.transforms, stvit_video.data.sampling
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_augmentation_is_the_same_in_all_frames():

@@ -1,13 +1,14 @@
-"""How fast videos become clips: the loaders of training and scoring, and one video beside its bare decode."""
+"""How fast videos become clips: the loaders of training and scoring; one video beside its bare decode."""
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from timeit import timeit
 
 import av
 import numpy as np
@@ -17,36 +18,30 @@ from torch.utils.data import DataLoader
 
 from .. import build
 from ..config import Config
-from ..data.annotations import Row
+from ..data import demo
 from ..data.batch import Sample, collate
 from ..data.dataset import VideoDataset
 from ..data.decode import Video, open_video
-from ..data.demo import write_mp4
-from ..data.sampling import mixed_seed
-from ..figures import draw_loading
+from ..data.rows import Row
 from ..engine.logs import progress
+from ..figures import draw_loading
 
 STAGES = ("read", "transform", "collate")
 BATCH = 2  # videos: samples/s do not depend on it, memory does
 COUNTED = 8  # batches of a worker, or of this process, that a round counts
 SPLIT = 4  # samples whose stages a round times
+CPU = torch.device("cpu")
 
 
 def bench_data(
-    config: Config,
-    *,
-    videos: Sequence[str | Path] = (),
-    workers: Sequence[int] = (0, 1, 2),
-    rounds: int = 5,
-    output: Path | None = None,
+    config: Config, *, videos: Sequence = (), workers=(0, 1, 2), rounds: int = 5, output: Path | None = None
 ) -> list[dict]:
     """Rows for "train" (random clips) and "test" (all views) and each number of workers.
 
     videos: files; none: the config's lists where `data.train` is set, else a video rendered for this.
-    rounds: each measures everything once, in turn; figures are medians over them.
-    output: folder for data.png, None: no picture.
-    Columns: what, workers, samples/s (a sample is a video with all its clips; also its lowest and highest
-    round), samples/s per core, ms of a sample in each of STAGES and in all, in one process without workers.
+    rounds: each measures everything once; figures are medians. output: folder for data.png.
+    Columns: what, workers, samples/s (a sample is a video with all its clips; lowest and highest round),
+    samples/s per core, and of one process without workers ms of a sample in each of STAGES and in all.
     """
     rates, stages = {}, {"train": [], "test": []}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -54,30 +49,24 @@ def bench_data(
         for number in progress(range(rounds), desc="loading", unit="round"):
             for what, rows in sources.items():
                 dataset = _loader(config, what, rows, 0).dataset
-                items = ((number, i % len(rows)) for i in range(SPLIT))
-                stages[what] += [time_stages(dataset, item) for item in items]
+                stages[what] += [time_stages(dataset, number, i % len(rows)) for i in range(SPLIT)]
                 for count in workers:
                     rate = measure_loading(config, what, rows, workers=count, epoch=number)
                     rates.setdefault((what, count), []).append(rate)
-    table = [
-        {
-            "what": what,
-            "workers": count,
-            "samples/s": median(values),
-            "lowest": min(values),
-            "highest": max(values),
-            "samples/s per core": median(values) / min(max(count, 1), cores),
-            **{f"{key} ms": median(entry[key] for entry in stages[what]) for key in (*STAGES, "all")},
-        }
-        for (what, count), values in rates.items()
-    ]
+    table = []
+    for (what, count), values in rates.items():
+        row = {"what": what, "workers": count, "samples/s": median(values)}
+        row |= {"lowest": min(values), "highest": max(values)}
+        row["samples/s per core"] = median(values) / min(max(count, 1), cores)
+        row |= {f"{key} ms": median(times[key] for times in stages[what]) for key in (*STAGES, "all")}
+        table.append(row)
     if output is not None:
         draw_loading(table, Path(output, "data.png"))
     return table
 
 
-def bench_views(config: Config, *, videos: Sequence[str | Path] = (), rounds: int = 5) -> list[dict]:
-    """What loading each video costs in this process, one thread, beside one bare decode of it.
+def bench_views(config: Config, *, videos: Sequence = (), rounds: int = 5) -> list[dict]:
+    """What loading each video costs in this process, beside one bare decode of it.
 
     Columns: video, what, ms (median of the rounds), "of a full decode" (median of the rounds' ratios).
     """
@@ -90,18 +79,16 @@ def bench_views(config: Config, *, videos: Sequence[str | Path] = (), rounds: in
                 f"{test.views.clips * test.views.transform.crops} views": lambda i=index: test[0, i],
                 f"{train.views.repeats} training clips": lambda i=index: train[0, i],
             }
-            times = [[_ms(call) for call in kinds.values()] for _ in range(rounds + 1)][1:]  # one warms up
-            for kind, values in zip(kinds, zip(*times, strict=True), strict=True):
-                ratio = median(value / bare for value, (bare, *_) in zip(values, times, strict=True))
-                entry = {"video": Path(row.path).name, "what": kind, "ms": median(values)}
+            times = [[timeit(call, number=1) for call in kinds.values()] for _ in range(rounds + 1)][1:]
+            for kind, seconds in zip(kinds, zip(*times, strict=True), strict=True):
+                ratio = median(value / bare for value, (bare, *_) in zip(seconds, times, strict=True))
+                entry = {"video": Path(row.path).name, "what": kind, "ms": 1000 * median(seconds)}
                 table.append(entry | {"of a full decode": ratio})
     return table
 
 
-def measure_loading(
-    config: Config, what: str, rows: Sequence[Row], *, workers: int, epoch: int = 0
-) -> float:
-    """Samples/s of the "train" or "test" loader, without the first batches and with no end in sight."""
+def measure_loading(config: Config, what: str, rows: Sequence[Row], *, workers: int, epoch: int) -> float:
+    """Samples/s of the "train" or "test" loader, but for its first batches, with work left at its end."""
     counted, ahead = COUNTED * max(workers, 1), 2 * workers + 1
     repeated = [rows[i % len(rows)] for i in range(BATCH * (counted + 2 * ahead))]
     loader = _loader(config, what, repeated, workers)
@@ -114,20 +101,20 @@ def measure_loading(
     return samples / (perf_counter() - start)
 
 
-def time_stages(dataset: VideoDataset, item: tuple[int, int]) -> dict[str, float]:
-    """(epoch, index) -> ms of each of STAGES and of "all", for that sample alone, in this process.
+def time_stages(dataset: VideoDataset, epoch: int, index: int) -> dict[str, float]:
+    """ms of each of STAGES and of "all" for one sample, in this process.
 
     read: the file is opened, its frames decoded and converted to RGB. transform: the rest of the views.
     """
-    row = dataset.rows[item[1]]
+    row = dataset.rows[index]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mixed_seed(dataset.seed, *item))
+        torch.manual_seed(epoch)
         start = perf_counter()
         with open_video(row.path, dataset.decoder, threads=1, contents=row.contents()) as video:
             opened, timed = perf_counter(), _TimedVideo(video)
-            clips, targets = dataset.views(timed, -1 if row.target is None else row.target)
+            clips, targets = dataset.views(timed, row.target)
         made = perf_counter()
-        collate([Sample(item[1], clips, targets, [])])
+        collate([Sample(index, clips, targets, [])])
         end = perf_counter()
     read = opened - start + timed.seconds
     seconds = (read, made - start - read, end - made, end - start)
@@ -155,26 +142,17 @@ def decode_all(path: str | Path) -> int:
         return sum(1 for _ in container.decode(stream))
 
 
-def render_video(path: Path, frames: int = 300) -> Path:
-    """340x256 pixels at 30 frames/s: a texture with detail of several sizes under a moving camera, and noise."""
+def render_video(path: Path) -> Path:
+    """10 s of 320x240 pixels at 30 frames/s: clips of the demo set, enlarged, one after the other."""
     rng = np.random.default_rng(0)
-    coarse = (rng.normal(0, 22, (512 // cell, 704 // cell, 3)) for cell in (64, 16, 4))
-    texture = 128 + sum(grid.repeat(512 // len(grid), 0).repeat(512 // len(grid), 1) for grid in coarse)
-    images = np.empty((frames, 256, 340, 3), np.uint8)
-    for i, image in enumerate(images):
-        y, x = int(128 + 100 * np.sin(i / 60)), int(170 + 140 * np.cos(i / 75))
-        view = texture[y : y + 256, x : x + 340]
-        image[:] = np.clip(view + rng.normal(0, 2, view.shape), 0, 255)
-    write_mp4(path, images, fps=30)
+    frames = np.concatenate([demo.render(name, "star", rng) for name in 2 * demo.CLASSES])[:300]
+    demo.write_mp4(path, frames.repeat(5, 1).repeat(5, 2), fps=30)
     return path
 
 
 @contextmanager
-def _sources(config: Config, videos: Sequence[str | Path]) -> Iterator[dict[str, Sequence[Row]]]:
-    """The rows to train on and to score: `videos`, the config's lists, or a video rendered for this.
-
-    Within it torch has one thread, as in the workers.
-    """
+def _sources(config: Config, videos: Sequence) -> Iterator[dict[str, Sequence[Row]]]:
+    """The rows to train on and to score; within it torch has one thread, as in the workers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -201,14 +179,7 @@ def _loader(config: Config, what: str, rows: Sequence[Row], workers: int) -> Dat
         train=replace(config.train, batch_size=BATCH),
         eval=replace(config.eval, batch_size=BATCH),
     )
-    device, task = torch.device("cpu"), build.build_task(config, ["0"])
+    task, views = build.build_task(config, ["0"]), {"clips": config.eval.clips, "crops": config.eval.crops}
     if what == "train":
-        return build.build_train_loader(config, task, rows, device)
-    views = {"clips": config.eval.clips, "crops": config.eval.crops}
-    return build.build_test_loader(config, task, rows, device, **views)
-
-
-def _ms(call: Callable[[], object]) -> float:
-    start = perf_counter()
-    call()
-    return 1000 * (perf_counter() - start)
+        return build.build_train_loader(config, task, rows, CPU)
+    return build.build_test_loader(config, task, rows, CPU, **views)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from timm.utils import ModelEmaV3
 
 from ..bounds import Range
@@ -261,6 +262,7 @@ class Trainer:
         if stop:
             if distributed.is_main():
                 bar.write(f"SIGTERM: stopped after update {run.update}, --resume continues")
+            distributed.barrier()  # a rank that ends earlier would have torchrun kill the one that still writes
             raise SystemExit(EXIT_CODE)
 
     def _videos(self) -> int:
@@ -297,15 +299,16 @@ class Trainer:
 
     def _validate(self) -> tuple[Outcome | None, Figures]:
         """One view of each video of the validation list: the records on the main process, figures on all."""
-        outcome = score(
-            self.run.scored_model(),
-            self.job.task,
-            self.job.val_loader,
-            self.job.device,
-            precision=self.run.precision,
-            title="validating",
-            after_batch=self.preemption.exit_if_asked,
-        )
+        with torch.compiler.set_stance("force_eager" if self.config.compile else "default"):
+            outcome = score(
+                self.run.scored_model(),
+                self.job.task,
+                self.job.val_loader,
+                self.job.device,
+                precision=self.run.precision,
+                title="validating",
+                after_batch=self.preemption.exit_if_asked,
+            )
         figures = None if outcome is None else self.job.task.figures(outcome)
         return outcome, distributed.from_main(figures)
 
