@@ -62,7 +62,9 @@ def load_pretrained(
 def build_task(config: Config, class_names: Sequence[str]) -> Task:
     """The task that `task` names. Raises ConfigError or ListError."""
     kind = TASKS[config.task]
-    settings = {field.name: getattr(config.train, field.name) for field in dataclasses.fields(kind.Settings)}
+    settings = {
+        field.name: getattr(config.train, field.name) for field in dataclasses.fields(kind.Settings)
+    }
     return kind(
         class_names,
         normalise=Normalise(config.data.mean, config.data.std),
@@ -133,9 +135,7 @@ def read_split(
         _prepare_demo(Path(path))
     if class_names is None and data.class_names is not None:
         class_names = _read_names(data.class_names)
-    rows = read_rows(
-        path, root=data.root, labels=data.labels, class_names=class_names, format=data.format
-    )
+    rows = read_rows(path, root=data.root, labels=data.labels, class_names=class_names, format=data.format)
     if not rows:
         raise ConfigError(f"data.{split}={path}: no videos in it")
     names = class_names or rows.class_names
@@ -217,9 +217,7 @@ def build_test_views(config: Config, clips: int, crops: int) -> TestViews:
     return TestViews(build_sampling(config.data), transform, clips)
 
 
-def build_train_loader(
-    config: Config, task: Task, rows: Sequence[Row], device: torch.device
-) -> DataLoader:
+def build_train_loader(config: Config, task: Task, rows: Sequence[Row], device: torch.device) -> DataLoader:
     """Raises InputError for rows that the task cannot be trained on."""
     data = config.data
     task.check(rows, f"data.train={data.train}")

@@ -138,7 +138,14 @@ def test(args: Sequence[str]) -> None:
         _introduce(config, model, class_names, device, weights)
         print(f"scoring {len(rows)} videos x {views['clips']} clips x {views['crops']} crops")
     settings = to_dict(config)
-    scored = [source, _state_of(source), class_names, build.digest(rows), settings["data"], settings["eval"]]
+    scored = [
+        source,
+        _state_of(source),
+        class_names,
+        build.digest(rows),
+        settings["data"],
+        settings["eval"],
+    ]
     shares = Shares(output / "shares", scored)
     outcome = score(
         model.to(device),

@@ -34,7 +34,9 @@ def find_run(output: Path, *, resume: bool, overwrite: bool) -> tuple[dict | Non
     if distributed.is_main():
         if damage is not None:
             print(f"warning: {damage}; continuing the one before", file=sys.stderr)
-        told = "no run there yet, starting" if state is None else f"continuing after update {state['update']}"
+        told = (
+            "no run there yet, starting" if state is None else f"continuing after update {state['update']}"
+        )
         print(f"{output}: {told}")
     return state, damage
 
@@ -57,7 +59,9 @@ def check_resume(state: dict[str, Any], config: Config, details: dict[str, Any],
         if details["run"][key] != state["run"][key]:
             was, now = state["run"][key], details["run"][key]
             if key == "list":
-                raise ConfigError(f"{path}: began with other videos or labels than data.train={config.data.train}")
+                raise ConfigError(
+                    f"{path}: began with other videos or labels than data.train={config.data.train}"
+                )
             raise ConfigError(f"{path}: began with {key}={was}, cannot go on with {now}")
     if state["class_names"] != details["class_names"]:
         raise ConfigError(f"{path}: its class names are not those of data.train={config.data.train}")

@@ -312,7 +312,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_on_record(args, tmp_path, m
 
 
 def test_skipped_updates_leave_no_trace_in_the_model(args, tmp_path, monkeypatch):
-    monkeypatch.setattr(classification.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * torch.inf)
+    monkeypatch.setattr(
+        classification.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * torch.inf
+    )
     given = ["--train.epochs=1", "--train.max_nonfinite=7", "--train.eval_every=9"]
     assert run(cli.train, *args, f"--output={tmp_path}/run", *given) == 0
     state = checkpoint.load(tmp_path / "run" / "last.pt")
@@ -341,7 +343,9 @@ def test_a_skipped_update_gives_back_the_statistics_of_batchnorm():
 
 
 def test_a_run_stops_where_nothing_is_finite(args, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(classification.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * torch.nan)
+    monkeypatch.setattr(
+        classification.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * torch.nan
+    )
     assert run(cli.train, *args, f"--output={tmp_path}/run", "--train.max_nonfinite=2") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: update 2: loss or gradient not finite 2 times in a row")

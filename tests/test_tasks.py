@@ -16,8 +16,10 @@ from stvit_video import cli
 from stvit_video.data.dataset import TestSampler as EverySampler
 from stvit_video.data.dataset import TrainSampler, VideoDataset, make_loader
 from stvit_video.data.rows import Row
-from stvit_video.data.transforms import Normalise, TestTransform, TrainTransform
-from stvit_video.data.views import Sampling, TestViews, TrainViews
+from stvit_video.data.transforms import Normalise, TrainTransform
+from stvit_video.data.transforms import TestTransform as CropTransform
+from stvit_video.data.views import Sampling, TrainViews
+from stvit_video.data.views import TestViews as SpreadViews
 from stvit_video.engine import checkpoint
 from stvit_video.engine.job import Job, Outcome
 from stvit_video.engine.train import LoopConfig, fit
@@ -217,7 +219,7 @@ def test_the_loop_serves_a_task_that_it_has_never_seen(demo_root, tmp_path):
     rows = [Row(str(path), 0.25 + 0.5 * (i % 2)) for i, path in enumerate(torch_rows)]
     sampling, size = Sampling("dense", 2), 16
     train = VideoDataset(rows, TrainViews(sampling, TrainTransform(size)), encode=task.encode)
-    test = VideoDataset(rows, TestViews(sampling, TestTransform(size)), encode=task.encode)
+    test = VideoDataset(rows, SpreadViews(sampling, CropTransform(size)), encode=task.encode)
     options = {"batch_size": 4, "workers": 0, "pin_memory": False, "persistent": False}
     loaders = (
         make_loader(train, TrainSampler(len(rows), batch_size=4, seed=0), **options),

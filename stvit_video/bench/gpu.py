@@ -78,7 +78,7 @@ def run_tests(device: str) -> tuple[int, str]:
 def _speeds(
     names: Sequence[str], sizes: Mapping, dtype: torch.dtype, compiled: str | None, device: torch.device
 ) -> list[dict]:
-    frames = {name: sizes["clip"] for name in names}
+    frames = dict.fromkeys(names, sizes["clip"])
     models = {name: create_model(name, num_classes=400, **frames[name]) for name in names}
     return measure_models(
         models,

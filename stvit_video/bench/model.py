@@ -27,8 +27,8 @@ from ..engine.logs import progress
 from ..engine.run import Update
 from ..engine.train import LoopConfig, start_run
 from ..engine.uploads import Uploads
-from ..tasks.classification import Classification
 from ..models.zoo import create_model, multiply_adds
+from ..tasks.classification import Classification
 
 MODES = ("forward", "training")
 LATENCIES = 20  # single clips timed, at least, for a 95th percentile

@@ -177,4 +177,3 @@ class Mix:
             return
         noise = noise.pin_memory() if clip.is_cuda else noise
         v2.functional.erase(clip, v=noise.to(clip.device, non_blocking=True), inplace=True, **box)
-

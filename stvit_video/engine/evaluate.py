@@ -70,7 +70,9 @@ def score(
     -> the Outcome there, None on other ranks. Raises RuntimeError if some sample came twice or never.
     shares: where to keep what a rank has done; what earlier, broken-off scorings did is not done again.
     """
-    earlier = [] if shares is None else distributed.from_main(shares.read() if distributed.is_main() else None)
+    earlier = (
+        [] if shares is None else distributed.from_main(shares.read() if distributed.is_main() else None)
+    )
     loader.sampler.leave_out({index for share in earlier for part in share for index in part})
     training = model.training
     model.eval()

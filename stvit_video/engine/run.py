@@ -196,5 +196,3 @@ class Run:
         self.so_far = EpochSoFar(**state["so_far"])
         if not distributed.is_main():
             self.so_far.failures = {}
-
-

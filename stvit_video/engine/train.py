@@ -105,9 +105,7 @@ def start_run(job: Job, config: LoopConfig, *, updates_an_epoch: int, scale: flo
     ema = None
     if config.ema is not None:
         one_by_one = bool(distributed.kept_buffers(model))  # buffers are not sharded, parameters may be
-        ema = ModelEmaV3(
-            model, decay=config.ema, use_warmup=config.ema_warmup, foreach=not one_by_one
-        )
+        ema = ModelEmaV3(model, decay=config.ema, use_warmup=config.ema_warmup, foreach=not one_by_one)
         if sharded:
             parallel.shard(ema.module, device)
     wrapped = parallel.wrap(model, config.parallel, device, compile=config.compile, precision=precision)

@@ -72,7 +72,9 @@ class MultiLabel(Classification):
         counted = [value for value in precisions if value is not None]
         if counted:
             name = f"mAP over {views['clips']}x{views['crops']} views"
-            lines.append(f"  {name:<24} {np.mean(counted):7.2%}  ({len(counted)} of {self.outputs} classes)")
+            lines.append(
+                f"  {name:<24} {np.mean(counted):7.2%}  ({len(counted)} of {self.outputs} classes)"
+            )
         written = [output / "predictions.csv", output / "classes.csv"]
         chosen = np.array([self.encode(row.target).numpy() for row in outcome.rows])
         self._write_predictions(written[0], mean_scores(outcome.records, self.outputs), outcome)
