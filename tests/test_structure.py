@@ -16,7 +16,8 @@ PACKAGE = ROOT / "stvit_video"
 # who may import whom, beside libraries and errors.py
 ALLOWED = {
     "data": {"data"},
-    "models": {"models"},
+    "bounds": set(),
+    "models": {"models", "bounds"},
     "engine": {"engine", "files", "data", "models"},
     "config": {"weights", "engine", "data", "models"},
     "build": {"weights", "config", "engine", "data", "models"},
