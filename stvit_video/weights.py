@@ -94,24 +94,26 @@ def load_weights(
     """
     if inflate not in ("average", "centre"):
         raise ValueError(f"inflate={inflate!r} is none of ['average', 'centre']")
-    found = _find(*_read(source))
-    report = LoadReport(found.name, found.adapter.origin)
-    state = found.adapter.convert(found.state)
-    report.dropped = _dropped(found.state, state)
+    contents = _parse(*_read(source))
+    report = LoadReport(contents.name, contents.adapter.origin)
+    state = contents.adapter.convert(contents.state)
+    report.dropped = _dropped(contents.state, state)
     targets = model.state_dict()
     _fold_layer_scale(state, targets, report)
-    other_classes = _choose_classes(state, found, class_names, report)
-    of_images = _of_images(state, found.adapter.convert is dict)
+    other_classes = _choose_classes(state, contents, class_names, report)
+    of_images = _of_images(state, contents.adapter.convert is dict)
     windows = _windows(model)
+    headless = not any(name.startswith("head.") for name in targets)
     report.mismatched = {
-        f"{name}.num_heads": f"{found.heads[name]} -> {count}"
+        f"{name}.num_heads": f"{contents.heads[name]} -> {count}"
         for name, count in _heads(model).items()
-        if found.heads.get(name, count) != count
+        if contents.heads.get(name, count) != count
     }
     fitted = {}
     for name, tensor in state.items():
         if name not in targets:
-            kind = "dropped" if _is_idle_bias(name, targets) else "unexpected"
+            idle = _is_idle_bias(name, targets) or (headless and name.startswith("head."))
+            kind = "dropped" if idle else "unexpected"
             getattr(report, kind)[name] = _shape(tensor)
             continue
         try:
@@ -127,7 +129,7 @@ def load_weights(
     for name in (name for name in targets if name not in state):
         if name.endswith("num_batches_tracked"):
             continue  # BatchNorm's counter, which it does not use
-        if name == "pos_embed" and found.adapter.fixed_positions:
+        if name == "pos_embed" and contents.adapter.fixed_positions:
             fitted[name] = sincos_table(targets[name].shape[1:4], targets[name].shape[-1])
             report.fresh[name] = f"{_shape(targets[name])}: starts from the fixed sine-cosine table"
         else:
@@ -170,14 +172,14 @@ def _fetch(name: str) -> State:
         raise WeightsError(f"timm:{name}: cannot be fetched ({_line(error)})") from None
 
 
-# ---- finding: nesting, prefixes, origin
+# ---- parsing: nesting, prefixes, origin
 
 NESTINGS = ("model", "module", "state_dict", "model_state", "model_state_dict", "model_ema")
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
 
 
 @dataclass
-class _Found:
+class _Contents:
     """A state dict without prefixes, and what its file says of it.
 
     class_names, by_class, heads: of a checkpoint of this toolbox, its classes, the tensors with a row for
@@ -192,9 +194,9 @@ class _Found:
     heads: dict[str, int] = field(default_factory=dict)
 
 
-def _find(values: Mapping[str, Any], name: str) -> _Found:
+def _parse(values: Mapping[str, Any], name: str) -> _Contents:
     if str(values.get("format", "")).startswith("stvit_video"):
-        return _find_own(values, name)
+        return _read_toolbox(values, name)
     for _ in range(len(NESTINGS)):  # deep enough, and an end for what holds itself
         nesting = next((key for key in NESTINGS if isinstance(values.get(key), Mapping)), None)
         if nesting is not None:
@@ -205,40 +207,46 @@ def _find(values: Mapping[str, Any], name: str) -> _Found:
         if len(stripped) < len(state):
             raise WeightsError(f"{name}: holds tensors of one name with and without {prefix!r}")
         state = stripped
-    return _Found(name, state, next(adapter for adapter in ADAPTERS if adapter.matches(state)))
+    return _Contents(name, state, next(adapter for adapter in ADAPTERS if adapter.matches(state)))
 
 
-def _find_own(values: Mapping[str, Any], name: str) -> _Found:
-    """A checkpoint of this toolbox: it must be what its own settings make, tensor by tensor."""
+def _read_toolbox(values: Mapping[str, Any], name: str) -> _Contents:
+    """A checkpoint of this toolbox: it must be what it says it was built with, tensor by tensor."""
     key = "model" if values.get("ema") is None else "ema"
     name = f"{name}[{key}]"
     try:
         state, classes = _checked(values[key], name), list(values["class_names"])
-        model, data = values["config"]["model"], values["config"]["data"]
-        sizes = {k: v for k, v in model.items() if k in MODELS[model["name"]].sizes and v != "auto"}
-        clip = {k: data[k] for k in ("num_frames", "image_size")}
+        built = dict(values["built"]) if "built" in values else _configured(values["config"], len(classes))
         with torch.device("meta"):
             donor, wider = (
-                create_model(model["name"], num_classes=len(classes) + more, **clip, **sizes)
-                for more in (0, 1)
+                create_model(**built | {"num_classes": built["num_classes"] + more}) for more in (0, 1)
             )
-        whole, wider = donor.state_dict(), wider.state_dict()
+        expected, wider = donor.state_dict(), wider.state_dict()
     except WeightsError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise WeightsError(f"{name}: not a whole checkpoint of this toolbox ({error!r})") from None
-    flaws = [f"missing {k}" for k in whole if k not in state]
-    flaws += [f"unexpected {k}" for k in state if k not in whole]
+        raise WeightsError(f"{name}: not a complete checkpoint of this toolbox ({error!r})") from None
+    flaws = [f"missing {k}" for k in expected if k not in state]
+    flaws += [f"unexpected {k}" for k in state if k not in expected]
     flaws += [
-        f"{k} {_shape(state[k])} instead of {_shape(whole[k])}"
-        for k in whole
-        if k in state and state[k].shape != whole[k].shape
+        f"{k} {_shape(state[k])} instead of {_shape(expected[k])}"
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape
     ]
     if flaws:
-        raise WeightsError(f"{name}: not what its own settings make: {', '.join(flaws)}")
-    by_class = frozenset(k for k in whole if whole[k].shape != wider[k].shape)
-    own = ADAPTERS[-1]._replace(fixed_positions=sizes.get("pos_embed") == "sincos")
-    return _Found(name, state, own, None if _only_numbers(classes) else classes, by_class, _heads(donor))
+        raise WeightsError(f"{name}: not what its settings make: {', '.join(flaws)}")
+    by_class = frozenset(k for k in expected if expected[k].shape != wider[k].shape)
+    adapter = ADAPTERS[-1]._replace(fixed_positions=built.get("pos_embed") == "sincos")
+    names = None if _only_numbers(classes) or len(classes) != built["num_classes"] else classes
+    return _Contents(name, state, adapter, names, by_class, _heads(donor))
+
+
+def _configured(config: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """What older checkpoints of this toolbox were built with: what their settings say."""
+    model, data = config["model"], config["data"]
+    sizes = {k: v for k, v in model.items() if k in MODELS[model["name"]].sizes and v != "auto"}
+    clip = {key: data[key] for key in ("num_frames", "image_size")}
+    return {"name": model["name"], "num_classes": num_classes} | clip | sizes
 
 
 def _checked(values: Mapping[str, Any], name: str) -> State:
@@ -291,10 +299,10 @@ def _heads(model: nn.Module) -> dict[str, int]:
     return {name: count for name, count in heads.items() if isinstance(count, int)}
 
 
-def _of_images(state: State, own: bool) -> bool:
-    """Whether the patch embedding is an image model's: flat, or (own, of this toolbox) of one frame."""
+def _of_images(state: State, ours: bool) -> bool:
+    """Whether the patch embedding is an image model's: flat, or (`ours`: of this toolbox) of one frame."""
     kernel = state.get("patch_embed.proj.weight", state.get("patch_embed.conv1.weight"))
-    return kernel is None or kernel.ndim == 4 or (own and kernel.ndim == 5 and kernel.shape[2] == 1)
+    return kernel is None or kernel.ndim == 4 or (ours and kernel.ndim == 5 and kernel.shape[2] == 1)
 
 
 def _fit(
@@ -363,7 +371,7 @@ def _fold_layer_scale(state: State, targets: State, report: LoadReport) -> None:
             or gamma.ndim != 1
             or not gamma.shape == bias.shape == weight.shape[:1]
         ):
-            continue  # the scale is told as unexpected
+            continue  # the scale stays, and is unexpected
         del state[name]
         state[f"{last}.weight"] = gamma.float()[:, None] * weight.float()
         state[f"{last}.bias"] = gamma.float() * bias.float()
@@ -378,12 +386,12 @@ def _is_idle_bias(name: str, targets: State) -> bool:
 
 
 def _choose_classes(
-    state: State, found: _Found, class_names: Sequence[str] | None, report: LoadReport
+    state: State, contents: _Contents, class_names: Sequence[str] | None, report: LoadReport
 ) -> frozenset[str]:
     """The head's rows by class name; -> the tensors that cannot be chosen so."""
-    if class_names is None or found.class_names is None or _only_numbers(class_names):
+    if class_names is None or contents.class_names is None or _only_numbers(class_names):
         return frozenset()
-    ours, theirs = list(class_names), list(found.class_names)
+    ours, theirs = list(class_names), list(contents.class_names)
     if ours == theirs:
         return frozenset()
     strangers = [name for name in ours if name not in theirs]
@@ -392,11 +400,11 @@ def _choose_classes(
             f"{len(strangers)} of the {len(ours)} classes are not among the checkpoint's {len(theirs)}, "
             f"the first: {strangers[0]!r}"
         )
-        return found.by_class
+        return contents.by_class
     order = [theirs.index(name) for name in ours]
-    for name in found.by_class:
+    for name in contents.by_class:
         state[name] = state[name][order]
-    report.notes.append(f"{', '.join(sorted(found.by_class))}: rows chosen by class name")
+    report.notes.append(f"{', '.join(sorted(contents.by_class))}: rows chosen by class name")
     return frozenset()
 
 

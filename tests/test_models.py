@@ -6,6 +6,7 @@ from stvit_video import create_model, list_models, multiply_adds
 from stvit_video.models.embed import PatchEmbed, sincos_table
 from stvit_video.models.layers import Block
 from stvit_video.models.semantic import SemanticTokens, make_pool
+from stvit_video.models.tokens import Tokens
 
 TINY = {"embed_dim": 24, "depth": 5, "num_heads": 3, "patch_size": (2, 8, 8)}
 CLIP = {"num_classes": 5, "num_frames": 4, "image_size": 32}
@@ -90,7 +91,7 @@ def test_sincos_table_is_videomaes():
 
 def test_semantic_tokens_follow_the_paper_step_by_step():
     first, second = Block(24, 3).eval(), Block(24, 3).eval()
-    semantic = SemanticTokens((2, 3, 3), 24)
+    semantic = SemanticTokens((4, 6, 6), 24, semantic_tokens=(2, 3, 3))
     nn.init.normal_(semantic.centres)
     grid = torch.randn(2, 4, 6, 6, 24)
     x = grid.view(2, 144, 24)
@@ -102,7 +103,7 @@ def test_semantic_tokens_follow_the_paper_step_by_step():
 
     s1 = layer(first, pooled, x)
     s2 = layer(second, s1 + semantic.centres.view(1, 18, 24), torch.cat([s1, x], 1))
-    torch.testing.assert_close(semantic(grid, [first, second])[0], s2)
+    torch.testing.assert_close(semantic(Tokens.of(grid), [first, second]).x, s2)
 
 
 def test_semantic_maps():
@@ -116,7 +117,8 @@ def test_semantic_maps():
 def test_semantic_maps_are_the_attention_that_makes_the_tokens():
     """With values that mark one patch, the last layer's output says how much that patch gave."""
     model, clip = tiny(semantic_layers=2).eval(), torch.randn(1, 3, 4, 32, 32)
-    query, *context = model.semantic._last_question(model._base(clip), model._reducing_layers())
+    tokens = dict(model._layers(clip))[1]
+    query, _, *context = model.semantic._last_question(tokens, model.blocks[1:3])
     weights = model.blocks[2].attention_map(query, torch.cat(context, 1)).mean(1)
     assert weights.shape == (1, 8, 8 + 32)
     share = weights[..., 8:] / weights[..., 8:].sum(-1, keepdim=True)
@@ -206,6 +208,12 @@ def test_a_training_step_keeps_less_than_half_of_what_a_dense_one_keeps():
         ({"base_depth": 4}, ("base_depth=4", "semantic_layers=2", "depth=5")),
         ({"pool": "median"}, ("median", "avg")),
         ({"pos_embed": "rope"}, ("rope", "sincos")),
+        ({"embed_dim": 0}, ("embed_dim=0", "between 1 and inf")),
+        ({"depth": 2.0}, ("depth=2.0", "whole numbers")),
+        ({"base_depth": True}, ("base_depth=True", "whole numbers")),
+        ({"semantic_tokens": (2, 0, 2)}, ("semantic_tokens=(2, 0, 2)", "between 1 and inf")),
+        ({"drop_path": 1}, ("drop_path=1", "between 0 and 0.999")),
+        ({"tome_r": 3}, ("tome_r=3", "reducer=tome")),
     ],
 )
 def test_sizes_that_do_not_fit(sizes, parts):

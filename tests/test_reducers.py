@@ -1,5 +1,7 @@
 """The controls: pooling, random patches, token merging; and that all models compile into one graph."""
 
+import itertools
+
 import pytest
 import torch
 from test_models import CLIP, TINY
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 from stvit_video import create_model, list_models
 from stvit_video.models.layers import Block
 from stvit_video.models.reducers import PooledTokens, RandomTokens, merge_similar
+from stvit_video.models.tokens import Tokens
 
 CONTROLS = ("pool", "random", "tome")
 
@@ -37,7 +40,7 @@ def test_all_layers_after_it_run_on_the_budget(name, tokens):
     sizes = {"base_depth": 1, "semantic_tokens": tokens} | TINY
     model = create_model("stvit_tiny_patch16_224", **CLIP, **sizes, reducer=name)
     seen = []
-    for block in model.blocks[model.reduced_depth :]:
+    for block in model.segments[-1][2]:
         block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     for training in (True, False):
         model.train(training)(torch.randn(2, 3, 4, 32, 32))
@@ -45,7 +48,8 @@ def test_all_layers_after_it_run_on_the_budget(name, tokens):
     assert set(seen) == {(2, n, 24)}
     features = model.forward_features(torch.randn(2, 3, 4, 32, 32))
     on_a_grid = name in ("semantic", "pool")
-    assert features.shape == ((2, *tokens, 24) if on_a_grid else (2, n, 1, 1, 24))
+    assert features.shape == ((2, *tokens, 24) if on_a_grid else (2, 2, 4, 4, 24))
+    assert model.tokens(torch.randn(2, 3, 4, 32, 32)).x.shape == (2, n, 24)
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -66,24 +70,23 @@ def test_pooling_is_the_mean_or_the_largest():
     grid = torch.randn(2, 4, 6, 6, 5)
     cells = grid.view(2, 2, 2, 3, 2, 3, 2, 5)
     for pool, expected in (("avg", cells.mean((2, 4, 6))), ("max", cells.amax((2, 4, 6)))):
-        tokens, sizes = PooledTokens((2, 3, 3), pool)(grid, [])
-        assert sizes is None
-        torch.testing.assert_close(tokens, expected.flatten(1, 3))
+        tokens = PooledTokens((4, 6, 6), 5, semantic_tokens=(2, 3, 3), pool=pool)(Tokens.of(grid), [])
+        assert tokens.size.tolist() == [[8.0] * 18]
+        torch.testing.assert_close(tokens.x, expected.flatten(1, 3))
 
 
 def test_random_patches_are_others_in_each_clip_and_evenly_spaced_in_scoring():
     grid = torch.arange(4 * 6 * 6.0).view(1, 4, 6, 6, 1).repeat(3, 1, 1, 1, 2)
-    reducer = RandomTokens((2, 3, 2))
+    reducer, patches = RandomTokens((4, 6, 6), 2, semantic_tokens=(2, 3, 2)), Tokens.of(grid)
     torch.manual_seed(0)
-    drawn = [reducer(grid, [])[0][..., 0] for _ in range(100)]
+    drawn = [reducer(patches, []).x[..., 0] for _ in range(100)]
     for tokens in drawn[0]:
         assert tokens.tolist() == sorted(set(tokens.tolist()))
         assert len(tokens) == 12
     assert len({tuple(tokens.tolist()) for round in drawn for tokens in round}) == 300
     shares = torch.bincount(torch.cat(drawn).flatten().long(), minlength=144) / 300
     assert ((shares - 12 / 144).abs() < 0.09).all()  # 5.6 standard deviations
-    even, sizes = reducer.eval()(grid, [])
-    assert sizes is None
+    even = reducer.eval()(patches, []).x
     t, h, w = torch.tensor([1, 3]), torch.tensor([1, 3, 5]), torch.tensor([1, 4])
     places = (t[:, None, None] * 36 + h[:, None] * 6 + w).flatten()
     assert even[..., 0].tolist() == [places.tolist()] * 3
@@ -116,12 +119,15 @@ def merged_by_hand(x, keys, n):
 def test_merging_is_that_of_the_paper(count, n):
     torch.manual_seed(count + n)
     x, keys = torch.randn(3, count, 6), torch.randn(3, count, 4)
-    tokens, sizes = merge_similar(x, keys, n)
+    tokens, sizes, joined = merge_similar(x, keys, n)
     assert tokens.shape == (3, n, 6)
     for i in range(3):
         expected = merged_by_hand(x[i], keys[i], n)
         torch.testing.assert_close((tokens[i], sizes[i]), expected)
     torch.testing.assert_close((tokens * sizes[..., None]).sum(1), x.sum(1))  # nothing is lost
+    for i, j in itertools.product(range(3), range(n)):  # each is the mean of those that joined it
+        torch.testing.assert_close(tokens[i, j], x[i][joined[i] == j].mean(0))
+        assert sizes[i, j] == (joined[i] == j).sum()
 
 
 def test_what_is_merged_alike_is_asked_as_often_as_before():
@@ -129,7 +135,7 @@ def test_what_is_merged_alike_is_asked_as_often_as_before():
     torch.manual_seed(0)
     block, x = Block(24, 3).eval(), torch.randn(2, 4, 24)
     twice = x[:, [0, 0, 1, 1, 2, 3]]
-    tokens, sizes = merge_similar(twice, twice, 4)
+    tokens, sizes, _ = merge_similar(twice, twice, 4)
     assert sizes.tolist() == [[1, 2, 2, 1]] * 2
     torch.testing.assert_close(tokens, x[:, [2, 0, 1, 3]])
     answer = block(tokens, bias=sizes.log()[:, None, None])
@@ -138,7 +144,7 @@ def test_what_is_merged_alike_is_asked_as_often_as_before():
 
 def test_bfloat16_counts_beyond_256():
     keys = torch.randn(1, 1, 4).repeat(1, 600, 1)
-    tokens, sizes = merge_similar(torch.ones(1, 600, 3, dtype=torch.bfloat16), keys.bfloat16(), 1)
+    tokens, sizes, _ = merge_similar(torch.ones(1, 600, 3, dtype=torch.bfloat16), keys.bfloat16(), 1)
     assert tokens.dtype == torch.bfloat16
     assert sizes.tolist() == [[600]]
     assert tokens.eq(1).all()
@@ -159,7 +165,7 @@ def test_proportional_attention_can_be_left_out():
 
 
 def test_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"reducer='best' is none of \['semantic', 'pool', .*'tome'\]"):
+    with pytest.raises(ValueError, match=r"reducer=best: must be one of \['semantic', 'pool', .*'tome'\]"):
         create_model("stvit_tiny_patch16_224", **CLIP, **TINY, semantic_tokens=(2, 2, 2), reducer="best")
     with pytest.raises(TypeError, match="tome_vit_tiny_patch16_224 takes no size 'centres'"):
         control("tome", centres=True)

@@ -15,8 +15,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "stvit_video"
 # who may import whom, beside libraries and errors.py
 ALLOWED = {
-    "data": {"data", "files"},
-    "models": {"models"},
     "bounds": set(),
     "figures": set(),
     "files": set(),

@@ -93,7 +93,7 @@ def test_stvit_r_is_the_authors():
     image = ((0.0137 * i).sin() + 0.5 * (0.00071 * i + 0.3).cos()).float().view(2, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(model(image), reference["out/logits"], **CLOSE)
-        grids = model.forward_features(image, stages=(1, 2, 3, 4))
+        grids = model.grids(image, stages=(1, 2, 3, 4))
         grids = [model.layers[i].downsample(grid) for i, grid in enumerate(grids[:3], 1)] + grids[3:]
         for i, grid in enumerate(grids):
             torch.testing.assert_close(grid.mean((1, 2, 3)), reference[f"out/layers.{i}_mean"], **CLOSE)
@@ -160,7 +160,7 @@ def test_stages_that_nobody_asked_for_are_not_run():
     model, run = tiny("video_swin_tiny"), []
     for i, stage in enumerate(model.layers, 1):
         stage.register_forward_hook(lambda *_, i=i: run.append(i))
-    model.forward_features(torch.randn(1, 3, 4, 64, 64), stages=(2,))
+    model.grids(torch.randn(1, 3, 4, 64, 64), stages=(2,))
     assert run == [1, 2]
 
 
@@ -258,6 +258,24 @@ def test_window_attention_is_brute_force(size, window, shifted):
     x = torch.randn(2, *size, 6)
     with torch.no_grad():
         torch.testing.assert_close(attention(x), brute_force(attention, x, shifted))
+
+
+@pytest.mark.parametrize(("size", "window"), GRIDS)
+def test_shifted_windows_at_once_are_those_in_slabs(size, window):
+    """Each window asks the same, whether grids are rolled (CUDA) or cut into slabs."""
+    attention = shake(WindowAttention(6, 2, window=window, shift=tuple(n // 2 for n in window))).double()
+    x = torch.randn(2, *size, 6, dtype=torch.float64)
+    x = windows.pad(x, windows.clamp_window(window, (0, 0, 0), size)[0]).requires_grad_()
+    clamped, shift = windows.clamp_window(window, attention.shift, size)
+    bias = windows.relative_bias(attention.relative_position_bias_table, window, clamped)
+    slabs, rolled = (way(x, clamped, shift, bias) for way in (attention._in_slabs, attention._rolled))
+    exactly = {"atol": 1e-12, "rtol": 1e-12}
+    torch.testing.assert_close(rolled, slabs, **exactly)
+    weights, inputs = torch.randn_like(slabs), [x, *attention.parameters()]
+    gradients = [
+        torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True) for y in (slabs, rolled)
+    ]
+    torch.testing.assert_close(*gradients, **exactly)
 
 
 def test_slabs_cover_the_grid_once():
@@ -414,11 +432,11 @@ def test_features_of_the_stages(name, shape):
     stages = (1, 2) if name.startswith("stvit_v") else (1, 2, 3, 4)
     frames = -(-shape[1] // 2) if len(shape) == 4 else 1
     with torch.no_grad():
-        grids = model.forward_features(clip, stages=stages)
+        grids = model.grids(clip, stages=stages)
         for stage, grid in zip(stages, grids, strict=True):
             height, width = (-(-n // (2 << stage)) for n in shape[-2:])
             assert grid.shape == (1, frames, height, width, 8 << (stage - 1))
-        assert model.forward_features(clip, stages=(2,))[0].equal(grids[1])
+        assert model.grids(clip, stages=(2,))[0].equal(grids[1])
         pooled = model.norm(model.forward_features(clip)).mean((1, 2, 3))
         torch.testing.assert_close(model(clip), model.head(pooled))
 
@@ -426,9 +444,9 @@ def test_features_of_the_stages(name, shape):
 @pytest.mark.parametrize("stages", [(3,), (1, 4)])
 def test_stvit_has_no_patch_grid_after_its_semantic_layers(stages):
     with pytest.raises(ValueError, match=r"patch grids in stages 1 to 2"):
-        tiny().forward_features(torch.randn(1, 3, 4, 64, 64), stages=stages)
+        tiny().grids(torch.randn(1, 3, 4, 64, 64), stages=stages)
     with pytest.raises(ValueError, match=r"stages=\(0,\).* 1 to 4"):
-        tiny("video_swin_tiny").forward_features(torch.randn(1, 3, 4, 64, 64), stages=(0,))
+        tiny("video_swin_tiny").grids(torch.randn(1, 3, 4, 64, 64), stages=(0,))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -512,6 +512,36 @@ def test_heads_are_compared_where_they_are_known():
         load_weights(video(num_heads=4), own_checkpoint())
 
 
+def test_what_a_checkpoint_was_built_with_decides():
+    values = own_checkpoint()
+    theirs = scattered(video(depth=5, num_heads=3))
+    values |= {"model": theirs.state_dict(), "built": theirs.built}  # its settings say depth 4, 2 heads
+    ours = create_model(**theirs.built).eval()
+    load_weights(ours, values, fresh=())
+    clip = torch.randn(1, 3, 4, 32, 32)
+    assert ours(clip).equal(theirs(clip))
+    with pytest.raises(WeightsError, match=r"num_heads 3 -> 2"):
+        load_weights(video(depth=5), values)
+    with pytest.raises(WeightsError, match=r"not what its settings make: unexpected blocks.4"):
+        load_weights(ours, values | {"built": theirs.built | {"depth": 4}})
+    for wrong in ({"built": 3}, {"built": {}}, {"built": theirs.built | {"depths": 3}}):
+        with pytest.raises(WeightsError, match="not a complete checkpoint"):
+            load_weights(ours, values | wrong)
+
+
+def test_a_backbone_drops_a_head_and_a_model_misses_it():
+    values, backbone = own_checkpoint(), video(num_classes=0)
+    for source in (values, values["model"]):
+        report = load_weights(backbone, source, fresh=())
+        assert report.dropped.keys() == {"head.weight", "head.bias"}
+        assert report.loaded.keys() == backbone.state_dict().keys()
+    headless = values | {"model": backbone.state_dict(), "built": backbone.built}
+    report = load_weights(video(), headless)
+    assert report.fresh.keys() == {"head.weight", "head.bias"}
+    with pytest.raises(WeightsError, match="missing     head.weight"):
+        load_weights(video(), headless, fresh=())
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -7,6 +7,8 @@ not have to know: the sizes each one takes, SlowFast's two pathways, X3D's softm
 pytorchvideo takes seconds to import, so each function imports its part of it when called.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +59,7 @@ def ptv_mvit_base_16x4(*, num_classes: int, num_frames: int = 16, image_size: in
     embedding, stride (2, 4, 4), would give more tokens than there are position embeddings.
     """
     multiples = {"num_frames": (num_frames, 2), "image_size": (image_size, 4)}
-    _check("ptv_mvit_base_16x4", num_classes, image_size, **multiples)
+    _check("ptv_mvit_base_16x4", num_classes, image_size, multiples)
     from pytorchvideo.models.hub import mvit_base_16x4
 
     net = mvit_base_16x4(temporal_size=num_frames, spatial_size=image_size, head_num_classes=num_classes)
@@ -95,7 +97,7 @@ def ptv_slowfast_r50(*, num_classes: int, num_frames: int = 32, image_size: int 
 
     Raises ValueError when ``num_frames`` is no multiple of 4: the pathways would not fuse.
     """
-    _check("ptv_slowfast_r50", num_classes, image_size, num_frames=(num_frames, SLOW_STEP))
+    _check("ptv_slowfast_r50", num_classes, image_size, {"num_frames": (num_frames, SLOW_STEP)})
     from pytorchvideo.models.hub import slowfast_r50
 
     side = -(-image_size // TOTAL_STRIDE)  # five padded strides of 2, each of which rounds up
@@ -106,7 +108,9 @@ def ptv_slowfast_r50(*, num_classes: int, num_frames: int = 32, image_size: int 
     return FixedClip(net, num_frames=num_frames, image_size=image_size, slow_step=SLOW_STEP)
 
 
-def _check(model: str, num_classes: int, image_size: int, **multiples: tuple[int, int]) -> None:
+def _check(
+    model: str, num_classes: int, image_size: int, multiples: Mapping[str, tuple[int, int]] | None = None
+) -> None:
     """Raise ValueError without classes, for two image sizes, or where a size is not a multiple.
 
     multiples: value and divisor by name.
@@ -115,6 +119,6 @@ def _check(model: str, num_classes: int, image_size: int, **multiples: tuple[int
         raise ValueError(f"num_classes=0 of {model}: must be 1 or more, as it cannot go without its head")
     if not isinstance(image_size, int):
         raise ValueError(f"image_size={image_size!r} of {model}: must be one number, of square clips")
-    for name, (value, divisor) in multiples.items():
+    for name, (value, divisor) in (multiples or {}).items():
         if value % divisor:
             raise ValueError(f"{name}={value} of {model}: must be a multiple of {divisor}")

@@ -181,15 +181,16 @@ def merge_padded(x: Tensor, keys: Tensor, size: Tensor, n: int, r: int | None = 
         width = max(n, -(-x.shape[1] // 2))
         similarity, partner = _most_similar(x, dim, number)
         gone = torch.minimum((number - goal).clamp(min=0), number // 2)
-        rank = similarity.argsort(1, descending=True, stable=True).argsort(1)  # padding comes last
+        rank = similarity.argsort(dim=1, descending=True, stable=True).argsort(1)  # padding comes last
         stays = rank >= gone
         others = torch.arange(x.shape[1] // 2, device=x.device)
         kept = (number + 1) // 2 - gone
         place = torch.empty(x.shape[:2], dtype=torch.long, device=x.device)
         place[:, ::2] = torch.where(stays, stays.cumsum(1) - 1, partner + kept)
         place[:, 1::2] = kept + others
-        number = number - gone
+        place = torch.where(gone > 0, place, _range(x))  # a clip that is done keeps its order
         place = place.clamp(max=width - 1)  # of padding, which adds nothing
+        number = number - gone
         x = x.new_zeros(len(x), width, x.shape[-1]).scatter_add(1, place[..., None].expand_as(x), x)
         joined = place.gather(1, joined)
     sizes = x[..., -1].detach()

@@ -92,7 +92,7 @@ class Tokens(NamedTuple):
         kept = ~gone & (everyone.size > 0)
         number = kept.sum(1, keepdim=True)
         n = max(int(number.max()), 1)
-        order = (~kept).int().argsort(1, stable=True)[:, :n]
+        order = (~kept).int().argsort(dim=1, stable=True)[:, :n]
         token = everyone.token
         place = torch.where(kept, kept.cumsum(1) - 1, -1).gather(1, token.clamp(min=0))
         place = place.masked_fill(token < 0, -1)

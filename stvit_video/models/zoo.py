@@ -138,7 +138,8 @@ def create_model(
         is taken too, and default tubelets, windows and semantic tokens span one frame, as in patch_size
         (1, 16, 16) and semantic_tokens (1, 4, 4).
     sizes: what else to change: the fields of `Sizes` that the name takes (`embed_dim`, `depth`,
-        `semantic_tokens`, ...). `semantic_tokens=None` makes an STViT its dense backbone.
+        `semantic_tokens`, ...); "auto": what the name says. `semantic_tokens=None` makes an STViT its
+        dense backbone.
     `model.built` holds all that the model was built with, in plain values: `create_model(**model.built)`
     makes the same model.
     Raises ValueError for an unknown model or sizes that do not fit each other; TypeError for an unknown
@@ -151,6 +152,7 @@ def create_model(
         if size not in defaults:
             raise TypeError(f"{name} takes no size {size!r}{nearest(size, defaults)}")
     num_frames = frames if num_frames is None else num_frames
+    sizes = {name: value for name, value in sizes.items() if value != "auto"}
     clip = {"num_classes": num_classes, "num_frames": num_frames, "image_size": image_size}
     check(create_model, clip)
     check(Sizes, sizes)
