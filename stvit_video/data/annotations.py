@@ -63,6 +63,10 @@ class Source:
             raise ListError(f"{self.path}: found an empty file, expected a list of videos")
         return text
 
+    @functools.cached_property
+    def ids(self) -> dict[str, int]:
+        return _ids(self.names or ())
+
     def lines(self) -> Iterator[tuple[str, str]]:
         """(where it stands, text) of each line that is not blank."""
         for number, line in enumerate(self.text.split("\n"), 1):
@@ -177,7 +181,7 @@ def _read_multilabel(source: Source) -> Rows:
                 f"{where}: found {line.strip()[:200]!r}, expected `path a,b,c` with class ids of 0 or more"
                 f' or, with class names, names (`path ""`: none), and no header'
             )
-        ids = {_class_id(where, label.strip(), source.names) for label in labels.split(",") if labels}
+        ids = {_class_id(where, label.strip(), source) for label in labels.split(",") if labels}
         places.append(where)
         files.append(file)
         targets.append(tuple(sorted(ids)))
@@ -192,13 +196,13 @@ def _split_labels(line: str) -> tuple[str, str]:
     return (_unquote(match[1].removesuffix(",").rstrip()), match[2]) if match else ("", "")
 
 
-def _class_id(where: str, label: str, names: list[str] | None) -> int:
+def _class_id(where: str, label: str, source: Source) -> int:
     if _is_count(label):
-        _check_id(where, int(label), names)
+        _check_id(where, int(label), source.names)
         return int(label)
-    if names is None:
+    if source.names is None:
         raise ListError(f"{where}: found label {label!r}, expected a class id (no class names are given)")
-    return _find_class(where, label, names, _ids(names))
+    return _find_class(where, label, source.names, source.ids)
 
 
 def _check_id(where: str, label: int, names: Sequence[str] | None) -> None:
@@ -330,7 +334,7 @@ def _read_charades(source: Source) -> Rows:
             )
         files = [fields["id"] + suffix for suffix in SUFFIXES]
         entries.append((where, _first([os.fspath(source.root)], files, listing), ""))
-        targets.append(tuple(sorted({_class_id(where, action[1:], source.names) for action in actions})))
+        targets.append(tuple(sorted({_class_id(where, action[1:], source) for action in actions})))
     rows = zip(_inside(source.root, entries), targets, strict=True)
     return Rows((Row(file, target) for (_, file, _), target in rows), source.names)
 
