@@ -13,8 +13,6 @@ from stvit_video.data.annotations import (
     ListError,
     Row,
     Rows,
-    class_ids,
-    mirrored,
     mirrored_classes,
     read_rows,
 )
@@ -492,13 +490,6 @@ def test_multilabel_errors(write, text, parts):
 def test_multilabel_ids_stay_below_the_number_of_class_names(write):
     parts = ["list.txt:1: found label 2, expected one below 2"]
     check_error(parts, write("a.mp4 0,2\n"), class_names=["x", "y"])
-
-
-def test_mirrored_targets():
-    assert mirrored(2, [0, 2, 1]) == 1
-    assert mirrored((0, 2), [2, 1, 0]) == (0, 2)
-    assert mirrored((0, 1), [3, 1, 2, 0]) == (1, 3)
-    assert [class_ids(target) for target in (None, 3, (1, 2), ())] == [(), (3,), (1, 2), ()]
 
 
 CHARADES = "id,subject,actions,length\n"

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import ListError, nearest
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -108,13 +108,6 @@ def read_rows(
     if labels is not None and chosen.name != "something":
         raise ListError(f"{path}: found labels={labels}, expected only with Something-Something")
     return chosen.read(source)
-
-
-def class_ids(target: Any) -> tuple[int, ...]:
-    """The class ids of a row's target: none, one or several."""
-    if target is None:
-        return ()
-    return target if isinstance(target, tuple) else (target,)
 
 
 def mirrored_classes(class_names: Sequence[str]) -> list[int]:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .annotations import class_ids
 from .decode import DecodeError, open_video
 from .guard import GivenUp, guarded_map
-from .rows import Row
+from .rows import Row, class_ids
 
 KINDS = ("missing", "unreadable", "short", "mislabelled", "duplicate")
 HEAD = 1 << 16  # bytes that tell contents apart, with the size

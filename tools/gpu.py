@@ -1,4 +1,4 @@
-"""`make gpu`: what can only be known on a GPU machine, in ten minutes there: tests, then speeds, on one page.
+"""`make gpu`: what only a GPU machine can tell, in ten minutes there: tests, then speeds, on one page.
 
 Needs torch, torchvision, timm, einops and pytest, and downloads nothing.
 """
@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from ..engine.device import pick_device
-from ..engine.train import LoopConfig
-from ..models.zoo import create_model
-from . import report
-from .model import measure_models, random_batch, time_update, trainers_update
+from stvit_video.bench import report
+from stvit_video.bench.model import measure_models, random_batch, time_update, trainers_update
+from stvit_video.engine.device import pick_device
+from stvit_video.engine.train import LoopConfig
+from stvit_video.models.zoo import create_model
 
-TESTS = Path(__file__).parents[2] / "tests" / "gpu"
+ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests" / "gpu"
 LARGE = {
     "models": ("vit_base_patch16_224", "stvit_base_patch16_224"),
     "windows": ("video_swin_tiny", "stvit_video_swin_tiny"),
@@ -68,11 +69,11 @@ def main(args: Sequence[str] | None = None) -> None:
 def run_tests(device: str) -> tuple[int, str]:
     """-> pytest's exit code, and its lines on each test."""
     command = [sys.executable, "-m", "pytest", "-rA", "--no-header", f"--device={device}", str(TESTS)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     lines = re.findall(r"^(?:PASSED|FAILED|ERROR|SKIPPED).*|^\d+ (?:passed|failed).*", done.stdout, re.M)
     if done.returncode:
         print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
-    return done.returncode, "\n".join(line.replace(f"{TESTS.parents[1]}/", "") for line in lines)
+    return done.returncode, "\n".join(line.replace(f"{ROOT}/", "") for line in lines)
 
 
 def _speeds(
