@@ -158,14 +158,13 @@ class Mix:
             self.mixes.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
 
     def __call__(self, clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        clips = clips.transpose(1, 2)  # v2 works on (..., T, 3, H, W)
         for clip in clips if self.erase.p else ():
-            self._erase(clip)
+            self._erase(clip.transpose(0, 1))  # v2 has the channels behind the frames; to mix, both are alike
         if self.mixes:
             mix = self.mixes[torch.randint(len(self.mixes), ()).item()]
             clips, labels = mix(tv_tensors.Video(clips), labels)
             clips = clips.as_subclass(Tensor)
-        return clips.transpose(1, 2), labels
+        return clips, labels
 
     def _erase(self, clip: Tensor) -> None:
         """In place; the noise is drawn on the CPU, and no device is waited for until it has it."""
