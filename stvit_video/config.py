@@ -263,15 +263,17 @@ def make_parser(description: str) -> ArgumentParser:
 def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespace]:
     """Command line -> Config, and the namespace with whatever else the parser knows.
 
+    The namespace's `asked` are the keys that the command line itself names.
     Raises ConfigError naming the file or the command line, the key, and the nearest known key.
     """
     known = _known_keys(parser)
-    files, flags, words = [], [], list(args)
+    files, flags, asked, words = [], [], set(), list(args)
     while words:
         word = words.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and key not in known | {"help", "print_config"}:
             raise ConfigError(f"command line: unknown key {key}{nearest(key, known)}")
+        asked |= {key} if word.startswith("--") else set()
         if word.startswith("--cfg"):
             files.append(value if equals or not words else words.pop(0))
         else:
@@ -286,6 +288,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespac
         namespace = parser.parse_args([*(f"--cfg={file}" for file in files), *flags])
     except ArgumentError as error:
         raise ConfigError(f"command line: {_one_line(error)}") from None
+    namespace.asked = asked
     return _instantiate(namespace), namespace
 
 
