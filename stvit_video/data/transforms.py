@@ -136,8 +136,8 @@ class Mix:
     """Random erasing of each clip, then mixup or cutmix of the batch; after normalisation.
 
     Float (B, 3, T, H, W), labels (B,) or (B, K) -> clips, targets: (B, K) where labels were mixed, else the
-    labels. Clips are changed in place. Erasing draws one box a clip, the same in all its frames, filled with noise;
-    mixup and cutmix take turns at random.
+    labels. Clips are changed in place. Erasing draws one box a clip, the same in all its frames, filled with
+    noise; mixup and cutmix take turns at random.
 
     erasing: share of the clips; mixup, cutmix: alpha of the Beta distribution, 0 for none.
     """
