@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ..errors import ListError, nearest
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from .rows import Row, Rows
-from .shards import Place, find_shards, index_shards
+from .shards import Place, find_shards, index_shards, visible
 
 IMAGES = tuple(IMAGE_SUFFIXES)
 MEDIA = (*VIDEO_SUFFIXES, *IMAGES)
@@ -84,9 +84,9 @@ class Source:
 
     def video(self, where: str, files: Sequence[str], folders: Iterable[str] = ("",)) -> str:
         """The first folder/file of root that is on disk, else the very first spelling."""
-        paths = [(os.path.join(self.root, folder), file) for folder in folders for file in files]
-        there = (path for path in paths if path[1] in self._names_in(path[0]))
-        return self.inside(where, os.path.join(*next(there, paths[0])))
+        folders = [os.path.join(self.root, folder) for folder in folders]
+        there = ((folder, file) for folder in folders for file in files if file in self._names_in(folder))
+        return self.inside(where, os.path.join(*next(there, (folders[0], files[0]))))
 
     def inside(self, where: str, file: str) -> str:
         """The path, which may not leave root by its letter; links are not followed."""
@@ -395,8 +395,8 @@ def _read_folders(source: Source) -> Rows:
     path, entries = source.path, []
     if not path.is_dir():
         raise ListError(f"{path}: found no folder, expected one of class folders")
-    for folder in filter(os.DirEntry.is_dir, _visible(path)):
-        files = [file.path for file in _visible(folder) if _is_readable(file)]
+    for folder in filter(os.DirEntry.is_dir, visible(path)):
+        files = [file.path for file in visible(folder) if _is_readable(file)]
         if not files:
             raise ListError(f"{folder.path}: found no video, image or frame folder, expected some")
         entries += [(file, file, folder.name) for file in files]
@@ -406,9 +406,9 @@ def _read_folders(source: Source) -> Rows:
 
 
 def _is_readable(entry: os.DirEntry[str]) -> bool:
-    if entry.is_dir():
-        return any(file.name.lower().endswith(IMAGES) for file in _visible(entry))
-    return entry.name.lower().endswith(MEDIA)
+    if not entry.is_dir():
+        return entry.name.lower().endswith(MEDIA)
+    return any(file.name.lower().endswith(IMAGES) for file in visible(entry))
 
 
 def _read_shards(source: Source) -> Rows:
@@ -439,12 +439,6 @@ def _shards_names(shards: Sequence[str]) -> list[str] | None:
     if len(set(names)) < len(names):
         raise ListError(f"{next(iter(files))}: found a class name twice, expected each once")
     return names or None
-
-
-def _visible(folder: StrPath) -> list[os.DirEntry[str]]:
-    """What is in a folder and not hidden, by name."""
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
 
 
 def _split_right(line: str) -> tuple[str, str]:
