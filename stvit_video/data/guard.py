@@ -196,17 +196,18 @@ class SharedMemory:
         self.file = os.fdopen(os.memfd_create("clips"), "r+b") if nameless else tempfile.TemporaryFile()  # noqa: SIM115
         self.size = 0
 
-    def write(self, buffers: list[pickle.PickleBuffer]) -> list[int]:
-        """Called by the child; -> the sizes of the buffers."""
-        parts = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+    def pickled(self, result: Any) -> tuple[bytes, list[int]]:
+        """Called by the child: arrays go into the memory; -> the rest, pickled, and their sizes."""
+        parts: list[np.ndarray] = []
+        content = pickle.dumps(
+            result, 5, buffer_callback=lambda buffer: parts.append(np.frombuffer(buffer.raw(), np.uint8))
+        )
         sizes = [part.size for part in parts]
         if sum(sizes) > self.size:
             self.file.truncate(sum(sizes))
-        start, mapped = 0, self._map(sum(sizes))
-        for part in parts:
-            mapped[start : start + part.size] = part
-            start += part.size
-        return sizes
+        if parts:
+            np.concatenate(parts, out=self._map(sum(sizes))[: sum(sizes)])
+        return content, sizes
 
     def read(self, sizes: list[int]) -> list[np.ndarray]:
         """Called by the parent; -> copies, which the next result does not touch."""
@@ -231,16 +232,14 @@ def _serve(function: Callable, link: Connection, memory: SharedMemory, parent: i
         torch.set_num_threads(1)  # the parent's pool of threads is not in a fork
         while os.getppid() == parent:
             args = link.recv()
-            buffers: list[pickle.PickleBuffer] = []
             try:
-                result = function(*args)
+                message = memory.pickled(function(*args))
             except InputError as error:
-                result = Raised(error)
+                message = memory.pickled(Raised(error))
             except Exception as error:  # whatever it is, the parent raises it
                 cause = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-                result = Raised(RuntimeError(cause))
-            content = pickle.dumps(result, 5, buffer_callback=buffers.append)
-            link.send((content, memory.write(buffers)))
+                message = memory.pickled(Raised(RuntimeError(cause)))
+            link.send(message)
     except (EOFError, ConnectionError):
         pass  # the parent has gone, or closed
     finally:
