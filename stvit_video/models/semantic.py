@@ -47,14 +47,12 @@ class SemanticTokens(nn.Module):
         )
         needed = centres and semantic_layers > 1
         self.centres = nn.Parameter(torch.zeros(1, *self.tokens, dim)) if needed else None
-        token, count = regions(grid, self.tokens)
-        self.register_buffer("token", token, persistent=False)
-        self.register_buffer("count", count, persistent=False)
+        self.register_buffer("token", regions(grid, self.tokens), persistent=False)
 
     def forward(self, tokens: Tokens, layers: Sequence[Block], clip: Tensor | None = None) -> Tokens:
         """Any tokens and the semantic layers -> (B, t*h*w, C)."""
         x = _semantic_layer(layers[-1], *self._last_question(tokens, layers))
-        return Tokens(x, tokens.grid, self.token, self.count.float())
+        return Tokens(x, tokens.grid, self.token)
 
     def maps(self, tokens: Tokens, layers: Sequence[Block]) -> Tensor:
         """How much each semantic token took from each patch: (B, t*h*w, T, H, W), each summing to 1.
