@@ -86,7 +86,7 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch merging (not in the first stage), then blocks, the first `base_depth` on the grid of patches."""
+    """Patch merging (not in the first stage), then blocks, the first `base_depth` on all patches."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[Block]):
         super().__init__()
