@@ -7,7 +7,7 @@ An unknown key stops with its place and the nearest known one. A preset carries 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -139,6 +139,8 @@ class TrainConfig(LoopConfig, *_TASK_SETTINGS):
 
 @dataclass
 class Config:
+    """Settings of a run."""
+
     output: str = "runs/default"
     """Folder for checkpoints, logs, reports and pictures."""
     seed: Annotated[int, Range(0)] = 0
@@ -257,6 +259,9 @@ def make_parser(description: str) -> ArgumentParser:
     )
     parser.add_argument("--cfg", action="config", metavar="FILE", help="Settings in YAML.")
     parser.add_class_arguments(Config, instantiate=False)
+    for action in parser._actions:
+        if hint := getattr(action, "_typehint", None):  # help shows plain types: bounds are checked later
+            action._typehint = get_type_hints(type("", (), {"__annotations__": {"hint": hint}}))["hint"]
     return parser
 
 
