@@ -79,9 +79,9 @@ def train(args: Sequence[str]) -> None:
 
     job, weights = build.build_job(config, device, pretrained=state is None)
     if state is not None:
-        check_resume(state, config, job.details, last)
+        check_resume(state, config, job, last)
+    _make_folder(output)
     if distributed.is_main():
-        _make_folder(output)
         if state is None:
             discard_run(output)
         (output / "config.yaml").write_text(yaml.safe_dump(job.details["config"], sort_keys=False))
@@ -98,7 +98,7 @@ def train(args: Sequence[str]) -> None:
 
 @command
 def test(args: Sequence[str]) -> None:
-    """Score a checkpoint: every video once, softmax averaged over its views.
+    """Score a checkpoint: every video once, its scores averaged over its views.
 
     A run's checkpoint says which model, sampling, image size and normalisation; the settings say which list
     and views, and where the report goes. With another project's weights (--model.weights) they say all.
@@ -117,8 +117,7 @@ def test(args: Sequence[str]) -> None:
         raise ConfigError("nothing to score: give --checkpoint FILE or --model.weights FILE")
     device = _start(config)
     output = Path(config.output)
-    if distributed.is_main():
-        _make_folder(output)
+    _make_folder(output)
     weights = None
     if flags.checkpoint is not None:
         rows, _ = build.read_split(config, "test", class_names)
@@ -133,14 +132,16 @@ def test(args: Sequence[str]) -> None:
     if distributed.is_main():
         _introduce(config, model, task.outputs, device, weights)
         print(f"scoring {len(rows)} videos x {views['clips']} clips x {views['crops']} crops")
-    settings = to_dict(config)
+    precision, settings = pick_precision(config.train.precision, device), to_dict(config)
+    for key in ("workers", "timeout", "keep"):  # change no score
+        del settings["data"][key]
     scored = [
         source,
         _state_of(source),
         class_names,
         build.digest(rows),
-        settings["data"],
-        settings["eval"],
+        precision,
+        *(settings[key] for key in ("task", "model", "data", "eval")),
     ]
     shares = Shares(output / "shares", scored)
     outcome = score(
@@ -148,7 +149,7 @@ def test(args: Sequence[str]) -> None:
         task,
         loader,
         device,
-        precision=pick_precision(config.train.precision, device),
+        precision=precision,
         shares=shares,
     )
     if outcome is None:  # another rank reports
@@ -336,6 +337,8 @@ def _with_checkpoint(config: Config, own: Config, asked: Collection[str]) -> Con
 
     asked: keys on the command line; one that says otherwise is an error.
     """
+    if config.task != own.task and "task" in asked:
+        raise ConfigError(f"--task {config.task}: the checkpoint was made with {own.task}")
     decided = [("model", field.name) for field in fields(own.model)]
     decided += [("data", key) for key in _DATA_OF_CHECKPOINT]
     for group, key in decided:

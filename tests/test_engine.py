@@ -154,11 +154,19 @@ def test_scores_do_not_depend_on_the_view_batch(view_batch):
 
 def test_shares_of_another_scoring_are_not_taken_up(tmp_path):
     shares = Shares(tmp_path / "shares", ["best.pt", 3])
-    shares.write({0: {"scores": torch.ones(2)}}, {4: "gone"})
+    shares.write({0: {"scores": torch.zeros(2)}})  # it is not time
+    assert not (tmp_path / "shares").exists()
+    shares.write({0: {"scores": torch.ones(2)}}, now=True)
     (tmp_path / "shares" / "share-9-of-9-0.pt").write_bytes(b"cut off")
-    ((records, failures),) = Shares(tmp_path / "shares", ["best.pt", 3]).read()
+    records = Shares(tmp_path / "shares", ["best.pt", 3]).read()
+    assert records.keys() == {0}
     assert torch.equal(records[0]["scores"], torch.ones(2))
-    assert failures == {4: "gone"}
-    assert Shares(tmp_path / "shares", ["best.pt", 4]).read() == []
+    assert Shares(tmp_path / "shares", ["best.pt", 4]).read() == {}
     shares.discard()
     assert not (tmp_path / "shares").exists()
+
+
+def test_a_share_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    (tmp_path / "shares").write_text("in the way")
+    Shares(tmp_path / "shares", []).write({0: 1}, now=True)
+    assert "warning: what was scored so far is not kept" in capsys.readouterr().err

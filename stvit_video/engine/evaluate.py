@@ -1,7 +1,9 @@
 """Scoring: every sample of a list once, on any number of ranks; what comes of it is the task's to say."""
 
+import contextlib
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..files import FileError, read_torch, write_torch
+from ..files import FileError, read_torch, written_whole, write_torch
 from . import distributed
 from .device import autocast
 from .job import Outcome, Task
@@ -20,36 +22,45 @@ from .uploads import Uploads
 
 
 class Shares:
-    """What each rank has scored, on disk until the report stands: whoever dies costs its own share alone.
+    """What each rank has scored so far, on disk until the report stands, so that a failure costs minutes.
 
-    key: what was scored and how; the same command, started again, takes up the shares of its key.
+    key: what is scored and how: the same scoring, started again, does not score those samples again.
+    minutes: between writings.
     """
 
-    def __init__(self, folder: Path, key: Any):
-        self.folder = folder
+    def __init__(self, folder: Path, key: Any, *, minutes: float = 5.0):
+        self.folder, self.minutes, self.written = folder, minutes, time.monotonic()
         self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        self.name = f"share-{distributed.rank()}-of-{distributed.world()}-{time.time_ns()}.pt"
 
-    def read(self) -> list[tuple[dict, dict]]:
-        """(records, failures) by index, of every whole share with this key."""
-        shares = []
+    def read(self) -> dict[int, Any]:
+        """The records of all whole shares with this key, by index; what had failed is tried again."""
+        records = {}
         for path in sorted(self.folder.glob("share-*.pt")):
             try:
                 values = read_torch(path)
             except FileError:  # half-written when its rank was killed
                 continue
             if values.get("key") == self.key:
-                shares.append((values["records"], values["failures"]))
-        return shares
+                records |= values["records"]
+        return records
 
-    def write(self, records: dict, failures: dict) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"share-{distributed.rank()}-of-{distributed.world()}-{time.time_ns()}.pt"
-        write_torch(self.folder / name, {"key": self.key, "records": records, "failures": failures})
+    def write(self, records: dict[int, Any], *, now: bool = False) -> None:
+        """Where it is time. A full disk is a warning: the scoring itself needs none."""
+        if not now and time.monotonic() - self.written < 60 * self.minutes:
+            return
+        self.written = time.monotonic()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with written_whole(self.folder / self.name) as part:
+                write_torch(part, {"key": self.key, "records": records})
+        except (OSError, FileError) as error:
+            print(f"warning: what was scored so far is not kept: {error}", file=sys.stderr)
 
     def discard(self) -> None:
-        for path in self.folder.glob("share-*.pt"):
-            path.unlink()
-        if self.folder.exists():
+        with contextlib.suppress(OSError):  # whoever put something else there keeps it
+            for path in self.folder.glob("share-*.pt"):
+                path.unlink()
             self.folder.rmdir()
 
 
@@ -70,14 +81,17 @@ def score(
     -> the Outcome there, None on other ranks. Raises RuntimeError if some sample came twice or never.
     shares: where to keep what a rank has done; what earlier, broken-off scorings did is not done again.
     """
-    earlier = shares.read() if shares is not None and distributed.is_main() else []
-    done = {index for share in earlier for part in share for index in part}
-    loader.sampler.leave_out(distributed.from_main(done))
+    earlier = shares.read() if shares is not None and distributed.is_main() else {}
+    loader.sampler.leave_out(distributed.from_main(set(earlier)))
+    if earlier:
+        print(f"{len(earlier)} videos were scored before, by a scoring that was broken off")
     training = model.training
     model.eval()
     records, failures = {}, {}
     with progress(total=len(loader), desc=title, unit="batch", leave=False) as bar:
-        for batch in Uploads(loader, device):
+        uploads = Uploads(loader, device)
+        for batch in uploads:
+            uploads.prefetch()
             failures |= dict(zip(batch.failed, (cause for _, cause in batch.failures), strict=True))
             if batch.clips is not None:
                 with autocast(device, precision):
@@ -85,11 +99,13 @@ def score(
                 records |= dict(zip(batch.indices.tolist(), scored, strict=True))
             bar.update()
             after_batch()
+            if shares is not None:
+                shares.write(records)
     model.train(training)
-    if shares is not None:
-        shares.write(records, failures)
+    if shares is not None and distributed.world() > 1:  # a rank that is waited for may yet fail
+        shares.write(records, now=True)
     every = distributed.to_main([(records, failures)])
-    return merge([*earlier, *every], loader.dataset.rows) if distributed.is_main() else None
+    return merge([(earlier, {}), *every], loader.dataset.rows) if distributed.is_main() else None
 
 
 def merge(shares: list[tuple[dict, dict]], rows) -> Outcome:

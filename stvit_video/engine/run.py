@@ -105,8 +105,9 @@ class Run:
         names, asked = list(losses[0]), flags()
         means = [sum(loss[name] for loss in losses) / parts for name in names]
         finite = means[names.index("loss")].isfinite() & norm.isfinite()
-        said = [norm.new_full((), flag, dtype=torch.float64) for flag in asked]
-        sums = torch.stack([(~finite).double(), *(mean.double() for mean in means), *said])
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        said = [norm.new_full((), flag, dtype=kind) for flag in asked]
+        sums = torch.stack([(~finite).to(kind), *(mean.to(kind) for mean in means), *said])
         distributed.sums(sums)
         broken, *values = sums.tolist()  # the one place where the device is waited for
         if broken:

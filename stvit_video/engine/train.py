@@ -1,7 +1,6 @@
 """Training, from top to bottom: epochs of updates, a validation now and then, checkpoints."""
 
 import copy
-import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -30,6 +29,8 @@ from .uploads import Uploads
 
 Count = Annotated[int, Range(1)]
 NotNegative = Annotated[float, Range(0)]
+UNREADABLE = ("epoch", "path", "cause")  # columns of unreadable.csv
+SCALINGS = 16  # halvings until fp16's first scale of the loss, 65536, is 1
 
 
 @dataclass
@@ -71,7 +72,8 @@ class LoopConfig:
     compile: bool = False
     """torch.compile the model for training: minutes at the start, faster updates on CUDA."""
     max_nonfinite: Count = 10
-    """Updates in a row with a loss or gradient that is not finite, all skipped, before the run stops."""
+    """Updates in a row with a loss or gradient that is not finite, all skipped, before the run stops;
+    with fp16 16 more, in which the scale of the loss may fall."""
     eval_every: Count = 1
     """Epochs between validations."""
     log_every: Count = 10
@@ -83,14 +85,14 @@ class LoopConfig:
 
 
 def fit(job: Job, config: LoopConfig, *, output: Path, seed: int, resume: dict[str, Any] | None) -> Path:
-    """Train; -> the checkpoint to score: `best.pt`, by the task's first figure in validation (`last.pt`
-    without validation).
+    """Train; -> the checkpoint to score: `best.pt`, by the task's first figure in validation; `last.pt`
+    where there was none.
 
     resume: contents of a checkpoint to continue from; emptied once they are in the model.
     """
     trainer = Trainer(job, config, output=output, seed=seed, resume=resume)
     trainer.train()
-    return output / (checkpoint.LAST if job.val_loader is None else checkpoint.BEST)
+    return output / (checkpoint.LAST if trainer.run.best < 0 else checkpoint.BEST)
 
 
 def start_run(job: Job, config: LoopConfig, *, updates_an_epoch: int, scale: float = 1.0) -> Run:
@@ -141,7 +143,7 @@ class Trainer:
         self.run = start_run(
             job,
             config,
-            updates_an_epoch=math.ceil(len(self.loader) / config.accumulate),
+            updates_an_epoch=len(self.loader) // config.accumulate,
             scale=per_update / config.lr_per,
         )
         if resume is not None:
@@ -177,7 +179,8 @@ class Trainer:
 
         Raises SystemExit(143) after an update and its checkpoint, when SIGTERM came.
         """
-        run, so_far, batches = self.run, self.run.so_far, len(self.loader)
+        run, so_far, batches = self.run, self.run.so_far, len(self.loader)  # in whole updates
+        parts = self.config.accumulate
         self.loader.sampler.epoch, self.loader.sampler.batches_done = run.epoch, so_far.batches
         uploads = Uploads(self.loader, self.job.device)
         run.model.train()
@@ -185,7 +188,6 @@ class Trainer:
         title = f"epoch {run.epoch + 1}/{self.config.epochs}"
         with progress(total=batches, initial=so_far.batches, desc=title, unit="batch") as bar:
             while so_far.batches < batches:
-                parts = min(self.config.accumulate, batches - so_far.batches)
                 update = run.make_update(
                     self.job.task,
                     self._counted(uploads),
@@ -209,6 +211,8 @@ class Trainer:
         for batch in uploads:
             so_far.failures |= dict(batch.failures)
             if batch.failed:  # by itself more than the list may have
+                rows = [(self.run.epoch + 1, *failure) for failure in so_far.failures.items()]
+                self.log.append("unreadable.csv", UNREADABLE, rows)
                 raise InputError(self._too_many(len(so_far.failures), batch.failures))
             so_far.batches += 1
             so_far.clips += len(batch.indices) * len(batch.clips[0]) * distributed.world()
@@ -248,7 +252,7 @@ class Trainer:
         due, stop, unreadable = update.flags
         if unreadable > self.loader.dataset.max_unreadable * self._videos():
             raise InputError(self._too_many(unreadable, self._list_unreadable()))
-        if run.in_a_row >= self.config.max_nonfinite:
+        if run.in_a_row >= self.config.max_nonfinite + (SCALINGS if run.precision == "fp16" else 0):
             raise InputError(
                 f"update {run.update}: loss or gradient not finite {run.in_a_row} times in a row "
                 "(train.max_nonfinite): lower train.lr or set train.clip_grad; their videos are in "
@@ -269,6 +273,8 @@ class Trainer:
 
     def _too_many(self, unreadable: float, failures: list[tuple[str, str]]) -> str:
         first = f", the first: {failures[0][1]}" if failures else ""
+        if unreadable >= self._videos():
+            return f"none of {unreadable:.0f} videos could be read{first}"
         return (
             f"{unreadable:.0f} unreadable videos are more than data.max_unreadable="
             f"{self.loader.dataset.max_unreadable:g} of the {self._videos()} of an epoch{first}"
@@ -350,6 +356,5 @@ class Trainer:
         """
         run = self.run
         failures = list(dict(distributed.to_main(list(run.so_far.failures.items()))).items())
-        header = ("epoch", "path", "cause")
-        self.log.append("unreadable.csv", header, [(run.epoch + 1, *failure) for failure in failures])
+        self.log.append("unreadable.csv", UNREADABLE, [(run.epoch + 1, *failure) for failure in failures])
         return failures
