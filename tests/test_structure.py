@@ -75,6 +75,32 @@ def test_every_recipe_builds_its_model_and_data(path):
     assert path.read_text().startswith("#"), "a recipe begins with its command, cost and result"
 
 
+def _python(code):
+    """What it prints, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_to_import_the_package_imports_next_to_nothing():
+    assert not {"torch", "matplotlib"} & set(_python("import sys, stvit_video; print(*sys.modules)"))
+
+
+def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
+    """A notebook's backend, and its open figures."""
+    code = """
+import matplotlib
+from matplotlib import pyplot
+pyplot.switch_backend("svg")
+import stvit_video.cli
+from stvit_video import figures
+figures.draw_confusion([0, 1], [0, 0], ["a", "b"], r"{}")
+print(matplotlib.get_backend(), len(pyplot.get_fignums()))
+"""
+    assert _python(code.format(tmp_path / "confusion.png")) == ["svg", "0"]
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
 def test_every_test_that_the_documents_name_exists():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for page in (ROOT / "docs").glob("*.md"):
