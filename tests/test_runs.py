@@ -332,7 +332,7 @@ def test_a_skipped_update_gives_back_the_statistics_of_batchnorm():
     model = torch.nn.BatchNorm1d(2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
     schedule = make_schedule(optimizer, updates=9, warmup_updates=0, warmup_lr=0.0, min_lr=0.0)
-    kept = Run(model, model, None, optimizer, schedule, None)
+    kept = Run(model, model, None, optimizer, schedule, None, torch.device("cpu"))
     before = [buffer.clone() for buffer in model.buffers()]
     model(torch.full((3, 2), torch.nan)).sum().backward()
     assert not model.running_mean.isfinite().any()

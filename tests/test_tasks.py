@@ -1,4 +1,4 @@
-"""What every task must keep: exactly once on any ranks, resumed to the last bit; and each task's figures."""
+"""What every task keeps: exactly once on any ranks, resumed to the last bit; and each task's figures."""
 
 import csv
 import json

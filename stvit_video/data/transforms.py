@@ -136,8 +136,8 @@ class Mix:
     """Random erasing of each clip, then mixup or cutmix of the batch; after normalisation.
 
     Float (B, 3, T, H, W), labels (B,) or (B, K) -> clips, targets: (B, K) where labels were mixed, else the
-    labels. Clips are changed in place. Erasing draws one box a clip, the same in all its frames, filled with noise;
-    mixup and cutmix take turns at random.
+    labels. Clips are changed in place. Erasing draws one box a clip, the same in all its frames, filled
+    with noise; mixup and cutmix take turns at random.
 
     erasing: share of the clips; mixup, cutmix: alpha of the Beta distribution, 0 for none.
     """
@@ -158,14 +158,13 @@ class Mix:
             self.mixes.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
 
     def __call__(self, clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        clips = clips.transpose(1, 2)  # v2 works on (..., T, 3, H, W)
         for clip in clips if self.erase.p else ():
-            self._erase(clip)
+            self._erase(clip.transpose(0, 1))  # v2 has the channels behind the frames; to mix, both are alike
         if self.mixes:
             mix = self.mixes[torch.randint(len(self.mixes), ()).item()]
             clips, labels = mix(tv_tensors.Video(clips), labels)
             clips = clips.as_subclass(Tensor)
-        return clips.transpose(1, 2), labels
+        return clips, labels
 
     def _erase(self, clip: Tensor) -> None:
         """In place; the noise is drawn on the CPU, and no device is waited for until it has it."""

@@ -70,10 +70,9 @@ def score(
     -> the Outcome there, None on other ranks. Raises RuntimeError if some sample came twice or never.
     shares: where to keep what a rank has done; what earlier, broken-off scorings did is not done again.
     """
-    earlier = (
-        [] if shares is None else distributed.from_main(shares.read() if distributed.is_main() else None)
-    )
-    loader.sampler.leave_out({index for share in earlier for part in share for index in part})
+    earlier = shares.read() if shares is not None and distributed.is_main() else []
+    done = {index for share in earlier for part in share for index in part}
+    loader.sampler.leave_out(distributed.from_main(done))
     training = model.training
     model.eval()
     records, failures = {}, {}

@@ -63,7 +63,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: Any
     plain: nn.Module | None  # the model unsharded, on the CPU; None where nothing is sharded
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     precision: str = "fp32"
     clip_grad: float | None = None
     epoch: int = 0  # epochs done

@@ -63,7 +63,7 @@ class LoopConfig:
     ema: Annotated[float, Range(0, 0.999999)] | None = None
     """Decay of the averaged weights, which are then the ones validated and scored; null: none."""
     ema_warmup: bool = True
-    """Let the averages' decay rise to `ema`: it stands at 0.9992 after 47,000 updates; false: `ema` at once."""
+    """Let the averages' decay rise to `ema`, to 0.9992 in 47,000 updates; false: `ema` from the start."""
     precision: Precision = "auto"
     """Arithmetic of the model; auto: fp32 on the CPU, bf16 on CUDA where it is native, else fp16."""
     matmul: MatmulPrecision = "high"
@@ -260,7 +260,7 @@ class Trainer:
         if stop:
             if distributed.is_main():
                 bar.write(f"SIGTERM: stopped after update {run.update}, --resume continues")
-            distributed.barrier()  # a rank that ends earlier would have torchrun kill the one that still writes
+            distributed.barrier()  # torchrun kills the others soon after one has ended
             raise SystemExit(EXIT_CODE)
 
     def _videos(self) -> int:
@@ -296,7 +296,7 @@ class Trainer:
             checkpoint.save_last(self.output, state)
 
     def _validate(self) -> tuple[Outcome | None, Figures]:
-        """One view of each video of the validation list: the records on the main process, figures on all."""
+        """One view of each validation video: the outcome on the main process, its figures on all."""
         with torch.compiler.set_stance("force_eager" if self.config.compile else "default"):
             outcome = score(
                 self.run.scored_model(),
