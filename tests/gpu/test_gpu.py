@@ -177,7 +177,7 @@ def test_batches_arrive_as_they_were_made(device):
 @pytest.mark.parametrize("settings", [None, RECIPE], ids=["plain", "recipe"])
 def test_an_update_waits_for_the_device_once(device, settings):
     if device.type != "cuda":
-        pytest.skip("counted by CUDA alone")
+        pytest.skip("counted by CUDA; on the CPU by test_loop.py")
     batches = [make_batch(i).pin_memory() for i in range(4)]
     task, run = start(make_model("stvit_tiny_patch16_224"), device, settings, ema=0.9)
     run.model.train()
