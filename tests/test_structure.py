@@ -79,7 +79,7 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 
 
 def names_of_the_package():
-    """Modules (`engine.run`, `run`), what they define (`Run`, `run.Run`), and that of classes (`Run.state`)."""
+    """Modules (`engine.run`, `run`), what they define (`Run`, `run.Run`), what classes do (`Run.state`)."""
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         modules = {".".join(parts), parts[-1], *parts[:-1]}
