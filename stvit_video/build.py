@@ -83,29 +83,31 @@ def _twins(class_names: Sequence[str]) -> list[int] | None:
 
 
 def build_job(
-    config: Config, device: torch.device, rows: Rows, class_names: Sequence[str], model: nn.Module
-) -> Job:
-    """Task, loaders and checkpoint details for a model that is to be trained on these rows."""
+    config: Config, device: torch.device, *, pretrained: bool = True
+) -> tuple[Job, LoadReport | None]:
+    """All that training needs; and what became of `model.weights`, where it was loaded.
+
+    pretrained: False leaves `model.weights` alone, for a run that goes on from its own checkpoint.
+    """
+    rows, class_names = read_split(config, "train")
     task = build_task(config, class_names).to(device)
-    val_loader = None
+    torch.manual_seed(config.seed)
+    model = build_model(config, task.outputs)
+    report = load_pretrained(config, model, class_names) if pretrained else None
+    loader, val_loader = build_train_loader(config, task, rows, device), None
     if config.data.val is not None:
         val_rows, _ = read_split(config, "val", class_names)
         if all(row.target is None for row in val_rows):
             raise ConfigError(f"data.val={config.data.val} has no labels to validate with")
         val_loader = build_test_loader(config, task, val_rows, device, clips=1, crops=1)
-    details = {
-        "class_names": list(class_names),
-        "config": to_dict(config),
-        "built": model.built,
-        "run": {
-            "seed": config.seed,
-            "ranks": distributed.world(),
-            "videos": len(rows),
-            "list": digest(rows),
-        },
+    run = {
+        "seed": config.seed,
+        "ranks": distributed.world(),
+        "videos": len(rows),
+        "list": digest(rows),
     }
-    loader = build_train_loader(config, task, rows, device)
-    return Job(task, model.to(device), device, loader, val_loader, details)
+    details = {"class_names": class_names, "config": to_dict(config), "built": model.built, "run": run}
+    return Job(task, model.to(device), device, loader, val_loader, details), report
 
 
 def digest(rows: Sequence[Row]) -> str:

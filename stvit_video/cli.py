@@ -77,11 +77,7 @@ def train(args: Sequence[str]) -> None:
     last = output / checkpoints.LAST
     state, damage = find_run(output, resume=flags.resume, overwrite=flags.overwrite)
 
-    rows, class_names = build.read_split(config, "train")
-    torch.manual_seed(config.seed)
-    model = build.build_model(config, len(class_names))
-    weights = build.load_pretrained(config, model, class_names) if state is None else None
-    job = build.build_job(config, device, rows, class_names, model)
+    job, weights = build.build_job(config, device, pretrained=state is None)
     if state is not None:
         check_resume(state, config, job.details, last)
     if distributed.is_main():
@@ -89,8 +85,8 @@ def train(args: Sequence[str]) -> None:
         if state is None:
             discard_run(output)
         (output / "config.yaml").write_text(yaml.safe_dump(job.details["config"], sort_keys=False))
-        _introduce(config, model, class_names, device, weights)
-        print(f"training on {len(rows)} videos x {config.data.repeats} clips", end="")
+        _introduce(config, job.model, job.task.outputs, device, weights)
+        print(f"training on {len(job.train_loader.dataset)} videos x {config.data.repeats} clips", end="")
         print("" if job.val_loader is None else f", validating on {len(job.val_loader.dataset)}")
     distributed.barrier()  # every rank has read its checkpoint
     if distributed.is_main():
@@ -135,7 +131,7 @@ def test(args: Sequence[str]) -> None:
     loader = build.build_test_loader(config, task, rows, device, **views)
     source = str(flags.checkpoint or config.model.weights)
     if distributed.is_main():
-        _introduce(config, model, class_names, device, weights)
+        _introduce(config, model, task.outputs, device, weights)
         print(f"scoring {len(rows)} videos x {views['clips']} clips x {views['crops']} crops")
     settings = to_dict(config)
     scored = [
@@ -362,7 +358,7 @@ def _start(config: Config) -> torch.device:
 def _introduce(
     config: Config,
     model: torch.nn.Module,
-    class_names: Sequence[str],
+    outputs: int,
     device: torch.device,
     weights: LoadReport | None,
 ) -> None:
@@ -373,7 +369,7 @@ def _introduce(
     print(
         f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
         f"a view of {config.data.num_frames}x{config.data.image_size}x{config.data.image_size}, "
-        f"{len(class_names)} classes"
+        f"{outputs} classes"
     )
     if weights is not None:
         print(weights)

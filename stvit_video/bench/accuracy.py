@@ -12,7 +12,6 @@ import yaml
 
 from .. import build
 from ..config import Config, ConfigError, to_dict
-from ..data.annotations import Rows
 from ..data.dataset import open_kept
 from ..data.decode import DecodeError
 from ..engine.device import pick_precision
@@ -65,7 +64,7 @@ def bench_accuracy(
         for seed, name in bar:
             folder = output / f"{name.replace(':', '_')}_seed{seed}"
             own = replace(configs[name], seed=seed, output=str(folder))
-            found[name].append(_finished(own) or _train(own, rows, class_names, device))
+            found[name].append(_finished(own) or _train(own, device))
     table = []
     for speed in speeds:
         top1 = [100 * run["accuracy"] for run in found[speed["model"]]]
@@ -101,17 +100,14 @@ def variant(config: Config, name: str) -> Config:
     return own
 
 
-def _train(config: Config, rows: Rows, class_names: Sequence[str], device: torch.device) -> dict:
+def _train(config: Config, device: torch.device) -> dict:
     """A run like any other -> its accuracy and seconds, also written to its folder."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
-    model = build.build_model(config, len(class_names))
-    build.load_pretrained(config, model, class_names)
     decisive = _decisive(config)
     config = replace(config, data=replace(config.data, keep=True, workers=0, timeout=None))
     started = time.perf_counter()
-    job = build.build_job(config, device, rows, class_names, model)
+    job, _ = build.build_job(config, device)
     fit(job, config.train, output=output, seed=config.seed, resume=None)
     entries = [entry for entry in read_log(output / "log.jsonl") if entry["kind"] == "epoch"]
     best = f"val_{job.task.watched[0]}"

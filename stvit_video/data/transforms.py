@@ -159,7 +159,9 @@ class Mix:
 
     def __call__(self, clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         for clip in clips if self.erase.p else ():
-            self._erase(clip.transpose(0, 1))  # v2 has the channels behind the frames; to mix, both are alike
+            self._erase(
+                clip.transpose(0, 1)
+            )  # v2 has the channels behind the frames; to mix, both are alike
         if self.mixes:
             mix = self.mixes[torch.randint(len(self.mixes), ()).item()]
             clips, labels = mix(tv_tensors.Video(clips), labels)
