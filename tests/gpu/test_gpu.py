@@ -130,16 +130,16 @@ def test_float16_scales_its_loss_and_skips_what_overflows(device):
     exact, _ = train(model, device)
     task, run = start(model, device, precision="fp16")
     run.model.train()
-    run.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**40)  # overflows, at first
+    run.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**24)  # overflows, at first
     before, skipped = [p.clone() for p in run.bare.parameters()], []
-    for i in range(60):
+    for i in range(20):
         skipped.append(run.make_update(task, Uploads([make_batch(i)], device), 1, seed=0).skipped)
         if skipped == [True]:
             assert all(map(torch.equal, before, run.bare.parameters()))
     assert skipped[0]
     assert not skipped[-1]
-    assert run.scaler.get_scale() < 2.0**40
-    assert sum(skipped) < 40
+    assert run.scaler.get_scale() < 2.0**24
+    assert sum(skipped) < 13
     losses, _ = train(make_model("vit_tiny_patch16_224"), device, precision="fp16")
     assert losses == pytest.approx(exact, rel=0.02)
 
