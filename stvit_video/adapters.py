@@ -150,9 +150,9 @@ def from_stvit_r(state: State) -> State:
 
 
 def square(table: Tensor) -> Tensor | None:
-    """A flat table (1, N, C) as the grid (1, 1, n, n, C) of a square image; None if N is no square."""
+    """A flat table (1, N, C) as the grid (1, 1, n, n, C) of a square image; None if N is 0 or no square."""
     side = math.isqrt(table.shape[1])
-    return table.unflatten(1, (1, side, side)) if side**2 == table.shape[1] else None
+    return table.unflatten(1, (1, side, side)) if side**2 == table.shape[1] > 0 else None
 
 
 def _renamed(state: State, rename: Callable[[str], str]) -> State:
@@ -198,50 +198,37 @@ def _patch_rows(table: Tensor, tokens: State, layer_scale: bool) -> Tensor:
     Some models give no position to registers, or (those with registers or layer scale) to no token at all.
     Which it is shows in the number of patches being square; where none is, every token is taken to have it.
     """
-    rows = table.shape[1]
-    counts = [
-        sum(t.shape[1] for t in some if t.ndim == 3)
-        for some in (
-            tokens.values(),
-            [t for name, t in tokens.items() if name in ("cls_token", "dist_token")],
-        )
-    ]
-    if counts[0] > counts[1] or layer_scale:
-        counts.append(0)
-    square = [n for n in counts if math.isqrt(max(rows - n, 0)) ** 2 == rows - n > 0]
-    return table[:, square[0] if square else counts[0] :]
+    lengths = {name: t.shape[1] for name, t in tokens.items() if t.ndim == 3}
+    every, classes = (
+        sum(lengths.values()),
+        sum(lengths.get(name, 0) for name in ("cls_token", "dist_token")),
+    )
+    counts = [every, classes, 0] if every > classes or layer_scale else [every, classes]
+    return table[:, next((n for n in counts if square(table[:, n:]) is not None), every) :]
+
+
+def _named(pattern: str) -> Callable[[State], bool]:
+    """Whether one of the tensors has such a name."""
+    return lambda state: any(re.search(pattern, name) for name in state)
 
 
 ADAPTERS = [
     Adapter(
         "VideoMAE, Hugging Face layout",
-        lambda state: any(".attention.attention." in name for name in state),
+        _named(r"\.attention\.attention\."),
         from_hugging_face,
         fixed_positions=True,
     ),
-    Adapter(
-        "VideoMAE",
-        lambda state: any(name.endswith(".attn.q_bias") for name in state),
-        from_videomae,
-        fixed_positions=True,
-    ),
-    Adapter("STViT-R", lambda state: any(".blocks.1.attn.kv." in name for name in state), from_stvit_r),
-    Adapter(
-        "torchvision Swin",
-        lambda state: any(re.match(r"features\.0\.\d+\.attn\.relative", name) for name in state),
-        from_torchvision_swin,
-    ),
+    Adapter("VideoMAE", _named(r"\.attn\.q_bias$"), from_videomae, fixed_positions=True),
+    Adapter("STViT-R", _named(r"\.blocks\.1\.attn\.kv\."), from_stvit_r),
+    Adapter("torchvision Swin", _named(r"^features\.0\.\d+\.attn\.relative"), from_torchvision_swin),
     Adapter(
         "timm Swin",
         lambda state: "layers.0.blocks.0.norm1.weight" in state and "head.fc.weight" in state,
         from_timm_swin,
     ),
-    Adapter(
-        "Microsoft Swin",
-        lambda state: any(name.startswith("layers.0.downsample.") for name in state),
-        from_microsoft_swin,
-    ),
-    Adapter("MAE-ST", lambda state: "pos_embed_spatial" in state, from_mae_st),
+    Adapter("Microsoft Swin", _named(r"^layers\.0\.downsample\."), from_microsoft_swin),
+    Adapter("MAE-ST", _named("^pos_embed_spatial$"), from_mae_st),
     Adapter("timm ViT", lambda s: "pos_embed" in s and s["pos_embed"].ndim == 3, from_timm),
     Adapter("this toolbox", lambda state: True, dict),
 ]

@@ -1,7 +1,7 @@
 """Bounds of settings, beside their types: `Annotated[int, Range(1)]`; and the one check for them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -26,35 +26,25 @@ def check(owner: Any, values: Mapping[str, Any], prefix: str = "") -> None:
             raise ValueError(f"{prefix}{name}={value}: must {rule}")
 
 
-def _broken(value: Any, annotation: Any, bounds: Range | None) -> str | None:
+def _broken(value: Any, annotation: Any, bounds: Range | None = None) -> str | None:
     """The rule that a value breaks, or None; bounds: of an annotation around this one."""
-    if get_origin(annotation) is Annotated:
-        annotation, *notes = get_args(annotation)
-        return _broken(value, annotation, next((n for n in notes if isinstance(n, Range)), bounds))
-    if annotation in (int, float):
-        return _broken_number(value, annotation, bounds)
     kind, parts = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        return _broken(value, parts[0], next((n for n in parts[1:] if isinstance(n, Range)), bounds))
+    if annotation in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | annotation):
+            return "be whole numbers" if annotation is int else "be numbers"
+        inside = bounds is None or bounds.low <= value <= bounds.high
+        return None if inside else f"lie between {bounds.low:g} and {bounds.high:g}"
     if kind in (list, tuple):
-        if not isinstance(value, Sequence) or isinstance(value, str):
+        if not isinstance(value, list | tuple):
             return "be a list"
-        part = float if not parts else parts[0]  # all our tuples are of one kind
-        return next((rule for item in value if (rule := _broken(item, part, bounds))), None)
+        return next(filter(None, (_broken(item, parts[0], bounds) for item in value)), None)
     if kind is Literal:
         return None if value in parts else f"be one of {list(parts)}"
-    if parts:  # a union: the first of its rules that is of the value's own kind, if all are broken
+    if parts:  # a union: where all rules are broken, the one of the value's own kind
         rules = [_broken(value, part, bounds) for part in parts]
-        told = sorted((r for r in rules if r), key=lambda r: (not r.startswith("lie"), "whole" not in r))
-        return None if None in rules else told[0]
-    if annotation in (None, NoneType):
-        return None if value is None else "be null"
-    return None  # strings, booleans: their parser's and user's affair
-
-
-def _broken_number(value: Any, kind: type, bounds: Range | None) -> str | None:
-    if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
-        return "be whole numbers"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "be numbers"
-    if bounds and not bounds.low <= value <= bounds.high:
-        return f"lie between {bounds.low:g} and {bounds.high:g}"
-    return None
+        return (
+            None if None in rules else min(rules, key=lambda r: (not r.startswith("lie"), "whole" not in r))
+        )
+    return "be null" if annotation is NoneType and value is not None else None

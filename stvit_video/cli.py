@@ -108,11 +108,11 @@ def test(args: Sequence[str]) -> None:
     config, flags = parse(parser, args)
     config = resolve(config)
     started = time.perf_counter()
-    if flags.checkpoint is not None and any(word.startswith("--model.weights") for word in args):
+    if flags.checkpoint is not None and "model.weights" in flags.asked:
         raise ConfigError("--checkpoint or --model.weights, not both: which of them is to be scored?")
     if flags.checkpoint is not None:
         own, class_names, model = load_model(flags.checkpoint)
-        config = _with_checkpoint(config, own, args)
+        config = _with_checkpoint(config, own, flags.asked)
     elif config.model.weights is None:
         raise ConfigError("nothing to score: give --checkpoint FILE or --model.weights FILE")
     device = _start(config)
@@ -331,18 +331,17 @@ _DATA_OF_CHECKPOINT = (
 )
 
 
-def _with_checkpoint(config: Config, own: Config, args: Sequence[str]) -> Config:
-    """The scorer's settings with the checkpoint's model, sampling and normalisation.
+def _with_checkpoint(config: Config, own: Config, asked: Collection[str]) -> Config:
+    """The scorer's settings with the checkpoint's task, model, sampling and normalisation.
 
-    A flag on the command line that says otherwise is an error.
+    asked: keys on the command line; one that says otherwise is an error.
     """
-    flags = {word.removeprefix("--").partition("=")[0] for word in args if word.startswith("--")}
     decided = [("model", field.name) for field in fields(own.model)]
     decided += [("data", key) for key in _DATA_OF_CHECKPOINT]
     for group, key in decided:
-        asked, value = (getattr(getattr(c, group), key) for c in (config, own))
-        if asked != value and f"{group}.{key}" in flags:
-            raise ConfigError(f"--{group}.{key} {asked}: the checkpoint was made with {value}")
+        ours, value = (getattr(getattr(c, group), key) for c in (config, own))
+        if ours != value and f"{group}.{key}" in asked:
+            raise ConfigError(f"--{group}.{key} {ours}: the checkpoint was made with {value}")
     data = replace(config.data, **{key: getattr(own.data, key) for key in _DATA_OF_CHECKPOINT})
     return replace(config, task=own.task, model=own.model, data=data)
 

@@ -7,7 +7,7 @@ An unknown key stops with its place and the nearest known one. A preset carries 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -139,6 +139,8 @@ class TrainConfig(LoopConfig, *_TASK_SETTINGS):
 
 @dataclass
 class Config:
+    """Settings of a run."""
+
     output: str = "runs/default"
     """Folder for checkpoints, logs, reports and pictures."""
     seed: Annotated[int, Range(0)] = 0
@@ -257,21 +259,26 @@ def make_parser(description: str) -> ArgumentParser:
     )
     parser.add_argument("--cfg", action="config", metavar="FILE", help="Settings in YAML.")
     parser.add_class_arguments(Config, instantiate=False)
+    for action in parser._actions:
+        if hint := getattr(action, "_typehint", None):  # help shows plain types: bounds are checked later
+            action._typehint = get_type_hints(type("", (), {"__annotations__": {"hint": hint}}))["hint"]
     return parser
 
 
 def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespace]:
     """Command line -> Config, and the namespace with whatever else the parser knows.
 
+    The namespace's `asked` are the keys that the command line itself names.
     Raises ConfigError naming the file or the command line, the key, and the nearest known key.
     """
     known = _known_keys(parser)
-    files, flags, words = [], [], list(args)
+    files, flags, asked, words = [], [], set(), list(args)
     while words:
         word = words.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and key not in known | {"help", "print_config"}:
             raise ConfigError(f"command line: unknown key {key}{nearest(key, known)}")
+        asked |= {key} if word.startswith("--") else set()
         if word.startswith("--cfg"):
             files.append(value if equals or not words else words.pop(0))
         else:
@@ -286,6 +293,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespac
         namespace = parser.parse_args([*(f"--cfg={file}" for file in files), *flags])
     except ArgumentError as error:
         raise ConfigError(f"command line: {_one_line(error)}") from None
+    namespace.asked = asked
     return _instantiate(namespace), namespace
 
 

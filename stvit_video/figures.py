@@ -10,16 +10,14 @@ WATCHED = "val_"  # begins the keys of a validation's figures in the log
 
 def draw_curves(entries: Sequence[dict], picture: Path) -> None:
     """Entries of `log.jsonl` -> loss by epoch, and the validation's figures by epoch."""
-    steps = [entry for entry in entries if entry["kind"] == "step"]
-    epochs = [entry for entry in entries if entry["kind"] == "epoch"]
+    steps, epochs = ([e for e in entries if e["kind"] == kind] for kind in ("step", "epoch"))
     figure, (left, right) = _axes(1, 2, figsize=(10, 3.6))
     left.plot([e["at"] for e in steps], [e["loss"] for e in steps], color="0.8", label="step")
     left.plot([e["epoch"] for e in epochs], [e["loss"] for e in epochs], "C0", label="epoch mean")
     left.set(title="training loss", xlabel="epoch", ylim=(0, None))
     left.legend(frameon=False)
     for key in _watched(epochs):
-        at, values = _validated(epochs, key)
-        right.plot(at, values, marker=".", label=_label(key))
+        right.plot(*_validated(epochs, key), marker=".", label=_label(key))
     right.set(title="validation, one view", xlabel="epoch", ylabel="%", ylim=(0, 101))
     if right.lines:
         right.legend(frameon=False, loc="lower right")
@@ -34,8 +32,7 @@ def draw_comparison(runs: Mapping[str, Sequence[dict]], picture: Path) -> None:
         epochs = [entry for entry in entries if entry["kind"] == "epoch"]
         left.plot([e["epoch"] for e in epochs], [e["loss"] for e in epochs], marker=".")
         keys += _watched(epochs)[:1]
-        at, values = _validated(epochs, keys[-1]) if keys else ([], [])
-        right.plot(at, values, marker=".", label=name)
+        right.plot(*(_validated(epochs, keys[-1]) if keys else ([], [])), marker=".", label=name)
     title = " or ".join(_label(key) for key in dict.fromkeys(keys))
     left.set(title="training loss, mean of an epoch", xlabel="epoch", ylim=(0, None))
     right.set(title=f"validation {title}, one view", xlabel="epoch", ylabel="%", ylim=(0, 101))
@@ -51,12 +48,11 @@ def draw_confusion(
     Names and figures are written out where they are few enough to be read.
     """
     size = len(class_names)
-    labels, predictions = np.asarray(labels), np.asarray(predictions)
-    matrix = np.zeros((size, size))
+    labels, predictions = np.asarray(labels, int), np.asarray(predictions, int)
     read = (labels >= 0) & (predictions >= 0)
-    np.add.at(matrix, (labels[read], predictions[read]), 1)
+    counts = np.bincount(labels[read] * size + predictions[read], minlength=size**2).reshape(size, size)
     videos = np.bincount(labels[labels >= 0], minlength=size)
-    matrix = 100 * matrix / np.maximum(videos, 1)[:, None]
+    matrix = 100 * counts / np.maximum(videos, 1)[:, None]
     side = min(3 + 0.45 * size, 14)
     figure, axis = _axes(figsize=(side + 0.8, side))
     image = axis.imshow(matrix, cmap="Blues", vmin=0, vmax=100)
@@ -68,28 +64,23 @@ def draw_confusion(
         axis.set_yticks(range(size), class_names)
     if size <= 20:
         for row, column in np.argwhere(matrix >= 0.5):
-            value = matrix[row, column]
-            colour = "white" if value > 55 else "black"
-            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour)
+            colour = "white" if matrix[row, column] > 55 else "black"
+            axis.text(column, row, f"{matrix[row, column]:.0f}", ha="center", va="center", color=colour)
     figure.savefig(picture, dpi=120)
 
 
 def draw_trade(rows: Sequence[Mapping], picture: Path) -> None:
     """Accuracy against measured speed: rows with model, clips/s, top-1 (mean), low and high, in percent."""
     figure, axis = _axes(figsize=(6.4, 4.2))
+    colours: dict[str, str] = {}  # of a reducer, whatever its budget
     for row in rows:
+        at = row["clips/s"], row["top-1"]
         spread = [[row["top-1"] - row["low"]], [row["high"] - row["top-1"]]]
-        kind = row["model"].partition(":")[0]
-        colour = f"C{list(dict.fromkeys(r['model'].partition(':')[0] for r in rows)).index(kind)}"
-        axis.errorbar(row["clips/s"], row["top-1"], spread, marker="o", capsize=3, color=colour)
-        axis.annotate(
-            row["model"], (row["clips/s"], row["top-1"]), (6, 5), textcoords="offset points", fontsize=8
-        )
-    axis.set(
-        title="accuracy (mean and range over seeds) against speed",
-        xlabel="forward clips/s",
-        ylabel="top-1, %",
-    )
+        colour = colours.setdefault(row["model"].partition(":")[0], f"C{len(colours)}")
+        axis.errorbar(*at, spread, marker="o", capsize=3, color=colour)
+        axis.annotate(row["model"], at, (6, 5), textcoords="offset points", fontsize=8)
+    axis.set(title="accuracy (mean and range over seeds) against speed")
+    axis.set(xlabel="forward clips/s", ylabel="top-1, %")
     axis.margins(x=0.18)
     _finish(figure, [axis], picture)
 
@@ -101,10 +92,10 @@ def draw_speeds(rows: Sequence[Mapping], picture: Path) -> None:
     figure, axis = _axes(figsize=(2.5 + 1.6 * len(cases), 3.8))
     width = 0.8 / len(models)
     for i, model in enumerate(models):
-        own = {(row["mode"], row["batch"]): row for row in rows if row["model"] == model}
+        timed = {(row["mode"], row["batch"]): row for row in rows if row["model"] == model}
         at = [k + (i - (len(models) - 1) / 2) * width for k in range(len(cases))]
-        bars = axis.bar(at, [own[case]["ratio"] for case in cases], 0.92 * width, label=model)
-        texts = [f"{own[case]['ratio']:.2f}x\n{own[case]['clips/s']:.3g}/s" for case in cases]
+        bars = axis.bar(at, [timed[case]["ratio"] for case in cases], 0.92 * width, label=model)
+        texts = [f"{timed[case]['ratio']:.2f}x\n{timed[case]['clips/s']:.3g}/s" for case in cases]
         axis.bar_label(bars, texts, fontsize=7)
     axis.set(title=f"clips/s over those of {models[0]}", ylabel="ratio")
     axis.set_xticks(range(len(cases)), [f"{mode}\nbatch {batch}" for mode, batch in cases])
@@ -123,12 +114,10 @@ def draw_maps(frames: np.ndarray, maps: np.ndarray, picture: Path) -> None:
     tokens = maps.reshape(times, -1, slices, height, width)[:, :8]
     shown = min(slices, 8)
     columns = [round(i * (slices - 1) / max(shown - 1, 1)) for i in range(shown)]
-    height_in = 1.8 * (tokens.shape[1] + 1)
-    figure, axes = _axes(tokens.shape[1] + 1, shown, figsize=(1.7 * shown, height_in), squeeze=False)
-    patch = np.ix_(  # of each pixel
-        np.arange(frames.shape[1]) * height // frames.shape[1],
-        np.arange(frames.shape[2]) * width // frames.shape[2],
-    )
+    lines = tokens.shape[1] + 1
+    figure, axes = _axes(lines, shown, figsize=(1.7 * shown, 1.8 * lines), squeeze=False)
+    sides = zip(frames.shape[1:3], (height, width), strict=True)
+    patch = np.ix_(*(np.arange(pixels) * patches // pixels for pixels, patches in sides))  # of each pixel
     for axis, at in zip(axes.T, columns, strict=True):
         axis[0].imshow(frames[at])
         axis[0].set_title(f"time {at}, {height * width} patches", fontsize=8)
@@ -156,16 +145,11 @@ def draw_loading(rows: Sequence[dict], picture: Path) -> None:
     left.set_axisbelow(True)
     left.legend(frameon=False, ncols=len(stages), loc="upper left", fontsize=8, columnspacing=1)
     for kind in kinds:
-        own = [row for row in rows if row["what"] == kind]
-        rates = np.array([[row[key] for row in own] for key in ("samples/s", "lowest", "highest")])
-        error = np.abs(rates[1:] - rates[0])
-        right.errorbar([row["workers"] for row in own], rates[0], error, marker="o", capsize=3, label=kind)
-    right.set(
-        title="loader (bars: lowest and highest round)",
-        xlabel="workers",
-        ylabel="samples/s",
-        ylim=(0, None),
-    )
+        columns = ("workers", "samples/s", "lowest", "highest")
+        workers, rate, *ends = np.array([[r[key] for key in columns] for r in rows if r["what"] == kind]).T
+        right.errorbar(workers, rate, np.abs(ends - rate), marker="o", capsize=3, label=kind)
+    right.set(title="loader (bars: lowest and highest round)")
+    right.set(xlabel="workers", ylabel="samples/s", ylim=(0, None))
     right.set_xticks(sorted({row["workers"] for row in rows}))
     right.legend(frameon=False)
     _finish(figure, (left, right), picture)

@@ -8,6 +8,7 @@ length of 0, come the length 64 and 64 hexadecimal digits. torch.load does not m
 import argparse
 import contextlib
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -15,7 +16,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -49,20 +50,17 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_torch(path: Path, values: Any) -> None:
     """torch.save, sealed, and flushed to the disk. Raises FileError."""
     try:
-        with open(path, "wb") as file:
-            hashed = _Hashed(file)
-            torch.save(values, hashed)
+        with _Hashed(io.FileIO(path, "wb")) as file:
+            torch.save(values, file)
+            seal = COMMENT + file.hash.hexdigest().encode()
             file.seek(-len(NO_COMMENT), os.SEEK_END)
-            file.write(COMMENT + hashed.hash.hexdigest().encode())
+            file.write(seal)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
@@ -93,53 +91,47 @@ def read_torch(path: Path, *, verify: bool = True, mmap: bool = False) -> Any:
     except FileError:
         raise
     except Exception as error:  # damage can surface anywhere within zip, pickle and storages
-        wanted = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))
-        if wanted is None:
-            line = str(error).strip().partition("\n")[0] or type(error).__name__
-            cause = "no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else line
-            raise FileError(f"{path}: damaged, or not a checkpoint ({cause})") from None
-        raise FileError(
-            f"{path}: holds {wanted[1]} beside tensors, and to unpickle that could run any code: refused. "
-            "If you trust where it comes from, convert it once: torch.save(torch.load(FILE, "
-            'map_location="cpu", weights_only=False)["model"], NEW_FILE)'
-        ) from None
+        if code := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error)):
+            raise FileError(
+                f"{path}: holds {code[1]} beside tensors, and to unpickle that could run any code: "
+                "refused. If you trust where it comes from, convert it once: torch.save(torch.load(FILE, "
+                'map_location="cpu", weights_only=False)["model"], NEW_FILE)'
+            ) from None
+        cause = str(error).strip().partition("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            cause = "no pickle of tensors"
+        raise FileError(f"{path}: damaged, or not a checkpoint ({cause})") from None
 
 
 def _damage(path: Path) -> str | None:
     """What the seal, or without one the zip file's checksums, say against it."""
+    size, digest = path.stat().st_size, hashlib.sha256()
     with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\3\4" or zipfile.is_zipfile(path)
-        file.seek(max(path.stat().st_size - 22, 0))
+        if file.read(4) != b"PK\3\4" and not zipfile.is_zipfile(path):
+            return None  # torch's format until 2020, which has no checksums
+        file.seek(max(size - 22, 0))
         end = file.read()
-    if not is_zip:  # torch's format until 2020, which has no checksums
-        return None
-    if end.startswith(END) and end.endswith(NO_COMMENT):
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        return broken and f"the checksum of {broken} is wrong"
-    return None if _is_sealed(path) else "truncated, or its checksum is wrong"
-
-
-def _is_sealed(path: Path) -> bool:
-    digest = hashlib.sha256()
-    left = path.stat().st_size - len(COMMENT) - 2 * digest.digest_size
-    with open(path, "rb") as file:
+        if end.startswith(END) and end.endswith(NO_COMMENT):
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            return broken and f"the checksum of {broken} is wrong"
+        file.seek(0)
+        left = size - len(COMMENT) - 2 * digest.digest_size
         while left > 0 and (chunk := file.read(min(left, 2**20))):
             digest.update(chunk)
             left -= len(chunk)
         digest.update(NO_COMMENT)
-        return file.read() == COMMENT + digest.hexdigest().encode()
+        sealed = file.read() == COMMENT + digest.hexdigest().encode()
+    return None if sealed else "truncated, or its checksum is wrong"
 
 
-class _Hashed:
-    """A file to write to that knows the hash of what was written."""
+class _Hashed(io.BufferedWriter):
+    """A file that knows the hash of what was written to it."""
 
-    def __init__(self, file: BinaryIO):
-        self.file, self.hash = file, hashlib.sha256()
+    def __init__(self, file: io.FileIO):
+        super().__init__(file)
+        self.hash = hashlib.sha256()
 
     def write(self, data: bytes) -> int:
         self.hash.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
+        return super().write(data)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .build import build_model, build_task, build_test_views
+from .build import build_task, build_test_views
 from .config import Config, from_dict
 from .data.decode import DecodeError, open_video
 from .data.guard import GivenUp, Guard
@@ -16,7 +16,7 @@ from .engine import checkpoint
 from .engine.device import autocast, pick_device, pick_precision
 from .errors import InputError
 from .figures import draw_maps
-from .models.zoo import create_model
+from .weights import rebuild
 
 
 class Guess(NamedTuple):
@@ -27,18 +27,13 @@ class Guess(NamedTuple):
 def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
     """A checkpoint's settings, class names and model (its averaged weights, where it has them).
 
-    Raises CheckpointError or ConfigError.
+    Raises CheckpointError, ConfigError or WeightsError.
     """
     values = checkpoint.load(path)
     missing = {"config", "class_names", "model", "ema"} - values.keys()
     if missing:
         raise checkpoint.CheckpointError(f"{path}: holds no {min(missing)}")
-    config, built = from_dict(values["config"], str(path)), values.get("built")
-    # what an earlier version built is what its settings make
-    try:
-        model = create_model(**built) if built else build_model(config, len(values["class_names"]))
-    except (TypeError, ValueError) as error:
-        raise checkpoint.CheckpointError(f"{path}: {error}") from None
+    config, model = from_dict(values["config"], str(path)), rebuild(values, str(path))
     try:
         model.load_state_dict(values["model"] if values["ema"] is None else values["ema"])
     except RuntimeError as error:

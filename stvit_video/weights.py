@@ -116,16 +116,15 @@ def load_weights(
             kind = "dropped" if idle else "unexpected"
             getattr(report, kind)[name] = _shape(tensor)
             continue
+        change = f"{_shape(tensor)} -> {_shape(targets[name])}"
         try:
             if name in other_classes:
                 raise _Misfit("its classes are not the model's")
             window = windows.get(name)
             kind, fitted[name] = _fit(name, tensor, targets[name], window, of_images, inflate)
         except _Misfit as reason:
-            kind = "fresh" if _within(name, fresh) else "mismatched"
-            getattr(report, kind)[name] = f"{_shape(tensor)} -> {_shape(targets[name])}: {reason}"
-        else:
-            getattr(report, kind)[name] = f"{_shape(tensor)} -> {_shape(targets[name])}"
+            kind, change = "fresh" if _within(name, fresh) else "mismatched", f"{change}: {reason}"
+        getattr(report, kind)[name] = change
     for name in (name for name in targets if name not in state):
         if name.endswith("num_batches_tracked"):
             continue  # BatchNorm's counter, which it does not use
@@ -214,39 +213,42 @@ def _read_toolbox(values: Mapping[str, Any], name: str) -> _Contents:
     """A checkpoint of this toolbox: it must be what it says it was built with, tensor by tensor."""
     key = "model" if values.get("ema") is None else "ema"
     name = f"{name}[{key}]"
-    try:
-        state, classes = _checked(values[key], name), list(values["class_names"])
-        built = dict(values["built"]) if "built" in values else _configured(values["config"], len(classes))
-        with torch.device("meta"):
-            donor, wider = (
-                create_model(**built | {"num_classes": built["num_classes"] + more}) for more in (0, 1)
-            )
-        expected, wider = donor.state_dict(), wider.state_dict()
-    except WeightsError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise WeightsError(f"{name}: not a complete checkpoint of this toolbox ({error!r})") from None
-    flaws = [f"missing {k}" for k in expected if k not in state]
-    flaws += [f"unexpected {k}" for k in state if k not in expected]
-    flaws += [
-        f"{k} {_shape(state[k])} instead of {_shape(expected[k])}"
-        for k in expected
-        if k in state and state[k].shape != expected[k].shape
-    ]
+    state = _checked(values.get(key), name)
+    with torch.device("meta"):
+        donor, wider = (rebuild(values, name, more_classes=more) for more in (0, 1))
+    has, expected, wider = (
+        {k: _shape(tensor) for k, tensor in tensors.items()}
+        for tensors in (state, donor.state_dict(), wider.state_dict())
+    )
+    flaws = [f"missing {k}" for k in expected if k not in has]
+    flaws += [f"unexpected {k}" for k in has if k not in expected]
+    flaws += [f"{k} {has[k]} instead of {x}" for k, x in expected.items() if has.get(k, x) != x]
     if flaws:
         raise WeightsError(f"{name}: not what its settings make: {', '.join(flaws)}")
-    by_class = frozenset(k for k in expected if expected[k].shape != wider[k].shape)
+    by_class = frozenset(k for k in expected if expected[k] != wider[k])
+    classes, built = list(values["class_names"]), donor.built
     adapter = ADAPTERS[-1]._replace(fixed_positions=built.get("pos_embed") == "sincos")
     names = None if _only_numbers(classes) or len(classes) != built["num_classes"] else classes
     return _Contents(name, state, adapter, names, by_class, _heads(donor))
 
 
-def _configured(config: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
-    """What older checkpoints of this toolbox were built with: what their settings say."""
-    model, data = config["model"], config["data"]
-    sizes = {k: v for k, v in model.items() if k in MODELS[model["name"]].sizes and v != "auto"}
-    clip = {key: data[key] for key in ("num_frames", "image_size")}
-    return {"name": model["name"], "num_classes": num_classes} | clip | sizes
+def rebuild(values: Mapping[str, Any], name: str, *, more_classes: int = 0) -> nn.Module:
+    """The model that a checkpoint of this toolbox holds, with random weights.
+
+    name: of the checkpoint, for errors. more_classes: beyond those that it has.
+    Raises WeightsError where the checkpoint does not say what its model was built with.
+    """
+    try:
+        built = {"num_classes": len(values["class_names"])}
+        if "built" in values:
+            built |= values["built"]
+        else:  # older ones: what their settings say
+            model, data = values["config"]["model"], values["config"]["data"]
+            built |= {key: data[key] for key in ("num_frames", "image_size")} | {"name": model["name"]}
+            built |= {k: v for k, v in model.items() if k in MODELS[model["name"]].sizes and v != "auto"}
+        return create_model(**built | {"num_classes": built["num_classes"] + more_classes})
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise WeightsError(f"{name}: not a complete checkpoint of this toolbox ({error!r})") from None
 
 
 def _checked(values: Mapping[str, Any], name: str) -> State:
@@ -266,10 +268,9 @@ def _checked(values: Mapping[str, Any], name: str) -> State:
 
 
 def _dropped(before: State, after: State) -> dict[str, str]:
-    dropped = {name: _shape(t) for name, t in before.items() if DROPS.match(name) and name not in after}
-    dropped |= {
-        name: "recomputed from sizes" for name in before if RECOMPUTED.search(name) and name not in after
-    }
+    gone = {name: tensor for name, tensor in before.items() if name not in after}
+    dropped = {name: _shape(tensor) for name, tensor in gone.items() if DROPS.match(name)}
+    dropped |= {name: "recomputed from sizes" for name in gone if RECOMPUTED.search(name)}
     table, left = before.get("pos_embed"), after.get("pos_embed")
     if table is not None and table.ndim == left.ndim == 3 and left.shape[1] < table.shape[1]:
         rows = table.shape[1] - left.shape[1]
@@ -359,18 +360,12 @@ def _as_grid(table: Tensor, target: torch.Size, of_images: bool) -> Tensor | Non
 
 def _fold_layer_scale(state: State, targets: State, report: LoadReport) -> None:
     """Layer scale that the model has not goes into the projection before it, which changes no output."""
-    folded = [n for n in state if re.search(r"\.ls[12]\.gamma$", n) and n not in targets]
-    for name in folded:
+    for name in [n for n in state if re.search(r"\.ls[12]\.gamma$", n) and n not in targets]:
         block, _, branch = name.removesuffix(".gamma").rpartition(".")
         last = f"{block}.{'attn.proj' if branch == 'ls1' else 'mlp.fc2'}"
         weight, bias = (state.get(f"{last}.{kind}") for kind in ("weight", "bias"))
         gamma = state[name]
-        if (
-            weight is None
-            or bias is None
-            or gamma.ndim != 1
-            or not gamma.shape == bias.shape == weight.shape[:1]
-        ):
+        if weight is None or bias is None or not gamma.shape == bias.shape == weight.shape[:1] != ():
             continue  # the scale stays, and is unexpected
         del state[name]
         state[f"{last}.weight"] = gamma.float()[:, None] * weight.float()

@@ -128,6 +128,8 @@ def test_help_tells_every_key(capsys):
         for field in [] if kind is dataclasses.MISSING else dataclasses.fields(kind):
             assert f"--{group.name}.{field.name} " in text
     assert "Largest norm of the gradient" in " ".join(text.split())
+    assert "(type: int, default: 2)" in " ".join(text.split())
+    assert "Annotated" not in text
 
 
 def test_presets_fill_in_what_is_not_set():

@@ -1,4 +1,7 @@
 import hashlib
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -34,6 +37,25 @@ def test_rendered_once_and_reproducibly(demo_root, tmp_path, monkeypatch):
     demo.write_mp4(again, demo.render(name, shape, rng))
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (clip, again)]
     assert digests[0] == digests[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc fills memory on demand")
+def test_bytes_do_not_depend_on_what_memory_held_before(tmp_path):
+    script = """
+import sys
+import numpy as np
+from stvit_video.data import demo
+for i in range(8):
+    frames = demo.render(demo.CLASSES[i], "star", np.random.default_rng((0, 0, i)))
+    demo.write_mp4(f"{sys.argv[1]}_{i}.mp4", frames)
+"""
+    for fill in ("1", "165"):
+        environment = os.environ | {"MALLOC_PERTURB_": fill}
+        command = [sys.executable, "-c", script, str(tmp_path / fill)]
+        subprocess.run(command, env=environment, check=True)
+    for i in range(8):
+        first, second = ((tmp_path / f"{fill}_{i}.mp4").read_bytes() for fill in ("1", "165"))
+        assert first == second
 
 
 def test_a_folder_of_others_is_never_replaced(tmp_path):

@@ -71,7 +71,7 @@ def test_pooling_is_the_mean_or_the_largest():
     cells = grid.view(2, 2, 2, 3, 2, 3, 2, 5)
     for pool, expected in (("avg", cells.mean((2, 4, 6))), ("max", cells.amax((2, 4, 6)))):
         tokens = PooledTokens((4, 6, 6), 5, semantic_tokens=(2, 3, 3), pool=pool)(Tokens.of(grid), [])
-        assert tokens.size.tolist() == [[8.0] * 18]
+        assert tokens.sizes().tolist() == [[8.0] * 18] * 2
         torch.testing.assert_close(tokens.x, expected.flatten(1, 3))
 
 

@@ -16,7 +16,7 @@ from stvit_video.bounds import Range, check
 from stvit_video.models.reducers import REDUCERS, MergedTokens, PooledTokens
 from stvit_video.models.semantic import SemanticTokens
 from stvit_video.models.sizes import Sizes
-from stvit_video.models.tokens import Tokens, batch, regions
+from stvit_video.models.tokens import PADDING, Tokens, batch, regions
 from stvit_video.models.vit import VideoViT
 from stvit_video.models.zoo import MODELS
 
@@ -49,17 +49,16 @@ def merged(count, dim=24):
     """One clip's tokens, `count` of them, of consecutive patches."""
     token = (torch.arange(PATCHES) * count // PATCHES)[None]
     size = token.flatten().bincount().float()[None]
-    return Tokens(torch.randn(1, count, dim), GRID, token, size, merged=True, proportional=True)
+    return Tokens(torch.randn(1, count, dim), GRID, token, weight=size, asked=size)
 
 
 def assert_is_alone(padded, i, alone):
     """Clip i of a batch is the clip alone, and then padding."""
     n = alone.x.shape[1]
-    mine = padded.explicit()
-    torch.testing.assert_close(mine.x[i, :n], alone.x[0])
-    torch.testing.assert_close(mine.size[i, :n], alone.explicit().size[0])
-    assert not mine.size[i, n:].any()
-    assert mine.token[i].equal(alone.explicit().token[0])
+    torch.testing.assert_close(padded.x[i, :n], alone.x[0])
+    torch.testing.assert_close(padded.sizes()[i, :n], alone.sizes()[0])
+    assert not padded.sizes()[i, n:].any()
+    assert padded.places()[i].equal(alone.places()[0])
     torch.testing.assert_close(padded.to_grid()[i], alone.to_grid()[0])
     torch.testing.assert_close(padded.pooled()[i], alone.pooled()[0])
 
@@ -73,12 +72,14 @@ def test_sizes_sum_to_the_patches_and_tokens_stand_for_so_many(plan, training):
     model = model_of(plan).train(training)
     clip = torch.randn(3, 3, 4, 32, 32)
     for _, tokens in model._layers(clip):
-        tokens = tokens.explicit()
-        assert tokens.size.dtype == torch.float32
-        assert tokens.size.sum(1).tolist() == [PATCHES] * 3
-        counts = torch.zeros_like(tokens.size).scatter_add(1, tokens.token, torch.ones(3, PATCHES))
-        assert counts.equal(tokens.size)
-        for grid, x, token in zip(tokens.to_grid().flatten(1, 3), tokens.x, tokens.token, strict=True):
+        sizes = tokens.sizes()
+        assert sizes.dtype == torch.float32
+        assert sizes.sum(1).tolist() == [PATCHES] * 3
+        counts = [token.bincount(minlength=tokens.x.shape[1]).tolist() for token in tokens.places()]
+        assert sizes.tolist() == counts
+        for key in ("weight", "asked"):  # token merging counts patches, other reducers make equal tokens
+            assert getattr(tokens, key) is None or getattr(tokens, key).equal(sizes)
+        for grid, x, token in zip(tokens.to_grid().flatten(1, 3), tokens.x, tokens.places(), strict=True):
             assert grid.equal(x[token])
     assert tokens.x.shape[1] < PATCHES
 
@@ -88,7 +89,7 @@ def test_a_padded_batch_is_each_clip_alone(plan):
     model = model_of(plan).eval()
     clips = [merged(count) for count in (32, 29, 13, 12, 7, 1)]
     padded = batch(clips)
-    assert padded.padded
+    assert (padded.asked == 0).any()
     for reducer, used, rest in model.segments:
         if reducer is not None:
             padded = reducer(padded, used, None)
@@ -105,11 +106,11 @@ def test_what_stands_in_padding_changes_nothing(name):
     reducer = REDUCERS[name](GRID, 24, **BUDGET).eval()
     used = list(model_of(name).eval().blocks)[: reducer.layers]
     padded = batch([merged(30), merged(17)])
-    other = padded._replace(x=padded.x.masked_fill(padded.size[..., None] == 0, 7.0))
+    other = padded._replace(x=padded.x.masked_fill(padded.asked[..., None] == 0, 7.0))
     one, two = (reducer(tokens, used, None) for tokens in (padded, other))
-    real = one.explicit().size > 0
+    real = one.sizes() > 0
     assert one.x[real].equal(two.x[real])
-    assert one.explicit().token.equal(two.explicit().token)
+    assert one.places().equal(two.places())
 
 
 @every_plan
@@ -165,14 +166,13 @@ def test_layer_decay_knows_every_parameter(plan):
 
 def test_regions_are_the_parts_that_pooling_takes():
     grid, tokens = (4, 6, 6), (2, 3, 2)
-    token, count = regions(grid, tokens)
-    assert count.tolist() == [[2 * 2 * 3] * 12]
+    token = regions(grid, tokens)
+    assert token[0].bincount().tolist() == [2 * 2 * 3] * 12
     x = torch.randn(1, *grid, 3)
     pooled = PooledTokens(grid, 3, semantic_tokens=tokens, pool="avg")(Tokens.of(x), []).x
     for i in range(12):
         torch.testing.assert_close(x.flatten(1, 3)[0, token[0] == i].mean(0), pooled[0, i])
-    token, _ = regions((1, 1, 5), (1, 1, 3))
-    assert token.tolist() == [[0, 0, 1, 1, 2]]  # floor(3 p / 5)
+    assert regions((1, 1, 5), (1, 1, 3)).tolist() == [[0, 0, 1, 1, 2]]  # floor(3 p / 5)
 
 
 def test_a_patch_that_is_not_kept_has_the_nearest_that_is():
@@ -181,7 +181,7 @@ def test_a_patch_that_is_not_kept_has_the_nearest_that_is():
     patches = Tokens.of(torch.arange(PATCHES).float().view(1, *GRID, 1).repeat(2, 1, 1, 1, 1))
     for training in (True, False):
         tokens = reducer.train(training)(patches, [])
-        for kept, token in zip(tokens.x[..., 0].long(), tokens.token.expand(2, -1), strict=True):
+        for kept, token in zip(tokens.x[..., 0].long(), tokens.places(), strict=True):
             apart = (places[:, None] - places[kept]).square().sum(-1)
             assert apart.gather(1, token[:, None])[:, 0].equal(apart.min(1).values)
 
@@ -196,7 +196,7 @@ def test_the_schedule_merges_in_every_layer():
     clip = torch.randn(2, 3, 4, 32, 32)
     assert same(clip).equal(model(clip))
     first = model.segments[1][0](Tokens.of(torch.randn(2, *GRID, 24)), [model.blocks[0]])
-    assert first.bias().equal(first.size.log()[:, None, None])
+    assert first.bias().equal(first.sizes().log()[:, None, None])
 
 
 # ---- tokens by value
@@ -209,33 +209,33 @@ def test_a_grid_comes_back_as_it_was():
     assert tokens.to_grid().equal(grid)
     assert tokens.bias() is None
     assert tokens.pooled().equal(grid.flatten(1, 3).mean(1))
-    assert tokens.explicit().to_grid().equal(grid)
+    assert tokens._replace(token=tokens.places()).to_grid().equal(grid)
 
 
 def test_the_mean_of_merged_tokens_is_that_of_their_patches():
     tokens = merged(7)
     torch.testing.assert_close(tokens.pooled(), tokens.to_grid().mean((1, 2, 3)))
-    assert tokens._replace(merged=False).pooled().equal(tokens.x.mean(1))
+    assert tokens._replace(weight=None).pooled().equal(tokens.x.mean(1))
 
 
 def test_tokens_that_leave():
     x = torch.arange(8.0).view(2, 4, 1)
     token = torch.tensor([[0, 0, 1, 2, 3, 3], [0, 1, 1, 2, 2, 3]])
     size = torch.tensor([[2.0, 1, 1, 2], [1, 2, 2, 1]])
-    tokens = Tokens(x, (1, 2, 3), token, size, merged=True, proportional=True)
+    tokens = Tokens(x, (1, 2, 3), token, weight=size, asked=size)
     gone = torch.tensor([[True, False, False, False], [False, True, True, False]])
     fewer = tokens.leave(gone)
     assert fewer.x.shape == (2, 3, 1)
     assert fewer.x[0, :, 0].tolist() == [1, 2, 3]
     assert fewer.x[1, :2, 0].tolist() == [4, 7]
-    assert fewer.size.tolist() == [[1, 1, 2], [1, 1, 0]]
+    assert fewer.weight.tolist() == fewer.asked.tolist() == [[1, 1, 2], [1, 1, 0]]
     assert fewer.token.tolist() == [[-1, -1, 0, 1, 2, 2], [0, -1, -1, -1, -1, 1]]
     assert fewer.left[..., 0].tolist() == [[0, 0, 0, 0, 0, 0], [0, 5, 5, 6, 6, 0]]
     assert fewer.to_grid().equal(tokens.to_grid())
     torch.testing.assert_close(fewer.pooled(), tokens.pooled())
     later = fewer._replace(x=fewer.x + 10).leave(torch.tensor([[False, True, False], [True, True, False]]))
     assert later.to_grid().flatten(1).tolist() == [[0, 0, 11, 12, 13, 13], [14, 5, 5, 6, 6, 17]]
-    assert later.size.tolist() == [[1, 2], [0, 0]]
+    assert later.weight.tolist() == [[1, 2], [0, 0]]
     assert later.left[..., 0].tolist() == [[0, 0, 0, 12, 0, 0], [14, 5, 5, 6, 6, 17]]
 
 
@@ -257,26 +257,30 @@ def test_who_has_left_is_not_asked_and_comes_back_with_a_grid():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("proportional", [False, True])
 def test_padding_is_not_asked_and_gives_no_nan(dtype, proportional):
-    tokens = batch([merged(9), merged(4)])._replace(proportional=proportional)
-    tokens = tokens._replace(x=tokens.x.to(dtype), size=tokens.size * torch.tensor([[1.0], [0.0]]))
+    half = batch([merged(9), merged(4)])
+    half = half if proportional else half._replace(asked=(half.asked > 0).float())
+    tokens = half._replace(x=half.x.to(dtype), asked=half.asked * torch.tensor([[1.0], [0.0]]))
     q = torch.randn(2, 2, 9, 12).to(dtype) * 20
     value = torch.randn(2, 2, 9, 12).to(dtype).requires_grad_()
     out = nn.functional.scaled_dot_product_attention(q, q, value, attn_mask=tokens.bias())
     assert out.isfinite().all()
-    half = batch([merged(9), merged(4)])._replace(proportional=proportional)
     out = nn.functional.scaled_dot_product_attention(q, q, value, attn_mask=half.bias(dtype))
     (gradient,) = torch.autograd.grad(out.float().sum(), value)
     assert not gradient[1, :, 4:].any()
     assert gradient[1, :, :4].any()
-    assert tokens._replace(size=half.size * 0).pooled().isfinite().all()
+    assert tokens._replace(weight=half.weight * 0).pooled().isfinite().all()
 
 
 def test_a_bias_is_there_only_where_it_is_needed():
     tokens = merged(9)
-    assert tokens.bias().equal(tokens.size.log()[:, None, None])
-    assert tokens._replace(proportional=False).bias() is None
+    assert tokens.bias().equal(tokens.sizes().log()[:, None, None])
     for name in ("semantic", "pool", "random"):
         assert model_of(name).tokens(torch.randn(1, 3, 4, 32, 32)).bias() is None
+    plain = MergedTokens(GRID, 24, **BUDGET, proportional=False)
+    layers, patches = [model_of("tome").blocks[0]], Tokens.of(torch.randn(2, *GRID, 24))
+    assert plain(patches, layers).bias() is None
+    few = batch([patches, merged(5)])
+    assert plain(few, layers).bias().unique().tolist() == [PADDING, 0]
 
 
 # ---- models

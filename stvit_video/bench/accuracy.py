@@ -58,28 +58,20 @@ def bench_accuracy(
     for row in progress([*rows, *val_rows], desc="reading", unit="video"):
         with contextlib.suppress(DecodeError):  # each run tells it
             open_kept(row, config.data.decoder)
-    found: dict[str, list[dict]] = {name: [] for name in variants}
+    results: dict[str, list[dict]] = {name: [] for name in variants}
     runs = [(seed, name) for seed in seeds for name in variants]
     with progress(runs, desc="training", unit="run") as bar:
         for seed, name in bar:
             folder = output / f"{name.replace(':', '_')}_seed{seed}"
-            own = replace(configs[name], seed=seed, output=str(folder))
-            found[name].append(_finished(own) or _train(own, device))
+            job = replace(configs[name], seed=seed, output=str(folder))
+            results[name].append(_finished(job) or _train(job, device))
     table = []
     for speed in speeds:
-        top1 = [100 * run["accuracy"] for run in found[speed["model"]]]
-        table.append(
-            {
-                "model": speed["model"],
-                "G multiply-adds": speed["G multiply-adds"],
-                "clips/s": speed["clips/s"],
-                "ratio": speed["ratio"],
-                "top-1": statistics.mean(top1),
-                "low": min(top1),
-                "high": max(top1),
-                "seconds": statistics.mean(run["seconds"] for run in found[speed["model"]]),
-            }
-        )
+        top1 = [100 * run["accuracy"] for run in results[speed["model"]]]
+        row = {key: speed[key] for key in ("model", "G multiply-adds", "clips/s", "ratio")}
+        row |= {"top-1": statistics.mean(top1), "low": min(top1), "high": max(top1)}
+        seconds = statistics.mean(run["seconds"] for run in results[speed["model"]])
+        table.append(row | {"seconds": seconds})
     draw_trade(table, output / "accuracy.png")
     return table
 

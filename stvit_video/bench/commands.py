@@ -1,7 +1,8 @@
 """The three benchmarks of `stvit-bench`: from the command line to a table, a csv and a picture."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,61 +39,51 @@ def run(args: Sequence[str]) -> None:
 def model(args: Sequence[str]) -> None:
     """Clips/s, latency, peak memory and TFLOP/s of models, forward and training step."""
     parser = argparse.ArgumentParser(
-        prog="stvit-bench model", description=model.__doc__, allow_abbrev=False
+        prog="stvit-bench model", description=model.__doc__, allow_abbrev=False, exit_on_error=False
     )
-    parser.add_argument("--models", required=True, help="a,b,c: ratios are to the first")
-    parser.add_argument("--batch", default="1,8", help="clips a call: 1,8")
-    parser.add_argument("--modes", default=",".join(MODES), help="forward,training")
-    parser.add_argument("--num-frames", type=int, default=16)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--num-classes", type=int, default=400)
+    parser.add_argument("--models", type=_names(MODELS), required=True, help="a,b,c: ratios to the first")
+    parser.add_argument("--batch", type=_numbers(1), default=[1, 8], help="clips a call: 1,8")
+    parser.add_argument("--modes", type=_names(MODES), default=MODES, help="forward,training")
+    parser.add_argument("--num-frames", type=_positive, default=16)
+    parser.add_argument("--image-size", type=_positive, default=224)
+    parser.add_argument("--num-classes", type=_positive, default=400)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
         "--compile", choices=COMPILE, nargs="?", const="default", help="torch.compile, its mode"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns that the models take (5)")
+    parser.add_argument("--rounds", type=_positive, default=5, help="turns that the models take (5)")
     parser.add_argument(
         "--no-memory", action="store_true", help="leave peak memory out (so does --compile)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: CUDA where there is one")
     parser.add_argument("--output", default=OUTPUT, metavar="FOLDER")
-    options = parser.parse_args(args)
-    names, modes = _words("--models", options.models), _words("--modes", options.modes)
-    batches = _numbers("--batch", options.batch, 1)
-    for name in names:
-        if name not in MODELS:
-            raise InputError(f"--models: unknown model {name!r}{nearest(name, MODELS)}")
-    for mode in modes:
-        if mode not in MODES:
-            raise InputError(f"--modes: {mode!r} is none of {list(MODES)}")
-    if min(options.num_frames, options.image_size, options.num_classes) < 1:
-        raise InputError("--num-frames, --image-size and --num-classes must be 1 or more")
+    try:
+        options = parser.parse_args(args)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
     device, output = distributed.start(options.device), _folder(options.output)
     print(report.machine(device))
     clip = {"num_frames": options.num_frames, "image_size": options.image_size}
-    sizes = {"num_classes": options.num_classes}
-    dtype = DTYPES[options.dtype]
+    sizes, dtype = {"num_classes": options.num_classes}, DTYPES[options.dtype]
     try:
-        models = {name: create_model(name, **sizes, **clip) for name in names}
+        models = {name: create_model(name, **sizes, **clip) for name in options.models}
     except ValueError as error:
         raise InputError(f"--models: {error}") from None
     rows = measure_models(
         models,
         **clip,
-        batches=batches,
-        modes=modes,
+        batches=options.batch,
+        modes=options.modes,
         dtype=dtype,
         compiled=options.compile,
-        rounds=_rounds(options.rounds),
+        rounds=options.rounds,
         device=device,
     )
     del models
     for row in rows:
-        name, batch, mode = row["model"], row["batch"], row["mode"]
-        row["peak MiB"] = None
-        if not options.no_memory and not options.compile:  # what is compiled keeps other things
-            case = clip | {"batch": batch, "mode": mode, "dtype": dtype, "device": device}
-            row["peak MiB"] = measure_memory(name, sizes, **case)
+        case = clip | {"batch": row["batch"], "mode": row["mode"], "dtype": dtype, "device": device}
+        skip = options.no_memory or options.compile  # what is compiled keeps other things
+        row["peak MiB"] = None if skip else measure_memory(row["model"], sizes, **case)
     draw_speeds(rows, output / "model.png")
     _finish(rows, output, "model")
 
@@ -104,23 +95,20 @@ def data(args: Sequence[str]) -> None:
         "--videos", nargs="+", default=[], metavar="FILE", help="Default: one rendered here."
     )
     parser.add_argument("--lists", action="store_true", help="The videos of the config's lists instead.")
-    parser.add_argument("--workers", type=str, default="0,1,2", help="Numbers of loader processes.")
-    parser.add_argument("--rounds", type=int, default=5, help="Turns that all kinds of loading take.")
+    parser.add_argument("--workers", type=_numbers(0), default=[0, 1, 2], help="Loader processes: 0,1,2.")
+    parser.add_argument("--rounds", type=_positive, default=5, help="Turns that all kinds of loading take.")
     config, flags = parse(parser, args)
-    config = resolve(config)
+    config, output = resolve(config), _output(config, args)
     if not flags.lists:
         config = replace(config, data=replace(config.data, train=None, val=None, test=None))
-    output, workers = _output(config, args), _numbers("--workers", flags.workers, 0)
-    rounds = _rounds(flags.rounds)
     for video in flags.videos:
         with open_video(video):  # what cannot be opened is told before the work
             pass
     print(report.machine(torch.device("cpu")))
+    case = {"videos": flags.videos, "rounds": flags.rounds}
     if not flags.lists:
-        rows = bench_views(config, videos=flags.videos, rounds=rounds)
-        print(report.write(rows, output, "views"))
-    rows = bench_data(config, videos=flags.videos, workers=workers, rounds=rounds, output=output)
-    _finish(rows, output, "data")
+        print(report.write(bench_views(config, **case), output, "views"))
+    _finish(bench_data(config, **case, workers=flags.workers, output=output), output, "data")
 
 
 def accuracy(args: Sequence[str]) -> None:
@@ -128,26 +116,18 @@ def accuracy(args: Sequence[str]) -> None:
     parser = make_parser(accuracy.__doc__)
     parser.add_argument(
         "--models",
-        type=str,
+        type=_names(),
         default="dense,semantic:4x3x3,semantic:4x2x2,semantic:2x2x2,pool:4x2x2,random:4x2x2,tome:4x2x2",
         help="dense, or REDUCER:TxHxW, with commas between.",
     )
-    parser.add_argument("--seeds", type=str, default="0,1,2", help="One run each, with commas between.")
-    parser.add_argument("--rounds", type=int, default=20, help="Turns that the models take at speed.")
+    parser.add_argument("--seeds", type=_numbers(0), default=[0, 1, 2], help="One run each: 0,1,2.")
+    parser.add_argument("--rounds", type=_positive, default=20, help="Turns that the models take at speed.")
     config, flags = parse(parser, args)
     config = resolve(config)
-    models, seeds = _words("--models", flags.models), _numbers("--seeds", flags.seeds, 0)
     device, output = distributed.start(config.device), _output(config, args)
     print(report.machine(device))
-    rows = bench_accuracy(
-        config,
-        models,
-        seeds=seeds,
-        rounds=_rounds(flags.rounds),
-        output=output,
-        device=device,
-    )
-    _finish(rows, output, "accuracy")
+    case = {"seeds": flags.seeds, "rounds": flags.rounds, "output": output, "device": device}
+    _finish(bench_accuracy(config, flags.models, **case), output, "accuracy")
 
 
 def _finish(rows: Sequence[dict], output: Path, name: str) -> None:
@@ -164,32 +144,46 @@ def _folder(name: str) -> Path:
     return path
 
 
-def _words(flag: str, text: str) -> list[str]:
-    words = [word for word in text.split(",") if word]
-    if not words:
-        raise InputError(f"{flag} {text!r}: nothing named")
-    return words
-
-
-def _numbers(flag: str, text: str, least: int) -> list[int]:
-    words = _words(flag, text)
-    if not all(word.isdecimal() and int(word) >= least for word in words):
-        raise InputError(
-            f"{flag} {text!r}: must be whole numbers from {least} up, commas between, as in 1,8"
-        )
-    return [int(word) for word in words]
-
-
-def _rounds(value: int) -> int:
-    if value < 1:
-        raise InputError(f"--rounds {value}: must be 1 or more")
-    return value
-
-
 def _output(config: Config, args: Sequence[str]) -> Path:
     """Not the output of a config file, where a run may lie: only of the command line."""
     asked = any(word.partition("=")[0] == "--output" for word in args)
     return _folder(config.output if asked else OUTPUT)
+
+
+# Types of flags. jsonargparse applies them to what they returned, too.
+
+
+def _names(known: Collection[str] = ()) -> Callable[[str | list[str]], list[str]]:
+    """Words with commas between, each of `known` if there are any."""
+
+    def parse(value: str | list[str]) -> list[str]:
+        words = [word for word in value.split(",") if word] if isinstance(value, str) else value
+        if not words:
+            raise ArgumentTypeError(f"{value!r}: nothing named")
+        for word in words:
+            if known and word not in known:
+                raise ArgumentTypeError(f"unknown {word!r}{nearest(word, known)}")
+        return words
+
+    return parse
+
+
+def _numbers(least: int) -> Callable[[str | list[int]], list[int]]:
+    def parse(value: str | list[int]) -> list[int]:
+        words = _names()(value)
+        if not all(str(word).isdecimal() and int(word) >= least for word in words):
+            raise ArgumentTypeError(
+                f"{value!r}: must be whole numbers from {least} up, commas between, as in 1,8"
+            )
+        return [int(word) for word in words]
+
+    return parse
+
+
+def _positive(value: str | int) -> int:
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ArgumentTypeError(f"{value!r}: must be a whole number from 1 up")
+    return int(value)
 
 
 KINDS: dict[str, Callable[[Sequence[str]], None]] = {"model": model, "data": data, "accuracy": accuracy}

@@ -71,6 +71,7 @@ def bench_views(config: Config, *, videos: Sequence = (), rounds: int = 5) -> li
     Columns: video, what, ms (median of the rounds), "of a full decode" (median of the rounds' ratios).
     """
     table = []
+    config = replace(config, data=replace(config.data, timeout=None))  # a guard reads in a child process
     with _sources(config, videos) as sources:
         test, train = (_loader(config, what, sources[what], 0).dataset for what in ("test", "train"))
         for index, row in enumerate(sources["test"]):

@@ -116,13 +116,8 @@ def time_update(update: Callable[[], object], device: torch.device, *, calls: in
     """Of `calls` updates in a row, as the loop makes them: ms of each by the clock."""
     for _ in range(2):
         update()
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    for _ in range(calls):
-        update()
-    wait()
-    return {"ms an update": 1000 * (time.perf_counter() - start) / calls}
+    seconds = _timed(lambda: [update() for _ in range(calls)], device)
+    return {"ms an update": 1000 * seconds / calls}
 
 
 def _call(
@@ -187,29 +182,24 @@ def _row(case: dict, cost: int, rate: float) -> dict:
 
 
 def measure_memory(
-    name: str,
-    sizes: dict,
-    *,
-    num_frames: int,
-    image_size: int,
-    batch: int,
-    mode: str,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device,
+    name: str, sizes: dict, *, device: torch.device, dtype: torch.dtype = torch.float32, **case
 ) -> float | None:
     """Peak memory in MiB of a new model with all that it needs: weights, activations, in training gradients
     and AdamW's moments. On CUDA what torch has allocated; elsewhere what a process of its own grows by
-    (Linux only, else None), which is exact for models of many megabytes; None if that was killed."""
-    arguments = (name, sizes, num_frames, image_size, batch, mode, dtype, device)
+    (Linux only, else None), which is exact for models of many megabytes; None if that was killed.
+
+    case: num_frames, image_size, batch, mode, as in `measure_models`."""
+    case |= {"dtype": dtype, "device": device}
     if device.type == "cuda":
-        return _peak(*arguments)
+        return _peak(name, sizes, **case)
     if not Path("/proc/self/clear_refs").exists():
         return None
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(_peak, *arguments).result()
+            return pool.submit(_peak, name, sizes, **case).result()
         except BrokenProcessPool:
-            print(f"{name}, batch {batch}, {mode}: killed, probably out of memory", file=sys.stderr)
+            killed = f"{name}, batch {case['batch']}, {case['mode']}: killed"
+            print(f"{killed}, probably out of memory", file=sys.stderr)
             return None
 
 

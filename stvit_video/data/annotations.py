@@ -8,10 +8,11 @@ import csv
 import difflib
 import functools
 import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from ..errors import ListError, nearest
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from .rows import Row, Rows
-from .shards import find_shards, index_shards
+from .shards import Place, find_shards, index_shards, visible
 
 IMAGES = tuple(IMAGE_SUFFIXES)
 MEDIA = (*VIDEO_SUFFIXES, *IMAGES)
@@ -40,7 +41,6 @@ SIDE = re.compile(rf"(?<![^\W_])({'|'.join(OTHER_SIDE)})(?![^\W_]|[ _]out(?![^\W
 
 StrPath = str | os.PathLike[str]
 Entry = tuple[str, str, str]  # where it stands (for errors), the path, the class name or ""
-Listing = Callable[[str], frozenset[str]]  # folder -> names in it
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,35 @@ class Source:
     def columns(self) -> set[str]:
         """The fields of the first line."""
         return {field.strip(' "') for field in next(self.lines())[1].split(",")}
+
+    @functools.cached_property
+    def _names_in(self) -> Callable[[str], frozenset[str]]:
+        """Folder -> what is in it, nothing if there is none; one listing serves all rows."""
+        return functools.cache(lambda name: frozenset(os.listdir(name) if os.path.isdir(name) else ()))
+
+    def video(self, where: str, files: Sequence[str], folders: Iterable[str] = ("",)) -> str:
+        """The first folder/file of root that is on disk, else the very first spelling."""
+        folders = [os.path.join(self.root, folder) for folder in folders]
+        there = ((folder, file) for folder in folders for file in files if file in self._names_in(folder))
+        return self.inside(where, os.path.join(*next(there, (folders[0], files[0]))))
+
+    def inside(self, where: str, file: str) -> str:
+        """The path, which may not leave root by its letter; links are not followed."""
+        if self.root is not None:
+            base = os.path.abspath(self.root)
+            outside = os.path.commonpath([base, os.path.abspath(file)]) != base
+            # root itself may hold "..", but not what the list adds: a/../b is not b where a is a link
+            if outside or Path(file).parts.count("..") > Path(self.root).parts.count(".."):
+                raise ListError(f"{where}: found path {file!r}, expected one inside data.root={self.root}")
+        return file
+
+    def on_disk(self, name: str) -> list[StrPath]:
+        """The folders, of those where a relative path of a list without names may lie, that have it."""
+        return [base for base in self.bases if os.path.exists(os.path.join(base, name))]
+
+    @property
+    def bases(self) -> list[StrPath]:
+        return ["", self.path.parent] if self.root is None else [self.root]
 
 
 def read_rows(
@@ -130,7 +159,7 @@ def _read_lines(source: Source) -> Rows:
     Where every line ends in two integers and no path in a media suffix these are frame folders,
     unless of a first line "dir 12 3" there is a "dir 12" on disk and no "dir".
     """
-    lines, places = [], []
+    lines = []
     for where, line in source.lines():
         file, label = _split_right(line)
         folder, count = _split_right(file)
@@ -140,16 +169,15 @@ def _read_lines(source: Source) -> Rows:
                 "`folder num_frames label` with integers of 0 or more, and no header"
             )
         _check_id(where, int(label), source.names)
-        lines.append((_unquote(file), int(label), _unquote(folder), count))
-        places.append(where)
+        lines.append((where, int(label), _unquote(file), _unquote(folder), count))
     framed = all(f and _is_count(n) and not f.lower().endswith(MEDIA) for *_, f, n in lines)
-    first, _, folder, _ = lines[0]
-    if framed and (_on_disk(source, folder) or not _on_disk(source, first)):
-        rows = [(folder, label, int(count)) for _, label, folder, count in lines]
+    places, labels, files, folders, counts = zip(*lines, strict=True)
+    if framed and (source.on_disk(folders[0]) or not source.on_disk(files[0])):
+        files, counts = folders, map(int, counts)
     else:
-        rows = [(file, label, None) for file, label, *_ in lines]
-    files = _located(source, places, [file for file, *_ in rows])
-    return Rows((Row(file, *rest) for file, (_, *rest) in zip(files, rows, strict=True)), source.names)
+        counts = itertools.repeat(None, len(files))
+    rows = zip(_located(source, places, files), labels, counts, strict=True)
+    return Rows((Row(*row) for row in rows), source.names)
 
 
 def _is_multilabel(source: Source) -> bool:
@@ -206,45 +234,26 @@ def _check_id(where: str, label: int, names: Sequence[str] | None) -> None:
         )
 
 
-def _bases(source: Source) -> list[StrPath]:
-    return ["", source.path.parent] if source.root is None else [source.root]
-
-
-def _on_disk(source: Source, name: str) -> list[StrPath]:
-    """The folders, of those where a path of the list may lie, that have it."""
-    return [base for base in _bases(source) if os.path.exists(os.path.join(base, name))]
-
-
-def _located(source: Source, places: list[str], files: list[str]) -> list[str]:
+def _located(source: Source, places: Sequence[str], files: Sequence[str]) -> list[str]:
     """The paths of a list's lines in the folder that the first relative one decides on."""
     relative = next((file for file in files if not os.path.isabs(file)), "")
-    base = (_on_disk(source, relative) or _bases(source)[-1:])[0]
-    files = [os.path.join(base, file) for file in files]
-    _inside(source.root, [(place, file, "") for place, file in zip(places, files, strict=True)])
-    return files
+    base = (source.on_disk(relative) or source.bases[-1:])[0]
+    lines = zip(places, files, strict=True)
+    return [source.inside(where, os.path.join(base, file)) for where, file in lines]
 
 
-def _inside(root: StrPath | None, entries: list[Entry]) -> list[Entry]:
-    """The entries, none of which may leave root, by the letter of its path; links are not followed."""
-    if root is not None:
-        base = os.path.abspath(root)
-        for where, file, _ in entries:
-            outside = os.path.commonpath([base, os.path.abspath(file)]) != base
-            # root itself may hold "..", but not what the list adds: a/../b is not b where a is a link
-            if outside or Path(file).parts.count("..") > Path(root).parts.count(".."):
-                raise ListError(f"{where}: found path {file!r}, expected one inside data.root={root}")
-    return entries
-
-
-def _by_name(entries: Sequence[Entry], names: list[str] | None) -> Rows:
+def _by_name(
+    entries: Sequence[Entry],
+    names: list[str] | None,
+    places: Iterable[Place | None] = itertools.repeat(None),
+) -> Rows:
     """Rows with ids by class name, or without labels where no entry has a name."""
     named = sorted({name for _, _, name in entries if name})
     names = named if names is None else names
     ids = _ids(names)
-    rows = (
-        Row(file, _find_class(where, name, names, ids) if named else None) for where, file, name in entries
-    )
-    return Rows(rows, names or None)
+    targets = (_find_class(where, name, names, ids) if named else None for where, _, name in entries)
+    rows = zip(entries, targets, places)  # noqa: B905 (places may have no end)
+    return Rows((Row(file, target, None, place) for (_, file, _), target, place in rows), names or None)
 
 
 def _ids(names: Sequence[str]) -> dict[str, int]:
@@ -288,13 +297,6 @@ def _read_csv(source: Source, kind: str, required: Sequence[str]) -> Iterator[tu
 
 def _read_kinetics(source: Source) -> Rows:
     """Official Kinetics csv; a file is root/class/id_start_end.mp4 or in a near spelling of it."""
-
-    @functools.cache
-    def folders(name: str) -> list[str]:
-        spellings = dict.fromkeys((name, name.replace(" ", "_"), name.replace("_", " "), ""))
-        return [os.path.join(source.root, spelling) for spelling in spellings]
-
-    listing = functools.cache(_names_in)
     entries = []
     for where, fields in _read_csv(source, "Kinetics", KINETICS_COLUMNS):
         video, *times = (fields[name] for name in KINETICS_COLUMNS)
@@ -307,8 +309,9 @@ def _read_kinetics(source: Source) -> Rows:
         name = fields.get("label", "")
         stems = (f"{video}_{int(start[1]):06d}_{int(end[1]):06d}", video)
         files = [stem + suffix for stem in stems for suffix in SUFFIXES]
-        entries.append((where, _first(folders(name), files, listing), name))
-    return _by_name(_inside(source.root, entries), source.names)
+        folders = dict.fromkeys((name, name.replace(" ", "_"), name.replace("_", " "), ""))
+        entries.append((where, source.video(where, files, folders), name))
+    return _by_name(entries, source.names)
 
 
 def _read_charades(source: Source) -> Rows:
@@ -316,8 +319,7 @@ def _read_charades(source: Source) -> Rows:
 
     `actions` is e.g. "c092 11.90 21.20;c147 0.00 12.60", of which the classes are taken and not the times.
     """
-    listing = functools.cache(_names_in)
-    entries, targets = [], []
+    rows = []
     for where, fields in _read_csv(source, "Charades", CHARADES_COLUMNS):
         actions = [action.split()[0] for action in fields["actions"].split(";") if action.strip()]
         if not fields["id"] or not all(re.fullmatch("c[0-9]{3}", action) for action in actions):
@@ -325,11 +327,10 @@ def _read_charades(source: Source) -> Rows:
                 f"{where}: found id {fields['id']!r}, actions {fields['actions'][:200]!r}, "
                 "expected an id and actions such as c092 11.90 21.20;c147 0.00 12.60"
             )
-        files = [fields["id"] + suffix for suffix in SUFFIXES]
-        entries.append((where, _first([os.fspath(source.root)], files, listing), ""))
-        targets.append(tuple(sorted({_class_id(where, action[1:], source) for action in actions})))
-    rows = zip(_inside(source.root, entries), targets, strict=True)
-    return Rows((Row(file, target) for (_, file, _), target in rows), source.names)
+        file = source.video(where, [fields["id"] + suffix for suffix in SUFFIXES])
+        ids = {_class_id(where, action[1:], source) for action in actions}
+        rows.append(Row(file, tuple(sorted(ids))))
+    return Rows(rows, source.names)
 
 
 def _is_json(source: Source) -> bool:
@@ -348,24 +349,23 @@ def _read_something(source: Source) -> Rows:
         )
     if source.root is None:
         raise ListError(f"{path}: found a json list, expected a video root for it (data.root)")
-    listing = functools.cache(_names_in)
     entries = []
     for i, item in enumerate(items):
+        where = f"{path}: item {i}"
         fields = item if isinstance(item, dict) else {}
         video = fields.get("id")
         template = fields.get("template", None if "label" in fields else "")
         if not isinstance(video, str | int) or not isinstance(template, str):
             raise ListError(
-                f"{path}: item {i}: found {str(item)[:200]!r}, expected an object with an id "
+                f"{where}: found {str(item)[:200]!r}, expected an object with an id "
                 "and, unless for testing, a template"
             )
-        files = [f"{video}.webm", f"{video}.mp4", f"{video}"]
-        file = _first([os.fspath(source.root)], files, listing)
-        entries.append((f"{path}: item {i}", file, re.sub(r"[\[\]]", "", template)))
+        file = source.video(where, [f"{video}.webm", f"{video}.mp4", f"{video}"])
+        entries.append((where, file, re.sub(r"[\[\]]", "", template)))
     names = source.names
     if names is None:
         names = _something_names(path, source.labels, needed=any(name for _, _, name in entries))
-    return _by_name(_inside(source.root, entries), names)
+    return _by_name(entries, names)
 
 
 def _something_names(path: Path, labels: StrPath | None, needed: bool) -> list[str] | None:
@@ -395,8 +395,8 @@ def _read_folders(source: Source) -> Rows:
     path, entries = source.path, []
     if not path.is_dir():
         raise ListError(f"{path}: found no folder, expected one of class folders")
-    for folder in filter(os.DirEntry.is_dir, _visible(path)):
-        files = [file.path for file in _visible(folder) if _is_readable(file)]
+    for folder in filter(os.DirEntry.is_dir, visible(path)):
+        files = [file.path for file in visible(folder) if _is_readable(file)]
         if not files:
             raise ListError(f"{folder.path}: found no video, image or frame folder, expected some")
         entries += [(file, file, folder.name) for file in files]
@@ -406,9 +406,9 @@ def _read_folders(source: Source) -> Rows:
 
 
 def _is_readable(entry: os.DirEntry[str]) -> bool:
-    if entry.is_dir():
-        return any(file.name.lower().endswith(IMAGES) for file in _visible(entry))
-    return entry.name.lower().endswith(MEDIA)
+    if not entry.is_dir():
+        return entry.name.lower().endswith(MEDIA)
+    return any(file.name.lower().endswith(IMAGES) for file in visible(entry))
 
 
 def _read_shards(source: Source) -> Rows:
@@ -424,11 +424,9 @@ def _read_shards(source: Source) -> Rows:
             _check_id(path, label, beside or source.names)
     if beside is None and not any(isinstance(sample.label, str) for sample in samples):
         return Rows((Row(path, label, None, place) for path, label, place in samples), source.names)
-    labels = (beside[label] if isinstance(label, int) else label or "" for _, label, _ in samples)
-    entries = [(path, path, label) for (path, *_), label in zip(samples, labels, strict=True)]
-    rows = _by_name(entries, beside if source.names is None else source.names)
-    both = zip(rows, samples, strict=True)
-    return Rows((Row(row.path, row.target, None, sample.place) for row, sample in both), rows.class_names)
+    entries = [(p, p, beside[label] if isinstance(label, int) else label or "") for p, label, _ in samples]
+    names = beside if source.names is None else source.names
+    return _by_name(entries, names, (sample.place for sample in samples))
 
 
 def _shards_names(shards: Sequence[str]) -> list[str] | None:
@@ -441,23 +439,6 @@ def _shards_names(shards: Sequence[str]) -> list[str] | None:
     if len(set(names)) < len(names):
         raise ListError(f"{next(iter(files))}: found a class name twice, expected each once")
     return names or None
-
-
-def _visible(folder: StrPath) -> list[os.DirEntry[str]]:
-    """What is in a folder and not hidden, by name."""
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
-
-
-def _first(folders: Sequence[str], files: Sequence[str], listing: Listing) -> str:
-    """The first folder/file on disk, else the very first spelling."""
-    there = ((folder, file) for folder in folders for file in files if file in listing(folder))
-    return os.path.join(*next(there, (folders[0], files[0])))
-
-
-def _names_in(folder: str) -> frozenset[str]:
-    """What is in a folder, nothing if there is none; cached, a listing serves all rows."""
-    return frozenset(os.listdir(folder) if os.path.isdir(folder) else ())
 
 
 def _split_right(line: str) -> tuple[str, str]:

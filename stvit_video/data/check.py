@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,9 +44,8 @@ class FileCheck:
             contents = row.contents()
             with open_video(row.path, self.decoder, threads=1, contents=contents) as video:
                 identity = _identity(Path(row.path), contents)
-                if row.num_frames is not None and video.num_frames < row.num_frames:
-                    cause = f"the list says {row.num_frames} frames, there are {video.num_frames}"
-                    return ("short", f"{row.path}: {cause}"), identity
+                if cause := row.missing_frames(video.num_frames):
+                    return ("short", cause), identity
                 first = video.read([0])
                 step = max(16, MEMORY // first.numel())
                 for start in range(1, video.num_frames, step) if self.thorough else ():
@@ -110,8 +110,7 @@ def check_labels(splits: dict[str, Sequence[Row]], class_names: Sequence[str]) -
             if path in first:
                 yield Finding(split, row.path, "duplicate", f"{row.path}: stands in {first[path]} already")
             first.setdefault(path, split)
-        missing = sorted(set(range(len(class_names))) - seen) if seen else ()
-        for label in missing:
+        for label in sorted(set(range(len(class_names))) - seen) if seen else ():
             cause = f"class {label}, {class_names[label]!r}, has no videos in {split}"
             yield Finding(split, "", "mislabelled", cause)
 
@@ -128,10 +127,8 @@ def summary(splits: dict[str, Sequence[Row]], findings: Iterable[Finding]) -> st
 
 def _identity(path: Path, contents: bytes | None) -> str | None:
     """Size and hash of the first bytes of a file; None for a folder."""
-    if contents is not None:
-        return f"{len(contents)} {hashlib.blake2b(contents[:HEAD], digest_size=16).hexdigest()}"
-    if path.is_dir():
+    if contents is None and path.is_dir():
         return None
-    with open(path, "rb") as file:
+    with open(path, "rb") if contents is None else io.BytesIO(contents) as file:
         head = hashlib.blake2b(file.read(HEAD), digest_size=16).hexdigest()
-    return f"{path.stat().st_size} {head}"
+        return f"{file.seek(0, os.SEEK_END)} {head}"

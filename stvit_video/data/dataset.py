@@ -87,10 +87,8 @@ class VideoDataset(Dataset):
                 torch.random.fork_rng(devices=[]),
                 (open_kept if self.keep else _open)(row, self.decoder) as video,
             ):
-                if row.num_frames is not None and video.num_frames < row.num_frames:
-                    raise DecodeError(
-                        f"{row.path}: the list says {row.num_frames} frames, there are {video.num_frames}"
-                    )
+                if cause := row.missing_frames(video.num_frames):
+                    raise DecodeError(cause)
                 torch.manual_seed(seed)
                 clips, targets = self.views(video, self.encode(row.target))
         except InputError:

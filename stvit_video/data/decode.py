@@ -79,53 +79,27 @@ def open_video(
     """
     if decoder not in DECODERS:
         raise InputError(f"unknown decoder {decoder!r}{nearest(decoder, DECODERS)}")
-    path = Path(path)
-    if contents is not None:
-        return _open_contents(path, decoder, threads, contents)
-    try:
-        found = path.stat()
-        folder = stat.S_ISDIR(found.st_mode)
-        files = sorted(filter(_is_image, path.iterdir() if folder else [path]), key=_natural)
-    except FileNotFoundError:
-        raise DecodeError(f"{path}: no such file") from None
-    except OSError as error:
-        raise DecodeError(f"{path}: {_cause(error)}") from error
-    if folder:
-        return FrameFolder(path, files)
-    if not stat.S_ISREG(found.st_mode):  # to open a pipe is to wait for its writer
-        raise DecodeError(f"{path}: not a regular file")
-    if not found.st_size:
-        raise DecodeError(f"{path}: empty file")
-    if files:
-        return FrameFolder(path, files)
-    try:
-        with open(path, "rb") as file:
-            _refuse_playlist(path, file.read(32))
-    except OSError as error:
-        raise DecodeError(f"{path}: {_cause(error)}") from error
-    return AvVideo(path, threads) if decoder == "av" else DecordVideo(path, threads)
-
-
-def _open_contents(path: Path, decoder: str, threads: int, contents: bytes) -> Video:
-    if not contents:
+    path, start = Path(path), contents
+    if contents is None:
+        try:
+            mode = path.stat().st_mode
+            if stat.S_ISDIR(mode):
+                return FrameFolder(path, sorted(filter(_is_image, path.iterdir()), key=_natural))
+            if not stat.S_ISREG(mode):  # to open a pipe is to wait for its writer
+                raise DecodeError(f"{path}: not a regular file")
+            with open(path, "rb") as file:
+                start = file.read(32)
+        except FileNotFoundError:
+            raise DecodeError(f"{path}: no such file") from None
+        except OSError as error:
+            raise DecodeError(f"{path}: {_cause(error)}") from error
+    if not start:
         raise DecodeError(f"{path}: empty file")
     if _is_image(path):
         return FrameFolder(path, [path], contents)
-    _refuse_playlist(path, contents)
-    return AvVideo(path, threads, contents) if decoder == "av" else DecordVideo(path, threads, contents)
-
-
-def _refuse_playlist(path: Path, start: bytes) -> None:
     if start.startswith(PLAYLISTS):
         raise DecodeError(f"{path}: a playlist of other files, not a video")
-
-
-class _Named(io.BytesIO):
-    """A file in memory with its name, which helps FFmpeg to tell the format as it does on disk."""
-
-    def __init__(self, contents: bytes, name: str):
-        super().__init__(contents)
-        self.name = name
+    return AvVideo(path, threads, contents) if decoder == "av" else DecordVideo(path, threads, contents)
 
 
 class _Frames(Video):
@@ -263,7 +237,8 @@ class AvVideo(_Frames):
         # "file:" as a name may hold a colon; what is in memory refers to nothing outside: no protocol
         source, options = f"file:{self.path}", {}
         if self.contents is not None:
-            source, options = _Named(self.contents, str(self.path)), {"protocol_whitelist": "none"}
+            source, options = io.BytesIO(self.contents), {"protocol_whitelist": "none"}
+            source.name = str(self.path)  # helps FFmpeg to tell the format as it does on disk
         try:
             # "ignore" as a title need not be UTF-8
             with av.open(source, options=options, metadata_errors="ignore") as container:
@@ -338,16 +313,15 @@ class AvVideo(_Frames):
                         index = self._index.get(frame.pts) if self._index else place
                         if index is None:
                             continue
-                        whole = sound.next(index, frame)
-                        if index in pending:
-                            pending.remove(index)
-                            if whole:
-                                # Plain swscale, by the matrix and range that the file names: the very
-                                # levels of decord. Threads would cost more here than they save.
-                                pixels = rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
-                                yield index, np.rot90(pixels, round(frame.rotation / 90))
-                            else:
-                                sound.spoilt.add(index)
+                        good = sound.next(index, frame)
+                        if index in pending and good:
+                            # Plain swscale, by the matrix and range that the file names: the very
+                            # levels of decord. Threads would cost more here than they save.
+                            pixels = rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                            yield index, np.rot90(pixels, round(frame.rotation / 90))
+                        elif index in pending:
+                            sound.spoilt.add(index)
+                        pending.discard(index)
                         if not pending and index >= until and sound.settled(frame):
                             break
                 except av.FFmpegError as error:

@@ -17,10 +17,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -61,7 +60,9 @@ class Guard:
                 child.end()
                 raise
             self._child = None if child.link.closed else child
-        return result()
+        if isinstance(result, Raised):
+            raise result.error
+        return result
 
     def close(self) -> None:
         self._child = None
@@ -86,19 +87,24 @@ def guarded_map(
                 item = working.pop(child)
                 if not child.link.closed:
                     idle.append(child)
-                try:
-                    yield item, result()
-                except GivenUp as cause:
-                    yield item, cause
+                if isinstance(result, Raised) and not isinstance(result.error, GivenUp):
+                    raise result.error
+                yield item, result.error if isinstance(result, Raised) else result
     finally:
         for child in (*idle, *working):
             child.end()
 
 
-def finished(working: Iterable["Child"]) -> list[tuple["Child", Callable[[], Any]]]:
-    """Waits for one or more that have answered, crashed or run out of time; -> what gives their results.
+class Raised(NamedTuple):
+    """Of a call that raised: GivenUp where its process took too long or died."""
 
-    Those that crashed or ran out of time have been ended; their result is to raise GivenUp.
+    error: Exception
+
+
+def finished(working: Iterable["Child"]) -> list[tuple["Child", Any]]:
+    """Waits for one or more that have answered, crashed or run out of time; -> their results, or Raised.
+
+    Those that crashed or ran out of time have been ended.
     """
     working, results = list(working), []
     while not results:
@@ -109,7 +115,8 @@ def finished(working: Iterable["Child"]) -> list[tuple["Child", Callable[[], Any
                 results.append((child, child.result()))
             elif child.deadline < time.monotonic():
                 child.end()
-                results.append((child, partial(_raise, GivenUp(_too_long(child.timeout)))))
+                cause = f"took longer than {child.timeout:g} s (data.timeout)"
+                results.append((child, Raised(GivenUp(cause))))
     return results
 
 
@@ -136,16 +143,13 @@ class Child:
         self.deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
         self.link.send(args)
 
-    def result(self) -> Callable[[], Any]:
-        """What returns or raises what the function did; GivenUp where the process crashed."""
+    def result(self) -> Any:
+        """What the function returned, or Raised; GivenUp where the process crashed."""
         try:
-            outcome, content, sizes = self.link.recv()
+            content, sizes = self.link.recv()
         except (EOFError, ConnectionError):
-            return partial(_raise, GivenUp(f"the decoder crashed ({self.end(patience=1)})"))
-        if outcome == "failed":
-            return partial(_raise, content)
-        result = pickle.loads(content, buffers=self.memory.read(sizes))
-        return lambda: result
+            return Raised(GivenUp(f"the decoder crashed ({self.end(patience=1)})"))
+        return pickle.loads(content, buffers=self.memory.read(sizes))
 
     def end(self, patience: float = 0.0) -> str:
         """Reap it, killed if it does not end by itself within `patience` seconds; -> how it ended."""
@@ -192,17 +196,18 @@ class SharedMemory:
         self.file = os.fdopen(os.memfd_create("clips"), "r+b") if nameless else tempfile.TemporaryFile()  # noqa: SIM115
         self.size = 0
 
-    def write(self, buffers: list[pickle.PickleBuffer]) -> list[int]:
-        """Called by the child; -> the sizes of the buffers."""
-        parts = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+    def pickled(self, result: Any) -> tuple[bytes, list[int]]:
+        """Called by the child: arrays go into the memory; -> the rest, pickled, and their sizes."""
+        parts: list[np.ndarray] = []
+        content = pickle.dumps(
+            result, 5, buffer_callback=lambda buffer: parts.append(np.frombuffer(buffer.raw(), np.uint8))
+        )
         sizes = [part.size for part in parts]
         if sum(sizes) > self.size:
             self.file.truncate(sum(sizes))
-        start, mapped = 0, self._map(sum(sizes))
-        for part in parts:
-            mapped[start : start + part.size] = part
-            start += part.size
-        return sizes
+        if parts:
+            np.concatenate(parts, out=self._map(sum(sizes))[: sum(sizes)])
+        return content, sizes
 
     def read(self, sizes: list[int]) -> list[np.ndarray]:
         """Called by the parent; -> copies, which the next result does not touch."""
@@ -227,25 +232,15 @@ def _serve(function: Callable, link: Connection, memory: SharedMemory, parent: i
         torch.set_num_threads(1)  # the parent's pool of threads is not in a fork
         while os.getppid() == parent:
             args = link.recv()
-            buffers: list[pickle.PickleBuffer] = []
             try:
-                content = pickle.dumps(function(*args), 5, buffer_callback=buffers.append)
-                message = ("returned", content, memory.write(buffers))
+                message = memory.pickled(function(*args))
             except InputError as error:
-                message = ("failed", error, [])
+                message = memory.pickled(Raised(error))
             except Exception as error:  # whatever it is, the parent raises it
                 cause = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-                message = ("failed", RuntimeError(cause), [])
+                message = memory.pickled(Raised(RuntimeError(cause)))
             link.send(message)
     except (EOFError, ConnectionError):
         pass  # the parent has gone, or closed
     finally:
         os._exit(0)
-
-
-def _raise(error: Exception) -> NoReturn:
-    raise error
-
-
-def _too_long(timeout: float) -> str:
-    return f"took longer than {timeout:g} s (data.timeout)"

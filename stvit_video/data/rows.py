@@ -34,6 +34,12 @@ class Row:
         """The file's bytes where it lies in a shard; None: it lies at `path`. Raises DecodeError."""
         return None if self.place is None else self.place.read(self.path)
 
+    def missing_frames(self, num_frames: int) -> str | None:
+        """What is wrong where the list says more frames than the video has."""
+        if self.num_frames is None or num_frames >= self.num_frames:
+            return None
+        return f"{self.path}: the list says {self.num_frames} frames, there are {num_frames}"
+
 
 def class_ids(target: Any) -> tuple[int, ...]:
     """A target of classification as the classes in it: of one class, several, or none."""

@@ -84,11 +84,9 @@ def find_shards(pattern: str | os.PathLike[str]) -> list[str]:
     """
     pattern = os.fspath(pattern)
     if os.path.isdir(pattern):
-        with os.scandir(pattern) as entries:
-            visible = sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
-        if any(entry.is_dir() for entry in visible):
-            return []
-        return [entry.path for entry in visible if entry.name.endswith(".tar")]
+        entries = visible(pattern)
+        folders = any(entry.is_dir() for entry in entries)
+        return [] if folders else [entry.path for entry in entries if entry.name.endswith(".tar")]
     if pattern.endswith(COMPRESSED):
         raise ListError(f"{pattern}: found a compressed tar, expected a plain one, to be read anywhere")
     if not pattern.endswith(".tar") or os.path.exists(pattern):
@@ -107,6 +105,12 @@ def find_shards(pattern: str | os.PathLike[str]) -> list[str]:
     if twice:
         raise ListError(f"{pattern}: found {twice} shards twice, expected each once")
     return shards
+
+
+def visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What is in a folder and not hidden, by name."""
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
 
 
 def index_shards(shards: Sequence[str]) -> list[Found]:
@@ -180,9 +184,10 @@ def _sample(shard: str, key: str, members: list[_Member]) -> Found:
     if len(fields) < len(members):
         names = ", ".join(member.name for member in members)
         raise ListError(f"{where}: found {names}, expected each suffix once")
-    videos = [m for m in members if os.path.splitext(m.name)[1].lower() in VIDEO_SUFFIXES]
+    suffixes = [(member, os.path.splitext(member.name)[1].lower()) for member in members]
+    videos = [member for member, suffix in suffixes if suffix in VIDEO_SUFFIXES]
     # a picture beside a video is its thumbnail
-    videos = videos or [m for m in members if os.path.splitext(m.name)[1].lower() in IMAGE_SUFFIXES]
+    videos = videos or [member for member, suffix in suffixes if suffix in IMAGE_SUFFIXES]
     if len(videos) != 1:
         names = ", ".join(member.suffix for member in members)
         raise ListError(f"{where}: found {len(videos)} videos (in {names}), expected one")

@@ -40,15 +40,9 @@ class TrainTransform:
         mirror: Callable[[Any], Any] | None = None,
     ):
         self.crop = v2.RandomResizedCrop(size, scale=scale, ratio=ratio, antialias=True)
-        self.augment = None
-        if rand_augment is not None:
-            operations, magnitude = rand_augment
-            self.augment = _RandAugment(
-                operations,
-                magnitude,
-                num_magnitude_bins=11,
-                interpolation=InterpolationMode.BILINEAR,
-            )
+        self.augment = rand_augment and _RandAugment(
+            *rand_augment, num_magnitude_bins=11, interpolation=InterpolationMode.BILINEAR
+        )
         self.flip, self.mirror = flip, mirror
 
     def __call__(self, clip: Clip, target: Any) -> tuple[Clip, Any]:
@@ -136,32 +130,20 @@ class Mix:
     """Random erasing of each clip, then mixup or cutmix of the batch; after normalisation.
 
     Float (B, 3, T, H, W), labels (B,) or (B, K) -> clips, targets: (B, K) where labels were mixed, else the
-    labels. Clips are changed in place. Erasing draws one box a clip, the same in all its frames, filled
-    with noise; mixup and cutmix take turns at random.
+    labels. Clips are changed in place. Erasing draws one box a clip, the same in all frames, filled with
+    noise; mixup and cutmix take turns at random.
 
     erasing: share of the clips; mixup, cutmix: alpha of the Beta distribution, 0 for none.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        erasing: float = 0.0,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-    ):
+    def __init__(self, num_classes: int, *, erasing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0):
         self.erase = v2.RandomErasing(p=erasing, scale=(0.02, 1 / 3), value="random")
-        self.mixes = []
-        if mixup:
-            self.mixes.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
-        if cutmix:
-            self.mixes.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+        kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        self.mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
 
     def __call__(self, clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         for clip in clips if self.erase.p else ():
-            self._erase(
-                clip.transpose(0, 1)
-            )  # v2 has the channels behind the frames; to mix, both are alike
+            self._erase(clip.transpose(0, 1))  # v2 wants (T, 3, H, W)
         if self.mixes:
             mix = self.mixes[torch.randint(len(self.mixes), ()).item()]
             clips, labels = mix(tv_tensors.Video(clips), labels)

@@ -2,13 +2,13 @@
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from ..files import written_whole
 from . import distributed
 
 
@@ -42,14 +42,12 @@ def cut_rows(path: Path, column: str, last: int) -> None:
         return
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(line for line in file if line.endswith("\n")))
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
     kept = [row for row in rows if int(row[column]) <= last]
-    if kept:
-        append_rows(part, list(kept[0]), [row.values() for row in kept])
-        os.replace(part, path)
-    else:
+    if not kept:
         path.unlink()
+        return
+    with written_whole(path) as part:
+        append_rows(part, list(kept[0]), [row.values() for row in kept])
 
 
 class RunLog:
@@ -67,9 +65,8 @@ class RunLog:
             if update and self.path.exists():
                 done = {"step": update, "epoch": epoch}  # an entry counts by the key of its kind's name
                 kept = [e for e in read_log(self.path) if e[e["kind"]] <= done[e["kind"]]]
-            part = self.path.with_name(self.path.name + ".part")
-            part.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            os.replace(part, self.path)
+            with written_whole(self.path) as part:
+                part.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
             cut_rows(output / "unreadable.csv", "epoch", epoch)
             cut_rows(output / "nonfinite.csv", "update", update)
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..data.batch import Batch
 
@@ -44,7 +45,7 @@ class Uploads:
         if self.stream is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_stream(self.stream)
-            for tensor in (batch.clips, batch.targets):
+            for tensor in tree_leaves((batch.clips, batch.targets)):  # targets may be nested
                 if isinstance(tensor, Tensor):
                     tensor.record_stream(stream)
         return batch

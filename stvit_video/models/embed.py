@@ -35,9 +35,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W), or (B, 3, H, W) where T is 1 -> grid (B, t, h, w, C)."""
-        if x.ndim == 4:
-            x = x.unsqueeze(2)
-        if x.ndim != 5 or x.shape[1:] != (3, *self.clip_size):
+        x = as_clip(x)
+        if x.shape[2:] != self.clip_size:
             frames, rows, columns = self.clip_size
             raise ValueError(
                 f"input of shape {tuple(x.shape)}, but the model takes (B, 3, {frames}, {rows}, "
@@ -71,10 +70,9 @@ class ConvStem(nn.Module):
 
     def __init__(self, patch_size: Size3, dim: int):
         super().__init__()
-        frames = patch_size[0]
+        self.frames = frames = patch_size[0]
         if patch_size[1:] != (4, 4):
             raise ValueError(f"patch_size={patch_size}: a convolutional stem has strides of (t, 4, 4)")
-        self.frames = frames
         self.conv1 = nn.Conv3d(3, dim // 2, (frames, 3, 3), (frames, 2, 2), (0, 1, 1), bias=False)
         self.norm1 = nn.BatchNorm3d(dim // 2)
         self.conv2 = nn.Conv3d(dim // 2, dim, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False)
@@ -87,6 +85,11 @@ class ConvStem(nn.Module):
         x = F.hardswish(self.norm1(self.conv1(x)))
         x = F.hardswish(self.norm2(self.conv2(x)))
         return x.movedim(1, -1)
+
+
+def clip_size(num_frames: int, image_size: int | Sequence[int]) -> Size3:
+    """(frames, height, width), of one image size or of (height, width)."""
+    return (num_frames, *((image_size,) * 2 if isinstance(image_size, int) else image_size))
 
 
 def as_clip(x: Tensor) -> Tensor:

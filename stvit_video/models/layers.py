@@ -38,12 +38,7 @@ class Attention(nn.Module):
         regroup: Regroup | None = None,
     ) -> Tensor:
         """(B, N, C) [, (B, M, C), bias broadcastable to (B, heads, N, M)] -> (B, N, C)."""
-        return self._attended(*self._qkv(x, context, regroup), bias)
-
-    def with_keys(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, N, C) -> what `forward` gives; the tokens' keys, averaged over heads (B, N, C / heads)."""
-        q, k, v = self._qkv(x, None, None)
-        return self._attended(q, k, v, bias), k.mean(1)
+        return self.attend(*self.project(x, context, regroup), bias)
 
     def weights(
         self,
@@ -53,15 +48,19 @@ class Attention(nn.Module):
         regroup: Regroup | None = None,
     ) -> Tensor:
         """The attention matrix that `forward` never builds: (B, heads, N, M), rows sum to 1."""
-        q, k, _ = self._qkv(x, context, regroup)
+        q, k, _ = self.project(x, context, regroup)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(-1)
 
-    def _attended(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, heads, N, C / heads), twice (B, heads, M, C / heads) -> (B, N, C)."""
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).flatten(2))
 
-    def _qkv(self, x: Tensor, context: Tensor | None, regroup: Regroup | None) -> list[Tensor]:
+    def project(
+        self, x: Tensor, context: Tensor | None = None, regroup: Regroup | None = None
+    ) -> list[Tensor]:
+        """-> queries of x, keys and values of the context: (B, heads, N or M, C / heads) each."""
         if context is None:
             parts = self.qkv(x).chunk(3, -1)
         else:  # the same weights, each row of them applied only to those it serves
@@ -111,51 +110,51 @@ class Block(nn.Module):
         )
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        bias: Tensor | None = None,
-        regroup: Regroup | None = None,
-    ) -> Tensor:
-        """(B, N, C) [, (B, M, C)] -> (B, N, C); whatever shape `attn` takes."""
-        return self._run(self._forward, x, context, bias, regroup)
+    def forward(self, x: Tensor, context: Tensor | None = None, **how) -> Tensor:
+        """(B, N, C) [, (B, M, C)] -> (B, N, C); whatever shape, `bias` and `regroup` `attn` takes."""
+        return self._run(self._forward, x, context, **how)
 
     def attend(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The first half alone: (B, N, C) -> (B, N, C) after attention; the keys (B, N, C / heads)."""
+        """The first half alone: (B, N, C) -> (B, N, C) after attention; the keys, averaged over heads
+        (B, N, C / heads)."""
         return self._run(self._attend, x, bias)
 
     def transform(self, x: Tensor) -> Tensor:
         """The second half alone, the MLP: (B, N, C) -> (B, N, C)."""
         return self._run(self._transform, x)
 
-    def _run(self, part: Callable, *args: Tensor | Regroup | None) -> Any:
-        if self.checkpointing and self.training:
-            return checkpoint(part, *args, use_reentrant=False)
-        return part(*args)
+    def attention_map(self, x: Tensor, context: Tensor | None = None, **how) -> Tensor:
+        """How much each of `x` takes from each of `context`: (B, heads, N, M)."""
+        return self.attn.weights(*self._normed(x, context), **how)
 
-    def _forward(
-        self, x: Tensor, context: Tensor | None, bias: Tensor | None, regroup: Regroup | None
-    ) -> Tensor:
-        taken = self.drop_path(self.ls1(self.attn(*self._normed(x, context), bias, regroup)))
+    def _run(self, part: Callable, *args, **how) -> Any:
+        if self.checkpointing and self.training:
+            return checkpoint(part, *args, use_reentrant=False, **how)
+        return part(*args, **how)
+
+    def _forward(self, x: Tensor, context: Tensor | None, **how) -> Tensor:
+        taken = self.drop_path(self.ls1(self.attn(*self._normed(x, context), **how)))
         return self._transform(x + taken if self.residual else taken)
 
     def _attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        taken, keys = self.attn.with_keys(self.norm1(x), bias)
-        return x + self.drop_path(self.ls1(taken)), keys
+        q, k, v = self.attn.project(self.norm1(x))
+        return x + self.drop_path(self.ls1(self.attn.attend(q, k, v, bias))), k.mean(1)
 
     def _transform(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
-    def attention_map(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        bias: Tensor | None = None,
-        regroup: Regroup | None = None,
-    ) -> Tensor:
-        """How much each of `x` takes from each of `context`: (B, heads, N, M)."""
-        return self.attn.weights(*self._normed(x, context), bias, regroup)
-
     def _normed(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.norm1(x), None if context is None else self.norm1(context)
+
+
+def init_weights(model: nn.Module) -> None:
+    """Linear layers and undecayed tables: a normal distribution of 0.02, cut off; their biases: zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    undecayed = model.no_weight_decay()
+    for name, table in model.named_parameters():  # in their order: a set's is another in every process
+        if name in undecayed:
+            nn.init.trunc_normal_(table, std=0.02)

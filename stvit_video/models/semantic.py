@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import windows
 from .embed import Size3, resize_grid
-from .layers import Block, Regroup
+from .layers import Block
 from .tokens import Tokens, regions
 
 
@@ -40,21 +40,16 @@ class SemanticTokens(nn.Module):
         centres: bool = True,
     ):
         super().__init__()
-        self.tokens, self.layers, self.pool = (
-            check_fits(semantic_tokens, grid),
-            semantic_layers,
-            make_pool(pool),
-        )
+        self.tokens, self.pool = check_fits(semantic_tokens, grid), make_pool(pool)
+        self.layers = semantic_layers
         needed = centres and semantic_layers > 1
         self.centres = nn.Parameter(torch.zeros(1, *self.tokens, dim)) if needed else None
-        token, count = regions(grid, self.tokens)
-        self.register_buffer("token", token, persistent=False)
-        self.register_buffer("count", count, persistent=False)
+        self.register_buffer("token", regions(grid, self.tokens), persistent=False)
 
     def forward(self, tokens: Tokens, layers: Sequence[Block], clip: Tensor | None = None) -> Tokens:
         """Any tokens and the semantic layers -> (B, t*h*w, C)."""
         x = _semantic_layer(layers[-1], *self._last_question(tokens, layers))
-        return Tokens(x, tokens.grid, self.token, self.count.float())
+        return Tokens(x, tokens.grid, self.token)
 
     def maps(self, tokens: Tokens, layers: Sequence[Block]) -> Tensor:
         """How much each semantic token took from each patch: (B, t*h*w, T, H, W), each summing to 1.
@@ -62,7 +57,7 @@ class SemanticTokens(nn.Module):
         The last layer's attention, averaged over heads, restricted to the patches and renormalised.
         """
         query, bias, *context = self._last_question(tokens, layers)
-        weights = layers[-1].attention_map(query, torch.cat(context, 1), bias).mean(1)
+        weights = layers[-1].attention_map(query, torch.cat(context, 1), bias=bias).mean(1)
         weights = tokens.share(weights[..., -tokens.x.shape[1] :])
         return (weights / weights.sum(-1, keepdim=True)).unflatten(-1, tokens.grid)
 
@@ -87,23 +82,19 @@ def _semantic_layer(layer: Block, query: Tensor, bias: Tensor | None, *context: 
     """
 
     def run(query: Tensor, bias: Tensor | None, *context: Tensor) -> Tensor:
-        return layer(query, torch.cat(context, 1) if len(context) > 1 else context[0], bias)
+        return layer(query, torch.cat(context, 1) if len(context) > 1 else context[0], bias=bias)
 
     if not layer.training:
         return run(query, bias, *context)
     return checkpoint(run, query, bias, *context, use_reentrant=False)
 
 
-def check_fits(tokens: Size3, grid: Size3) -> Size3:
+def check_fits(tokens: Size3, size: Size3, what: str = "grid") -> Size3:
     """`tokens` as a tuple. Raises ValueError unless the grid has as many patches along every axis."""
-    if (
-        tokens is None
-        or len(tokens) != 3
-        or not all(n <= size for n, size in zip(tokens, grid, strict=True))
-    ):
+    if tokens is None or len(tokens) != 3 or any(n > most for n, most in zip(tokens, size, strict=True)):
         raise ValueError(
             f"semantic_tokens={tokens} (t, h, w) must each lie between 1 and the number of "
-            f"patches along its axis, here {grid}"
+            f"patches along its axis of the {what}, here {size}"
         )
     return tuple(tokens)
 
@@ -133,12 +124,8 @@ class SemanticWindows(nn.Module):
         centres: bool = False,
     ):
         super().__init__()
-        if len(per_window) != 3 or not all(n <= w for n, w in zip(per_window, window, strict=True)):
-            raise ValueError(
-                f"semantic_tokens={per_window} (t, h, w) must each lie between 1 and the window's "
-                f"patches along its axis, here {window} (window_size)"
-            )
-        self.window, self.per_window, self.semantic_layers = window, per_window, semantic_layers
+        self.window, self.per_window = window, check_fits(per_window, window, "window (window_size)")
+        self.semantic_layers = semantic_layers
         self.pool = make_pool(pool)
         clamped, count = self._clamped(size)
         self.tokens = tuple(-(-n // w) * k for n, w, k in zip(size, clamped, count, strict=True))
@@ -151,7 +138,7 @@ class SemanticWindows(nn.Module):
         """
         tokens = self._pooled(x)
         for i, layer in enumerate(layers):
-            tokens = self._as_grid(i, layer(*self._question(i, tokens, x, centres)), tokens, x)
+            tokens = self._attend(i, layer, tokens, x, centres)
         return tokens
 
     def maps(self, x: Tensor, layers: Sequence[Block]) -> Tensor:
@@ -159,17 +146,22 @@ class SemanticWindows(nn.Module):
 
         The last layer that asks X, averaged over heads, restricted to the patches and renormalised.
         """
-        last = self.semantic_layers - 1
-        tokens, size = self.forward(x, layers[:last]), x.shape[1:4]
-        weights = layers[last].attention_map(*self._question(last, tokens, x, True)).mean(1)
-        if last % 2 == 0:  # each window has looked at its own patches: put them into their places
+        last, size = self.semantic_layers - 1, x.shape[1:4]
+
+        def look(*question: Tensor, **how) -> Tensor:
+            """Windows' tokens (B', n, C) -> what they take from tokens and all patches (B', n, M)."""
+            weights = layers[last].attention_map(*question, **how).mean(1)
+            if last % 2:
+                return weights
+            # each window has looked at its own patches: put them into their places
             patch = torch.arange(size.numel(), device=x.device).view(1, *size, 1)
             patch = windows.enlarge(patch, self._clamped(size)[0]).mT  # (windows, 1, M)
             weights = weights[..., -patch.shape[-1] :]
             patch = patch.repeat(len(x), weights.shape[1], 1)
-            weights = weights.new_zeros(*weights.shape[:2], size.numel()).scatter(-1, patch, weights)
-            weights = self._as_grid(last, weights, tokens, x).flatten(1, 3)
-        weights = weights[..., -size.numel() :]
+            return weights.new_zeros(*weights.shape[:2], size.numel()).scatter(-1, patch, weights)
+
+        tokens = self.forward(x, layers[:last])
+        weights = self._attend(last, look, tokens, x).flatten(1, 3)[..., -size.numel() :]
         return (weights / weights.sum(-1, keepdim=True)).unflatten(-1, size)
 
     def _clamped(self, size: Size3) -> tuple[Size3, Size3]:
@@ -184,34 +176,29 @@ class SemanticWindows(nn.Module):
         parts = windows.partition(x, window).unflatten(1, window)
         return windows.merge(self.pool(parts, count).flatten(1, 3), count, size)
 
-    def _question(
-        self, i: int, tokens: Tensor, x: Tensor, centres: bool
-    ) -> tuple[Tensor, Tensor | None, None, Regroup | None]:
-        """What layer i asks, whom, (no bias,) and how the keys belong to the windows."""
-        window, count = self._clamped(x.shape[1:4])
-        context = regroup = None
+    def _attend(
+        self, i: int, layer: Callable[..., Tensor], tokens: Tensor, x: Tensor, centres: bool = True
+    ) -> Tensor:
+        """What layer i makes of the tokens (B, t, h, w, C), as a grid like theirs.
+
+        In even layers each window's tokens ask apart, in odd ones all of a clip, as one window.
+        """
+        size, (window, count) = tokens.shape[1:4], self._clamped(x.shape[1:4])
+        context = None
         if i < self.semantic_layers:
             context = torch.cat([tokens.flatten(1, 3), x.flatten(1, 3)], 1)
         if i == 1 and centres and self.centres is not None:
-            tokens = tokens + resize_grid(self.centres, tokens.shape[1:4])
-        if i % 2:
-            return tokens.flatten(1, 3), context, None, None
-        if context is not None:
-            sizes = tokens.shape[1:4], x.shape[1:4]
+            tokens = tokens + resize_grid(self.centres, size)
 
-            def regroup(kv: Tensor) -> Tensor:
-                inside, around = kv.split([size.numel() for size in sizes], 1)
-                inside = windows.partition(inside.unflatten(1, sizes[0]), count)
-                return torch.cat([inside, windows.enlarge(around.unflatten(1, sizes[1]), window)], 1)
+        def around(kv: Tensor) -> Tensor:
+            """Keys and values of all tokens and patches -> of those in and around each window."""
+            inside, outside = kv.split([size.numel(), x.shape[1:4].numel()], 1)
+            inside = windows.partition(inside.unflatten(1, size), count)
+            return torch.cat([inside, windows.enlarge(outside.unflatten(1, x.shape[1:4]), window)], 1)
 
-        return windows.partition(tokens, count), context, None, regroup
-
-    def _as_grid(self, i: int, answer: Tensor, tokens: Tensor, x: Tensor) -> Tensor:
-        """What layer i gave, as a grid of the shape of `tokens`."""
-        size = tokens.shape[1:4]
-        if i % 2:
-            return answer.unflatten(1, size)
-        return windows.merge(answer, self._clamped(x.shape[1:4])[1], size)
+        group = size if i % 2 else count
+        regroup = around if context is not None and i % 2 == 0 else None
+        return windows.merge(layer(windows.partition(tokens, group), context, regroup=regroup), group, size)
 
 
 def recover(x: Tensor, tokens: Tensor, layer: Block) -> Tensor:

@@ -6,6 +6,7 @@ Parameter names are timm's (`layers.i.blocks.j.attn.qkv`, `layers.i.downsample.r
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from . import windows
-from .embed import ConvStem, PaddedPatchEmbed, Size3
-from .layers import Attention, Block
+from .embed import ConvStem, PaddedPatchEmbed, Size3, clip_size
+from .layers import Attention, Block, init_weights
 from .semantic import SemanticWindows, recover
 
 NORM_EPS = 1e-5
@@ -31,7 +32,7 @@ class WindowAttention(Attention):
         self.window, self.shift = window, shift
         self.relative_position_bias_table = nn.Parameter(torch.zeros(windows.table_rows(window), num_heads))
 
-    def forward(self, x: Tensor, context: None = None, bias: None = None, regroup: None = None) -> Tensor:
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
         """Grid (B, T, H, W, C) -> the same shape. A window asks itself: nothing else can be handed in."""
         size = x.shape[1:4]
         window, shift = windows.clamp_window(self.window, self.shift, size)
@@ -59,7 +60,7 @@ class WindowAttention(Attention):
         size, mask = x.shape[1:4], windows.roll_mask(tuple(x.shape[1:4]), window, shift, x.device)
         parts = windows.partition(x.roll([-s for s in shift], (1, 2, 3)), window)
         count = len(mask)
-        q, k, v = (part.unflatten(0, (-1, count)).flatten(1, 2) for part in self._qkv(parts, None, None))
+        q, k, v = (part.unflatten(0, (-1, count)).flatten(1, 2) for part in self.project(parts))
         masked = (mask[:, None] + bias).flatten(0, 1)[None]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=masked)
         attended = attended.unflatten(1, (count, -1)).flatten(0, 1).transpose(1, 2).flatten(2)
@@ -85,18 +86,20 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch merging (not in the first stage), then blocks on the grid of patches."""
+    """Patch merging (not in the first stage), then blocks, the first `base_depth` on all patches."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[Block]):
         super().__init__()
-        self.downsample, self.blocks = downsample, nn.ModuleList(blocks)
+        self.downsample, self.blocks, self.base_depth = downsample, nn.ModuleList(blocks), len(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, H, W, C) -> the stage's last grid."""
-        return self.through(self.downsample(x))
+        return self.base(x)
 
-    def through(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
+    def base(self, x: Tensor) -> Tensor:
+        """(B, T, H, W, C) -> the patches after the first `base_depth` blocks."""
+        x = self.downsample(x)
+        for block in self.blocks[: self.base_depth]:
             x = block(x)
         return x
 
@@ -108,23 +111,15 @@ class SemanticStage(Stage):
         super().__init__(downsample, blocks)
         self.semantic, self.base_depth = semantic, base_depth
 
-    def through(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.semantic(self.base(x), self.blocks[self.base_depth :])
-
-    def base(self, x: Tensor) -> Tensor:
-        """What the semantic tokens are made of."""
-        for block in self.blocks[: self.base_depth]:
-            x = block(x)
-        return x
 
 
 class RecoverStage(SemanticStage):
     """STViT-R: units that condense the patches and recover them, so that the stage gives its patch grid."""
 
-    def __init__(self, downsample, blocks, semantic: SemanticWindows):
-        super().__init__(downsample, blocks, semantic, base_depth=1)
-
-    def through(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
         for first in range(0, len(self.blocks), UNIT):
             swin, *layers, last = self.blocks[first : first + UNIT]
             x = swin(x)
@@ -183,10 +178,9 @@ class VideoSwin(nn.Module):
             if not isinstance(values, Sequence) or len(values) != count:
                 raise ValueError(f"{key}={values} must be {count} numbers")
         patch, window = tuple(patch_size), tuple(window_size)
-        height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
         depth = depths[SEMANTIC_STAGE]
         self.patch_embed = (ConvStem if recovery else PaddedPatchEmbed)(patch, embed_dim)
-        semantic = None
+        semantic, base_depth = None, 1 if recovery else base_depth
         if semantic_tokens is not None:
             if recovery and depth % UNIT:
                 raise ValueError(f"depths={list(depths)}: stage 3 of STViT-R has units of {UNIT} layers")
@@ -196,8 +190,9 @@ class VideoSwin(nn.Module):
                     f"stage 3's depth, {depth} (depths)"
                 )
             strides = (patch[0], *(p * 2**SEMANTIC_STAGE for p in patch[1:]))
+            clip = clip_size(num_frames, image_size)
             semantic = SemanticWindows(
-                tuple(-(-n // s) for n, s in zip((num_frames, height, width), strides, strict=True)),
+                tuple(-(-n // s) for n, s in zip(clip, strides, strict=True)),
                 window,
                 tuple(semantic_tokens),
                 embed_dim * 2**SEMANTIC_STAGE,
@@ -206,47 +201,30 @@ class VideoSwin(nn.Module):
                 centres=centres and semantic_layers > 1,
             )
 
-        def swin_block(index: int, **sizes) -> Block:
+        def kind(stage: int, index: int) -> dict[str, Any]:
+            """What a block is beside its sizes: one on windows of patches, or one on semantic tokens."""
+            unit = index % UNIT if recovery else index
+            if semantic is not None and stage == SEMANTIC_STAGE and unit >= base_depth:
+                return {"layer_scale": layer_scale, "residual": not (recovery and unit == 1)}
             shift = tuple(n // 2 for n in window) if index % 2 else (0, 0, 0)
-            return Block(**sizes, attention=partial(WindowAttention, window=window, shift=shift))
+            return {"attention": partial(WindowAttention, window=window, shift=shift)}
 
-        def stage_3_block(index: int, **sizes) -> Block:
-            if semantic is None or (index % UNIT == 0 if recovery else index < base_depth):
-                return swin_block(index, **sizes)
-            return Block(**sizes, layer_scale=layer_scale, residual=not (recovery and index % UNIT == 1))
-
+        same = {"mlp_ratio": mlp_ratio, "norm_eps": NORM_EPS, "checkpointing": checkpointing}
         rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
         self.layers = nn.ModuleList()
         for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             dim = embed_dim * 2**i
-            block = stage_3_block if i == SEMANTIC_STAGE else swin_block
-            blocks = [
-                block(
-                    j,
-                    dim=dim,
-                    num_heads=heads,
-                    mlp_ratio=mlp_ratio,
-                    drop_path=next(rates),
-                    norm_eps=NORM_EPS,
-                    checkpointing=checkpointing,
-                )
-                for j in range(depth)
-            ]
+            blocks = [Block(dim, heads, drop_path=next(rates), **same, **kind(i, j)) for j in range(depth)]
             downsample = PatchMerging(dim // 2) if i else nn.Identity()
             if semantic is None or i != SEMANTIC_STAGE:
                 stage = Stage(downsample, blocks)
-            elif recovery:
-                stage = RecoverStage(downsample, blocks, semantic)
             else:
-                stage = SemanticStage(downsample, blocks, semantic, base_depth)
+                make = RecoverStage if recovery else SemanticStage
+                stage = make(downsample, blocks, semantic, base_depth)
             self.layers.append(stage)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        self.apply(_init_linear)
-        undecayed = self.no_weight_decay()
-        for name, table in self.named_parameters():  # in their order: a set's is another in every process
-            if name in undecayed:
-                nn.init.trunc_normal_(table, std=0.02)
+        init_weights(self)
 
     @property
     def semantic(self) -> SemanticWindows | None:
@@ -272,11 +250,8 @@ class VideoSwin(nn.Module):
         without recovery.
         """
         patches = 2 if type(self.layers[SEMANTIC_STAGE]) is SemanticStage else 4
-        for stage in stages:
-            if not 1 <= stage <= patches:
-                raise ValueError(
-                    f"stages={tuple(stages)}: this model has patch grids in stages 1 to {patches}"
-                )
+        if not all(1 <= stage <= patches for stage in stages):
+            raise ValueError(f"stages={tuple(stages)}: this model has patch grids in stages 1 to {patches}")
         grids = list(itertools.islice(self._grids(x), max(stages, default=0)))
         return [grids[stage - 1] for stage in stages]
 
@@ -289,7 +264,7 @@ class VideoSwin(nn.Module):
             raise ValueError("a dense model (semantic_tokens=None) has no semantic maps")
         stage = self.layers[SEMANTIC_STAGE]
         (x,) = self.grids(x, stages=(SEMANTIC_STAGE,))
-        return self.semantic.maps(stage.base(stage.downsample(x)), stage.blocks[stage.base_depth :])
+        return self.semantic.maps(stage.base(x), stage.blocks[stage.base_depth :])
 
     def _grids(self, x: Tensor) -> Iterator[Tensor]:
         x = self.patch_embed(x)
@@ -312,10 +287,3 @@ class VideoSwin(nn.Module):
             entered = self.layers[SEMANTIC_STAGE].base_depth + 1
             blocks.append((r"^layers\.(\d+)\.semantic", (entered,)))
         return {"stem": r"^patch_embed", "blocks": blocks, "head": r"^(?:norm|head)"}
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

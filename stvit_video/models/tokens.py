@@ -18,40 +18,45 @@ class Tokens(NamedTuple):
     x: (B, N, C); real tokens first, padding after them.
     grid: (t, h, w), of the patches.
     token: (B or 1, P), the token that stands for each patch, -1: it has left; None: token i is patch i.
-    size: (B or 1, N) float32, patches in each token, 0: padding; None: one each.
+    weight: (B or 1, N) float32, how much each counts in a mean over tokens; 0: padding; None: all alike.
+    asked: (B or 1, N) float32, as how many tokens each is asked; 0: padding, never; None: all as one.
     left: (B, P, C), the features that patches had when their token left, zero elsewhere; None: none has.
-    padded: whether there may be padding, which nobody asks and no mean counts.
-    merged: whether tokens are means over their patches, so that the mean over tokens goes by size.
-    proportional: whether a token is asked as often as it has patches in it (ToMe, equation 1).
     """
 
     x: Tensor
     grid: Size3
     token: Tensor | None = None
-    size: Tensor | None = None
+    weight: Tensor | None = None
+    asked: Tensor | None = None
     left: Tensor | None = None
-    padded: bool = False
-    merged: bool = False
-    proportional: bool = False
 
     @classmethod
     def of(cls, grid: Tensor) -> "Tokens":
         """Grid (B, t, h, w, C) -> a token for each patch."""
         return cls(grid.flatten(1, 3), tuple(grid.shape[1:4]))
 
+    def places(self) -> Tensor:
+        """`token` written out: (B, P)."""
+        token = (
+            torch.arange(self.x.shape[1], device=self.x.device)[None] if self.token is None else self.token
+        )
+        return token.expand(len(self.x), -1)
+
+    def sizes(self) -> Tensor:
+        """How many patches each token stands for: (B, N) float32; 0: padding."""
+        token = self.places()
+        sizes = torch.zeros(self.x.shape[:2], device=token.device)
+        return sizes.scatter_add(1, token.clamp(min=0), (token >= 0).float())
+
     def bias(self, dtype: torch.dtype | None = None) -> Tensor | None:
         """What is added to attention's scores: (B or 1, 1, 1, N), by default of the dtype of x.
 
         None where all tokens are asked alike. A clip of padding alone gives no NaN.
         """
-        if self.size is None or not (self.padded or self.proportional):
+        if self.asked is None:
             return None
-        dtype = dtype or self.x.dtype
-        size = self.size.clamp(min=1) if self.padded else self.size
-        bias = (size.log() if self.proportional else torch.zeros_like(size)).to(dtype)
-        if self.padded:
-            bias = bias.masked_fill(self.size == 0, PADDING)
-        return bias[:, None, None]
+        bias = self.asked.clamp(min=1).log().to(dtype or self.x.dtype)
+        return bias.masked_fill(self.asked == 0, PADDING)[:, None, None]
 
     def to_grid(self) -> Tensor:
         """(B, t, h, w, C): every patch with its token's features, or those that it left with."""
@@ -66,79 +71,88 @@ class Tokens(NamedTuple):
         """Weights of tokens (B, n, N) -> of their patches (B, n, P), shared out; 0 where it has left."""
         if self.token is None:
             return weights
-        part = weights / self.size.clamp(min=1)[:, None]
-        token = self.token.expand(len(weights), -1)[:, None].expand(-1, weights.shape[1], -1)
+        part = weights / self.sizes().clamp(min=1)[:, None]
+        token = self.places()[:, None].expand(-1, weights.shape[1], -1)
         return part.gather(2, token.clamp(min=0)) * (token >= 0)
 
     def pooled(self) -> Tensor:
-        """(B, C): the mean over tokens; over patches, where they are merged or have left."""
-        if not self.merged and not self.padded and self.left is None:
+        """(B, C): the mean by weight; a patch that has left counts as one."""
+        if self.weight is None:
             return self.x.mean(1)
-        by_patch = self.merged or self.left is not None
-        count = self.size if by_patch else (self.size > 0).float()
-        total = count.sum(1, keepdim=True)
+        total = self.weight.sum(1, keepdim=True)
         if self.left is not None:
             total = total + (self.token < 0).sum(1, keepdim=True)
-        share = (count / total.clamp(min=1)).to(self.x.dtype)
-        mean = (self.x * share[..., None]).sum(1)
-        return mean if self.left is None else mean + self.left.sum(1) / total.clamp(min=1).to(self.x.dtype)
+        total = total.clamp(min=1)
+        mean = (self.x * (self.weight / total).to(self.x.dtype)[..., None]).sum(1)
+        return mean if self.left is None else mean + self.left.sum(1) / total.to(self.x.dtype)
 
     def leave(self, gone: Tensor) -> "Tokens":
         """gone (B, N) bool -> without these tokens. Their patches keep the features that they have now.
 
         x becomes as short as the clip that keeps most allows: how many go shows in its shape.
         """
-        everyone = self.explicit()
-        kept = ~gone & (everyone.size > 0)
+        token, sizes = self.places(), self.sizes()
+        kept = ~gone & (sizes > 0)
         number = kept.sum(1, keepdim=True)
         n = max(int(number.max()), 1)
         order = (~kept).int().argsort(dim=1, stable=True)[:, :n]
-        token = everyone.token
+        real = torch.arange(n, device=gone.device) < number
         place = torch.where(kept, kept.cumsum(1) - 1, -1).gather(1, token.clamp(min=0))
         place = place.masked_fill(token < 0, -1)
-        features = self.to_grid().flatten(1, 3)
-        return everyone._replace(
-            x=select(self.x, order),
+        asked = torch.ones_like(sizes) if self.asked is None else self.asked.expand_as(sizes)
+        return Tokens(
+            select(self.x, order),
+            self.grid,
             token=place,
-            size=everyone.size.gather(1, order) * (torch.arange(n, device=gone.device) < number),
-            left=features.masked_fill((place >= 0)[..., None], 0),
-            padded=True,
+            weight=sizes.gather(1, order) * real,
+            asked=asked.gather(1, order) * real,
+            left=self.to_grid().flatten(1, 3).masked_fill((place >= 0)[..., None], 0),
         )
-
-    def explicit(self) -> "Tokens":
-        """The same with `token` (B, P) and `size` (B, N) written out."""
-        b, n, _ = self.x.shape
-        token = torch.arange(n, device=self.x.device)[None] if self.token is None else self.token
-        size = self.x.new_ones(1, n, dtype=torch.float32) if self.size is None else self.size
-        return self._replace(token=token.expand(b, -1), size=size.expand(b, -1))
 
 
 def batch(parts: Sequence[Tokens]) -> Tokens:
     """Tokens of the same grid, of one or more clips each, as one batch: padded to the largest number."""
-    parts = [part.explicit() for part in parts]
-    n = max(part.x.shape[1] for part in parts)
-    left = None
-    if any(part.left is not None for part in parts):
+    n, left = max(part.x.shape[1] for part in parts), None
+    if any(part.left is not None for part in parts):  # then means are over patches
+        parts = [p if p.weight is not None else p._replace(weight=p.sizes()) for p in parts]
+        grids = [p.to_grid().flatten(1, 3) for p in parts]
         left = torch.cat(
-            [torch.zeros_like(p.to_grid().flatten(1, 3)) if p.left is None else p.left for p in parts]
+            [
+                grid.masked_fill((p.places() >= 0)[..., None], 0)
+                for p, grid in zip(parts, grids, strict=True)
+            ]
         )
-    return parts[0]._replace(
-        x=torch.cat([F.pad(part.x, (0, 0, 0, n - part.x.shape[1])) for part in parts]),
-        token=torch.cat([part.token for part in parts]),
-        size=torch.cat([F.pad(part.size, (0, n - part.size.shape[1])) for part in parts]),
+
+    def rows(key: str) -> Tensor | None:
+        """A field (B, n) of all parts, 0 in padding; None: all tokens are alike."""
+        if all(getattr(p, key) is None and p.x.shape[1] == n for p in parts):
+            return None
+        ones = [torch.ones_like(p.x[..., 0], dtype=torch.float32) for p in parts]
+        values = [getattr(p, key) for p in parts]
+        values = [o if v is None else v.expand_as(o) for v, o in zip(values, ones, strict=True)]
+        return torch.cat([F.pad(value, (0, n - value.shape[1])) for value in values])
+
+    return Tokens(
+        torch.cat([F.pad(p.x, (0, 0, 0, n - p.x.shape[1])) for p in parts]),
+        parts[0].grid,
+        token=torch.cat([p.places() for p in parts]),
+        weight=rows("weight"),
+        asked=rows("asked"),
         left=left,
-        padded=any(part.padded or part.x.shape[1] < n for part in parts),
     )
 
 
-def regions(grid: Size3, tokens: Size3) -> tuple[Tensor, Tensor]:
+def regions(grid: Size3, tokens: Size3) -> Tensor:
     """Which of `tokens` (t, h, w) each patch of a grid belongs to, (1, P): place p of T to floor(p t / T)
-    along each axis; and how many patches each has, (1, n), whole numbers."""
+    along each axis."""
     axes = [torch.arange(size) * n // size for size, n in zip(grid, tokens, strict=True)]
-    counts = [(axis == torch.arange(n)[:, None]).sum(1) for axis, n in zip(axes, tokens, strict=True)]
+    return flat_index(axes, tokens)
+
+
+def flat_index(axes: Sequence[Tensor], grid: Size3) -> Tensor:
+    """Places along each of three axes -> where all their combinations stand in a flat grid: (1, n)."""
     t, h, w = torch.meshgrid(*axes, indexing="ij")
-    size = counts[0][:, None, None] * counts[1][:, None] * counts[2]
-    return ((t * tokens[1] + h) * tokens[2] + w).view(1, -1), size.view(1, -1)
+    return ((t * grid[1] + h) * grid[2] + w).view(1, -1)
 
 
 def select(x: Tensor, places: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
-from .embed import PatchEmbed, Size3, sincos_table
-from .layers import Block
+from .embed import PatchEmbed, Size3, clip_size, sincos_table
+from .layers import Block, init_weights
 from .tokens import Tokens
 
 MakeReducer = Callable[[Size3, int], nn.Module]  # (grid of patches, width) -> a reducer
@@ -46,17 +46,19 @@ class VideoViT(nn.Module):
         super().__init__()
         if pos_embed not in ("learned", "sincos"):
             raise ValueError(f"pos_embed={pos_embed!r} is none of ['learned', 'sincos']")
-        height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
-        self.patch_embed = PatchEmbed((num_frames, height, width), tuple(patch_size), embed_dim)
+        self.patch_embed = PatchEmbed(clip_size(num_frames, image_size), tuple(patch_size), embed_dim)
         grid = self.patch_embed.grid
         if pos_embed == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, *grid, embed_dim))
         else:
             self.register_buffer("pos_embed", sincos_table(grid, embed_dim), persistent=False)
 
-        self.semantic, self._plan = None, [(None, 0, 0, depth)]
+        self.semantic, self._plan = (
+            None,
+            [(None, 0, 0)],
+        )  # reducer's name, its first layer, the next after it
         for first, make in sorted((reducers or {}).items()):
-            self._plan_reducer(first, make(grid, embed_dim), depth)
+            self._add_reducer(first, make(grid, embed_dim), depth)
         scaled_from = min(reducers or [0])
         self.blocks = nn.ModuleList(
             Block(
@@ -71,33 +73,28 @@ class VideoViT(nn.Module):
         )
         self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self.apply(_init_linear)
-        undecayed = self.no_weight_decay()
-        for name, table in self.named_parameters():
-            if name in undecayed:
-                nn.init.trunc_normal_(table, std=0.02)
+        init_weights(self)
 
-    def _plan_reducer(self, first: int, reducer: nn.Module, depth: int) -> None:
-        """Register it, and give it its layers and the rest after them: out of those of the step before."""
-        name, start, free, _ = self._plan[-1]
-        rest = first + reducer.layers
+    def _add_reducer(self, first: int, reducer: nn.Module, depth: int) -> None:
+        """Register it, with its layers: the next ones from `first` on."""
+        free, rest = self._plan[-1][2], first + reducer.layers
         if not free <= first <= rest <= depth:
             raise ValueError(
                 f"base_depth={first} and semantic_layers={reducer.layers}, of a reducer, must fit into "
                 f"depth={depth}, from layer {free} on"
             )
-        self._plan[-1] = name, start, free, first
         name = "semantic" if hasattr(reducer, "maps") and self.semantic is None else f"reducer_{first}"
         setattr(self, name, reducer)
-        self._plan.append((name, first, rest, depth))
+        self._plan.append((name, first, rest))
 
     @property
     def segments(self) -> list[tuple[nn.Module | None, list[Block], list[Block]]]:
         """The way of the tokens: a reducer, the layers it uses, the layers after it; the first has none."""
         blocks = list(self.blocks)
+        ends = [first for _, first, _ in self._plan[1:]] + [len(blocks)]
         return [
             (name and getattr(self, name), blocks[first:rest], blocks[rest:end])
-            for name, first, rest, end in self._plan
+            for (name, first, rest), end in zip(self._plan, ends, strict=True)
         ]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,11 +127,10 @@ class VideoViT(nn.Module):
         ValueError where there is no such layer, or a reducer has no tokens yet.
         """
         layers, grids = [len(self.blocks)] if layers is None else list(layers), {}
-        inner = {i for _, first, rest, _ in self._plan for i in range(first + 1, rest)}
-        for layer in layers:
-            if not 1 <= layer <= len(self.blocks) or layer in inner:
-                known = [i for i in range(1, len(self.blocks) + 1) if i not in inner]
-                raise ValueError(f"layers={layers}: there are tokens after each of the layers {known}")
+        inner = {i for _, first, rest in self._plan for i in range(first + 1, rest)}
+        known = [i for i in range(1, len(self.blocks) + 1) if i not in inner]
+        if not set(layers) <= set(known):
+            raise ValueError(f"layers={layers}: there are tokens after each of the layers {known}")
         for layer, tokens in self._layers(x):
             if layer in layers:
                 grids[layer] = tokens.to_grid()
@@ -150,11 +146,9 @@ class VideoViT(nn.Module):
         """
         if self.semantic is None:
             raise ValueError("no semantic maps: the model is dense or its reducer another")
-        used, first = next(
-            (s[1], p[1]) for s, p in zip(self.segments, self._plan, strict=True) if s[0] is self.semantic
-        )
+        first, rest = next((first, rest) for name, first, rest in self._plan if name == "semantic")
         tokens = next(tokens for layer, tokens in self._layers(x) if layer == first)
-        return self.semantic.maps(tokens, used)
+        return self.semantic.maps(tokens, self.blocks[first:rest])
 
     def _layers(self, x: Tensor) -> Iterator[tuple[int, Tokens]]:
         """After the embedding, every layer and every reducer: how many layers were used, and the tokens.
@@ -184,16 +178,6 @@ class VideoViT(nn.Module):
         What a reducer learns, as G, joins the block that it enters: the second that the reducer uses.
         """
         blocks = [(r"^blocks\.(\d+)", None)]
-        for name, first, rest, _ in self._plan[1:]:
+        for name, first, rest in self._plan[1:]:
             blocks.append((rf"^{name}\.", (min(first + 1, max(rest - 1, first)),)))
-        return {
-            "stem": r"^(?:pos_embed|patch_embed)",
-            "blocks": blocks,
-            "head": r"^(?:fc_norm|head)",
-        }
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        return {"stem": r"^(?:pos_embed|patch_embed)", "blocks": blocks, "head": r"^(?:fc_norm|head)"}

@@ -74,7 +74,8 @@ def kept(build: Callable) -> Callable:
         if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
             return build(*key)
         if key not in made:
-            made[key] = build(*key)
+            with torch.inference_mode(False):  # what is kept must serve training too
+                made[key] = build(*key)
         return made[key]
 
     return get
@@ -98,30 +99,25 @@ def slabs(
         for n, w, s in zip(size, window, shift, strict=True)
     ]
     parts_and_masks = []
-    with torch.inference_mode(False):  # what is kept must serve training too
-        for slab in itertools.product(*pieces):
-            regions = [
-                torch.arange(w, device=device) >= (w - s if len(parts) > 1 else w)
-                for parts, w, s in zip(slab, window, shift, strict=True)
-            ]
-            region = torch.cartesian_prod(*regions)
-            apart = (region[:, None] != region).any(-1)
-            parts_and_masks.append(
-                (slab, apart * MASKED if any(len(parts) > 1 for parts in slab) else None)
-            )
+    for slab in itertools.product(*pieces):
+        shifted = [len(parts) > 1 for parts in slab]
+        ends = [w - s if two else w for two, w, s in zip(shifted, window, shift, strict=True)]
+        region = torch.cartesian_prod(
+            *(torch.arange(w, device=device) >= end for w, end in zip(window, ends, strict=True))
+        )
+        apart = (region[:, None] != region).any(-1)
+        parts_and_masks.append((slab, apart * MASKED if any(shifted) else None))
     return parts_and_masks
 
 
 @kept
 def roll_mask(size: Size3, window: Size3, shift: Size3, device: torch.device) -> Tensor:
     """(windows, N, N): the same for all windows of a grid that was rolled by -shift."""
-    with torch.inference_mode(False):
-        sides = [
-            torch.arange(n, device=device) >= (n - s if s else n) for n, s in zip(size, shift, strict=True)
-        ]
-        region = torch.cartesian_prod(*sides).view(1, *size, 3)
-        region = partition(region, window)
-        return (region[:, :, None] != region[:, None]).any(-1) * MASKED
+    sides = [
+        torch.arange(n, device=device) >= (n - s if s else n) for n, s in zip(size, shift, strict=True)
+    ]
+    region = partition(torch.cartesian_prod(*sides).view(1, *size, 3), window)
+    return (region[:, :, None] != region[:, None]).any(-1) * MASKED
 
 
 def take(x: Tensor, slab: Slab) -> Tensor:
@@ -148,11 +144,10 @@ def relative_index(window: Size3, device: torch.device) -> Tensor:
 
     The table's rows run over distances of time, height, width, each from 1 - w to w - 1.
     """
-    with torch.inference_mode(False):
-        places = torch.cartesian_prod(*(torch.arange(n, device=device) for n in window))
-        distance = places[:, None] - places + torch.tensor(window, device=device) - 1
-        _, h, w = (2 * n - 1 for n in window)
-        return (distance[..., 0] * h + distance[..., 1]) * w + distance[..., 2]
+    places = torch.cartesian_prod(*(torch.arange(n, device=device) for n in window))
+    distance = places[:, None] - places + torch.tensor(window, device=device) - 1
+    _, h, w = (2 * n - 1 for n in window)
+    return (distance[..., 0] * h + distance[..., 1]) * w + distance[..., 2]
 
 
 def relative_bias(table: Tensor, window: Size3, clamped: Size3) -> Tensor:

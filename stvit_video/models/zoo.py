@@ -35,10 +35,6 @@ def _sizes(*builds: Callable) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others}
 
 
-def _without(sizes: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in sizes.items() if name not in names}
-
-
 def reduced_vit(*, reducer: str = "semantic", base_depth: int, depth: int, **sizes) -> VideoViT:
     """A `VideoViT` with one kind of reducer, after `base_depth` layers; ToMe's schedule in every layer.
 
@@ -66,55 +62,45 @@ def _vit_family() -> dict[str, Entry]:
     ):
         dense = {"patch_size": (2, 16, 16), "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
         dense = _sizes(VideoViT) | dense
-        models[f"vit_{size}_patch16_224"] = Entry(VideoViT, dense)
         reduced = {"semantic_tokens": (8, 4, 4), "base_depth": base_depth}
-        every = _sizes(*REDUCERS.values()) | {"reducer": "semantic"}
-        models[f"stvit_{size}_patch16_224"] = Entry(reduced_vit, dense | every | reduced)
-        for name, reducer in REDUCERS.items():
-            if name != "semantic":
-                build = partial(reduced_vit, reducer=name)
-                models[f"{name}_vit_{size}_patch16_224"] = Entry(build, dense | _sizes(reducer) | reduced)
+        every = dense | _sizes(*REDUCERS.values()) | {"reducer": "semantic"} | reduced
+        models[f"vit_{size}_patch16_224"] = Entry(VideoViT, dense)
+        models[f"stvit_{size}_patch16_224"] = Entry(reduced_vit, every)
+        for name in [name for name in REDUCERS if name != "semantic"]:
+            sizes = dense | _sizes(REDUCERS[name]) | reduced
+            models[f"{name}_vit_{size}_patch16_224"] = Entry(partial(reduced_vit, reducer=name), sizes)
     return models
 
 
 def _swin_family() -> dict[str, Entry]:
-    models = {}
-    known = _sizes(VideoSwin)
-    dense_only = _without(known, *_sizes(SemanticWindows), "semantic_tokens", "base_depth", "layer_scale")
-    recovering = _without(known, "base_depth", "semantic_layers")
+    models, every = {}, _sizes(VideoSwin)
+    semantic = {"semantic_tokens", "base_depth", "layer_scale", *_sizes(SemanticWindows)}
+    dense = {k: v for k, v in every.items() if k not in semantic}
+    units = {k: v for k, v in every.items() if k not in ("base_depth", "semantic_layers")}
     for size, embed_dim, depth, num_heads, base_depth in (
         ("tiny", 96, 6, [3, 6, 12, 24], 3),
         ("small", 96, 18, [3, 6, 12, 24], 11),
         ("base", 128, 18, [4, 8, 16, 32], 11),
     ):
-        dense = {"embed_dim": embed_dim, "depths": [2, 2, depth, 2], "num_heads": num_heads}
-        image = dense | {"patch_size": (1, 4, 4), "window_size": (1, 7, 7)}
-        video = dense | {"patch_size": (2, 4, 4), "window_size": (8, 7, 7)}
-        for name, pretrained_name, sizes, tokens, frames in (
-            (f"swin_{size}", f"swin_{size}_patch4_window7_224", image, (1, 3, 3), 1),
-            (f"video_swin_{size}", f"video_swin_{size}", video, (8, 3, 3), 32),
+        layers = {"embed_dim": embed_dim, "depths": [2, 2, depth, 2], "num_heads": num_heads}
+        for name, suffix, patch, window, tokens, frames in (
+            (f"swin_{size}", "_patch4_window7_224", (1, 4, 4), (1, 7, 7), (1, 3, 3), 1),
+            (f"video_swin_{size}", "", (2, 4, 4), (8, 7, 7), (8, 3, 3), 32),
         ):
-            semantic = sizes | {"semantic_tokens": tokens}
-            models[pretrained_name] = Entry(VideoSwin, dense_only | sizes, frames)
-            depths = known | semantic | {"base_depth": base_depth}
+            sizes = layers | {"patch_size": patch, "window_size": window}
+            models[name + suffix] = Entry(VideoSwin, dense | sizes, frames)
+            sizes["semantic_tokens"] = tokens
+            depths = every | sizes | {"base_depth": base_depth}
             models[f"stvit_{name}"] = Entry(VideoSwin, depths, frames)
             if size != "tiny":
-                units = recovering | semantic | {"layer_scale": 1e-5}
-                models[f"stvit_r_{name}"] = Entry(partial(VideoSwin, recovery=True), units, frames)
+                build = partial(VideoSwin, recovery=True)
+                models[f"stvit_r_{name}"] = Entry(build, units | sizes | {"layer_scale": 1e-5}, frames)
     return models
 
 
+BASELINES = (baselines.ptv_mvit_base_16x4, baselines.ptv_slowfast_r50, baselines.ptv_x3d_m)
 MODELS: dict[str, Entry] = (
-    _vit_family()
-    | _swin_family()
-    | {
-        build.__name__: Entry(build, _sizes(build))
-        for build in (
-            baselines.ptv_mvit_base_16x4,
-            baselines.ptv_slowfast_r50,
-            baselines.ptv_x3d_m,
-        )
-    }
+    _vit_family() | _swin_family() | {build.__name__: Entry(build, _sizes(build)) for build in BASELINES}
 )
 
 
