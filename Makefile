@@ -1,11 +1,12 @@
 # Everything from a fresh clone: `make demo` trains and scores a video STViT, `make test` runs the tests.
-# PYTHON: which interpreter (3.11 or newer) makes the virtual environment.
+# PYTHON: which interpreter (3.11 or newer) makes the virtual environment; `make gpu` runs on it as it is.
 
 PYTHON ?= python3
+DEVICE ?= cuda
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-image demo-finetune test lint clean soak
+.PHONY: demo demo-image demo-finetune test lint clean soak gpu
 
 demo: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_stvit.yaml --overwrite
@@ -28,6 +29,11 @@ test: lint
 # The long forms: a thousand damaged files, thousands of clips.
 soak: $(VENV)/installed
 	$(RUN) -m pytest -m slow -s
+
+# On a GPU machine: tests/gpu and tables of speed, in ten minutes, into docs/gpu.md. Installs nothing: PYTHON needs
+# torch, torchvision, timm, einops and pytest. DEVICE=cpu: a rehearsal.
+gpu:
+	PYTHONPATH=. $(PYTHON) tools/gpu.py --device $(DEVICE)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -5,6 +5,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only 
 import pytest
 import torch
 
+collect_ignore = ["gpu"]  # test_gpu_page.py runs it; by its name, pytest runs it too
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="what tests/gpu runs on: cuda; cpu: a rehearsal")

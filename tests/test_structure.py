@@ -75,6 +75,79 @@ def test_every_recipe_builds_its_model_and_data(path):
     assert path.read_text().startswith("#"), "a recipe begins with its command, cost and result"
 
 
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+
+
+def names_of_the_package():
+    """Modules (`engine.run`, `run`), what they define (`Run`, `run.Run`), what classes do (`Run.state`)."""
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        modules = {".".join(parts), parts[-1], *parts[:-1]}
+        yield from modules
+        for node in ast.parse(path.read_text()).body:
+            for name in defined(node):
+                yield from (name, *(f"{module}.{name}" for module in modules))
+                for member in node.body if isinstance(node, ast.ClassDef) else []:
+                    yield from (f"{name}.{inner}" for inner in defined(member))
+
+
+def defined(node):
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def test_every_name_on_the_page_of_the_architecture_exists():
+    names = set(names_of_the_package())
+    assert "Trainer._epoch" in names
+    assert "Trainer._epochs" not in names
+    known = names | {action.dest for action in make_parser("")._actions}
+    written = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))  # files that commands write
+    text = re.sub(r"```.*?```", "", ARCHITECTURE, flags=re.S)
+    for name in re.findall(r"`([^`]+)`", text):
+        if "/" in name:
+            assert (ROOT / name).exists(), name
+        elif re.search(r"\.(csv|json|png|pt)$", name):
+            assert f'"{name}"' in written, name
+        else:
+            assert name in known, name
+    for code in re.findall(r"```python\n(.*?)```", ARCHITECTURE, flags=re.S):
+        ast.parse(code)
+
+
+def test_the_page_of_the_architecture_has_the_table_of_imports():
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", ARCHITECTURE, re.M)
+    table = {part: set(re.findall(r"`(\w+)`", allowed)) for part, allowed in rows}
+    assert table == {part: may - {part} for part, may in ALLOWED.items() if part != "errors"}
+
+
+def _python(code):
+    """What it prints, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_to_import_the_package_imports_next_to_nothing():
+    assert not {"torch", "matplotlib"} & set(_python("import sys, stvit_video; print(*sys.modules)"))
+
+
+def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
+    """A notebook's backend, and its open figures."""
+    code = """
+import matplotlib
+from matplotlib import pyplot
+pyplot.switch_backend("svg")
+import stvit_video.cli
+from stvit_video import figures
+figures.draw_confusion([0, 1], [0, 0], ["a", "b"], r"{}")
+print(matplotlib.get_backend(), len(pyplot.get_fignums()))
+"""
+    assert _python(code.format(tmp_path / "confusion.png")) == ["svg", "0"]
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
 def test_every_test_that_the_documents_name_exists():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for page in (ROOT / "docs").glob("*.md"):

@@ -7,7 +7,6 @@ import copy
 import os
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -131,16 +130,16 @@ def test_float16_scales_its_loss_and_skips_what_overflows(device):
     exact, _ = train(model, device)
     task, run = start(model, device, precision="fp16")
     run.model.train()
-    run.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**40)  # overflows, at first
+    run.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**24)  # overflows, at first
     before, skipped = [p.clone() for p in run.bare.parameters()], []
-    for i in range(60):
+    for i in range(20):
         skipped.append(run.make_update(task, Uploads([make_batch(i)], device), 1, seed=0).skipped)
         if skipped == [True]:
             assert all(map(torch.equal, before, run.bare.parameters()))
     assert skipped[0]
     assert not skipped[-1]
-    assert run.scaler.get_scale() < 2.0**40
-    assert sum(skipped) < 40
+    assert run.scaler.get_scale() < 2.0**24
+    assert sum(skipped) < 13
     losses, _ = train(make_model("vit_tiny_patch16_224"), device, precision="fp16")
     assert losses == pytest.approx(exact, rel=0.02)
 
@@ -225,10 +224,9 @@ def ranks_on(device):
 
 
 def torchrun(*words, timeout=180):
-    """-> exit code, output, seconds."""
+    """-> exit code, output."""
     script = Path(__file__).with_name("two_ranks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    began = time.monotonic()
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -238,14 +236,12 @@ def torchrun(*words, timeout=180):
         timeout=timeout,
         env=os.environ | {"PYTHONPATH": paths},
     )
-    return done.returncode, done.stdout + done.stderr, time.monotonic() - began
+    return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_two_ranks_train_like_one(device, parallel):
-    code, text, _ = torchrun(ranks_on(device), parallel)
+def test_two_ranks_train_like_one(device):
+    code, text = torchrun(ranks_on(device), "ddp", "fsdp2")
     assert code == 0, text
-    losses = [float(word) for word in text.split("losses:")[1].split()[:3]]
     batches = [make_batch(i) for i in range(3)]
     task, run = start(make_model("vit_tiny_patch16_224"), CPU)
     run.model.train()
@@ -255,11 +251,15 @@ def test_two_ranks_train_like_one(device, parallel):
         both = [torch.cat([getattr(batches[i], k), getattr(other, k)]) for k in ("clips", "targets")]
         update = run.make_update(task, iter([Batch(torch.arange(6), *both)]), 1, seed=0)
         expected.append(update.losses["loss"])
-    assert losses == pytest.approx(expected, rel=1e-3)
+    for parallel in ("ddp", "fsdp2"):
+        losses = [float(word) for word in text.split(f"{parallel} losses:")[1].split()[:3]]
+        assert losses == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("end", ["raise", "kill"])
 def test_a_rank_that_ends_ends_the_job(device, end):
-    code, text, _ = torchrun(ranks_on(device), "ddp", end)
+    if ranks_on(device) == "cpu":
+        pytest.skip("takes two GPUs; on the CPU by test_process.py and test_ranks.py")
+    code, text = torchrun("cuda", "ddp", end)
     assert code != 0
     assert ("injected into rank 1" if end == "raise" else "SIGKILL") in text

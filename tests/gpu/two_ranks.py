@@ -1,4 +1,4 @@
-"""Started by torchrun: two ranks make three updates of one model; or rank 1 comes to an end."""
+"""Started by torchrun: two ranks make three updates of one model in each way; or rank 1 comes to an end."""
 
 import os
 import signal
@@ -12,27 +12,30 @@ from stvit_video.engine import distributed
 from stvit_video.engine.uploads import Uploads
 
 
-def main(name, parallel, end=None):
+def main(name, *ways, end=None):
     device = distributed.start(name)
-    task, run = start(make_model("vit_tiny_patch16_224"), device, parallel=parallel)
-    run.model.train()
-    losses = []
-    for i in range(3):
-        if end and i == 1 and distributed.rank() == 1:
-            if end == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise RuntimeError("injected into rank 1")
-        batch = make_batch(i + 10 * distributed.rank())
-        losses.append(run.make_update(task, Uploads([batch], device), 1, seed=0).losses["loss"])
-    if distributed.is_main():
-        print("losses:", *losses, flush=True)
+    for parallel in ways:
+        task, run = start(make_model("vit_tiny_patch16_224"), device, parallel=parallel)
+        run.model.train()
+        losses = []
+        for i in range(3):
+            if end and i == 1 and distributed.rank() == 1:
+                if end == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise RuntimeError("injected into rank 1")
+            batch = make_batch(i + 10 * distributed.rank())
+            losses.append(run.make_update(task, Uploads([batch], device), 1, seed=0).losses["loss"])
+        if distributed.is_main():
+            print(f"{parallel} losses:", *losses, flush=True)
     distributed.stop()
 
 
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("highest")
     try:
-        main(*sys.argv[1:])
+        words = sys.argv[1:]
+        end = words.pop() if words[-1] in ("raise", "kill") else None
+        main(*words, end=end)
     except Exception:
         traceback.print_exc()
         distributed.leave(1)
