@@ -91,15 +91,19 @@ def build_job(
     """
     rows, class_names = read_split(config, "train")
     task = build_task(config, class_names).to(device)
-    torch.manual_seed(config.seed)
-    model = build_model(config, task.outputs)
-    report = load_pretrained(config, model, class_names) if pretrained else None
+    if config.data.flip == "swap" and task.twins is None:
+        raise ConfigError(
+            "data.flip=swap: no class name says left or right; a list of numbers needs data.class_names"
+        )
     loader, val_loader = build_train_loader(config, task, rows, device), None
     if config.data.val is not None:
         val_rows, _ = read_split(config, "val", class_names)
         if all(row.target is None for row in val_rows):
             raise ConfigError(f"data.val={config.data.val} has no labels to validate with")
         val_loader = build_test_loader(config, task, val_rows, device, clips=1, crops=1)
+    torch.manual_seed(config.seed)
+    model = build_model(config, task.outputs)
+    report = load_pretrained(config, model, class_names) if pretrained else None
     run = {
         "seed": config.seed,
         "ranks": distributed.world(),
@@ -223,10 +227,6 @@ def build_train_loader(config: Config, task: Task, rows: Sequence[Row], device: 
     """Raises InputError for rows that the task cannot be trained on."""
     data = config.data
     task.check(rows, f"data.train={data.train}")
-    if data.flip == "swap" and task.twins is None:
-        raise ConfigError(
-            "data.flip=swap: no class name says left or right; a list of numbers needs data.class_names"
-        )
     transform = TrainTransform(
         data.image_size,
         scale=data.scale,
@@ -253,6 +253,7 @@ def build_train_loader(config: Config, task: Task, rows: Sequence[Row], device: 
 def build_test_loader(
     config: Config, task: Task, rows: Sequence[Row], device: torch.device, *, clips: int, crops: int
 ) -> DataLoader:
+    task.check([row for row in rows if row.target is not None], "the list to score")
     dataset = _dataset(config, task, rows, build_test_views(config, clips, crops), substitute=False)
     sampler = TestSampler(len(rows), rank=distributed.rank(), world=distributed.world())
     return _loader(config, dataset, sampler, config.eval.batch_size, device, persistent=config.data.keep)

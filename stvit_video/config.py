@@ -5,7 +5,7 @@ An unknown key stops with its place and the nearest known one. A preset carries 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -110,7 +110,7 @@ class DataConfig:
 
 @dataclass
 class EvalConfig:
-    """Scoring: each video once, softmax averaged over clips x crops views."""
+    """Scoring: each video once, its scores averaged over clips x crops views."""
 
     clips: Count | None = None
     """Clips of a video, spread from its first frame to its last; null: the preset's."""
@@ -143,7 +143,7 @@ class Config:
 
     output: str = "runs/default"
     """Folder for checkpoints, logs, reports and pictures."""
-    seed: Annotated[int, Range(0)] = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """The run is a function of its settings and this."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: CUDA where there is one."""
@@ -277,7 +277,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespac
         word = words.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and key not in known | {"help", "print_config"}:
-            raise ConfigError(f"command line: unknown key {key}{nearest(key, known)}")
+            raise ConfigError(f"command line: {_unknown(key, known)}")
         asked |= {key} if word.startswith("--") else set()
         if word.startswith("--cfg"):
             files.append(value if equals or not words else words.pop(0))
@@ -321,9 +321,15 @@ def _check_keys(values: dict[str, Any], parser: ArgumentParser, source: str) -> 
         raise ConfigError(f"{source}: a mapping in it holds itself") from None
     for key, value in flat.items():
         if key not in known:
-            raise ConfigError(f"{source}: unknown key {key}{nearest(key, known)}")
+            raise ConfigError(f"{source}: {_unknown(key, known)}")
         if isinstance(value, str) and "${" in value:
             raise ConfigError(f"{source}: {key}={value}: settings are plain values, nothing is filled in")
+
+
+def _unknown(key: str, known: Collection[str]) -> str:
+    if key == "train.bf16":
+        return "train.bf16 is now train.precision: auto, fp32, bf16 or fp16"
+    return f"unknown key {key}{nearest(key, known)}"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .config import Config, ConfigError, to_dict, upgrade
 from .engine import checkpoint, distributed
+from .engine.job import Job
 
 # What may differ between the parts of a resumed run: it changes neither model nor updates.
 FREE_TO_CHANGE = (
@@ -49,37 +50,38 @@ def discard_run(output: Path) -> None:
     shutil.rmtree(output / "tensorboard", ignore_errors=True)
 
 
-def check_resume(state: dict[str, Any], config: Config, details: dict[str, Any], path: Path) -> None:
-    """A run goes on only as it began: the same classes, model, data, recipe, seed and videos an update.
+def check_resume(state: dict[str, Any], config: Config, job: Job, path: Path) -> None:
+    """A run goes on only as it began: the same task, classes, model, data, recipe, seed and updates.
 
-    details: of the job that is to go on. Raises ConfigError.
+    job: what is to go on. Raises ConfigError.
     """
-    before, ours = upgrade(state["config"]), to_dict(config)
-    for key in state["run"].keys() & {"seed", "videos", "list"}:
-        if details["run"][key] != state["run"][key]:
-            was, now = state["run"][key], details["run"][key]
-            if key == "list":
-                raise ConfigError(
-                    f"{path}: began with other videos or labels than data.train={config.data.train}"
-                )
-            raise ConfigError(f"{path}: began with {key}={was}, cannot go on with {now}")
-    if state["class_names"] != details["class_names"]:
+    before, now, run = upgrade(state["config"]), to_dict(config), job.details["run"]
+    if before.get("task", "classification") != config.task:
+        raise ConfigError(f"{path}: began with task={before['task']}, cannot go on with {config.task}")
+    for key in ("seed", "videos"):
+        if run[key] != state["run"][key]:
+            raise ConfigError(f"{path}: began with {key}={state['run'][key]}, cannot go on with {run[key]}")
+    if state["run"].get("list", run["list"]) != run["list"]:
+        raise ConfigError(f"{path}: began with other videos or labels than data.train={config.data.train}")
+    if state["class_names"] != job.details["class_names"]:
         raise ConfigError(f"{path}: its class names are not those of data.train={config.data.train}")
-    moved = {"train"} if "list" in state["run"] else set()  # the same list may lie elsewhere
+    moved = ("train", "class_names", "labels") if "list" in state["run"] else ()  # the same list elsewhere
     for group in ("model", "data", "train"):
         for key, value in before[group].items():
             free = key in FREE_TO_CHANGE or (group == "data" and key in moved)
-            if not free and ours[group].get(key) != value:
+            if not free and now[group].get(key) != value:
                 raise ConfigError(
-                    f"{path}: began with {group}.{key}={value}, cannot go on with {ours[group].get(key)}"
+                    f"{path}: began with {group}.{key}={value}, cannot go on with {now[group].get(key)}"
                 )
-    _check_update(before["train"], state["run"], config, path)
+    _check_updates(before["train"], state, config, job, path)
 
 
-def _check_update(before: dict[str, Any], run: dict[str, Any], config: Config, path: Path) -> None:
+def _check_updates(
+    before: dict[str, Any], state: dict[str, Any], config: Config, job: Job, path: Path
+) -> None:
     """Another number of ranks, batch size or accumulation is well where an update has as many videos."""
     shapes = [
-        (before["batch_size"], before["accumulate"], run["ranks"]),
+        (before["batch_size"], before["accumulate"], state["run"]["ranks"]),
         (config.train.batch_size, config.train.accumulate, distributed.world()),
     ]
     sizes = [batch * accumulate * ranks for batch, accumulate, ranks in shapes]
@@ -88,7 +90,17 @@ def _check_update(before: dict[str, Any], run: dict[str, Any], config: Config, p
         raise ConfigError(
             f"{path}: began with {sizes[0]} videos an update ({was}), cannot go on with {sizes[1]} ({now})"
         )
-    if shapes[0] != shapes[1] and distributed.is_main():
+    planned = state["schedule"]["t_initial"] + state["schedule"]["warmup_t"]
+    updates = config.train.epochs * (len(job.train_loader) // config.train.accumulate)
+    if planned != updates:  # version 0.2.0 made an update of an epoch's last batches, however few
+        raise ConfigError(f"{path}: began a run of {planned} updates, cannot go on with one of {updates}")
+    if shapes[0] == shapes[1]:
+        return
+    if job.train_loader.sampler.shards and state["so_far"]["batches"]:
+        raise ConfigError(
+            f"{path}: within an epoch over shards, a run goes on only as it began: {was}, not {now}"
+        )
+    if distributed.is_main():
         print(
             f"began with {was}, goes on with {now}: the same videos an update, so the same run within "
             "rounding; what is drawn at random in the model (drop path, mixup) is drawn anew"

@@ -82,6 +82,7 @@ def test_errors_in_a_file_name_file_and_key(settings, text, parts):
     ("args", "parts"),
     [
         (["--train.lrr", "3"], ["command line", "train.lrr", "train.lr"]),
+        (["--train.bf16", "true"], ["command line", "train.bf16 is now train.precision"]),
         (["--train.epochs", "many"], ["command line", "train.epochs", "many"]),
         (["--cfg", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--cfg"], ["YAML"]),
@@ -172,6 +173,7 @@ def test_values_that_make_no_sense():
         ("data.std", "[0, 0, 0]"),
         ("model.drop_path", "2"),
         ("seed", "-1"),
+        ("seed", "99999999999999999999999"),
     ):
         with pytest.raises(ConfigError, match=rf"{key}=.*: must lie between"):
             resolve(read(f"--{key}", value))
@@ -220,9 +222,8 @@ def test_swap_needs_names_that_say_left_or_right(tmp_path):
     (tmp_path / "list.txt").write_text("a.mp4 0\nb.mp4 1\n")
     data = DataConfig(preset="ssv2", flip="swap", train=str(tmp_path / "list.txt"))
     config = resolve(Config(data=data))
-    rows, names = build.read_split(config, "train")
     with pytest.raises(ConfigError, match=r"data.flip=swap: .*data.class_names"):
-        build.build_train_loader(config, build.build_task(config, names), rows, torch.device("cpu"))
+        build.build_job(config, torch.device("cpu"))
 
 
 def test_own_clips_may_use_the_demo_preset(tmp_path):

@@ -209,6 +209,27 @@ def test_a_run_does_not_go_on_with_other_updates_or_other_videos(tmp_path, demo_
     assert "cannot go on with 4" in error
 
 
+def test_a_task_is_part_of_a_run_and_its_lists(tmp_path, demo_root, capsys):
+    paths = sorted(demo_root.glob("train/*/*.mp4"))
+    (tmp_path / "one.txt").write_text("".join(f"{path} {i % 3}\n" for i, path in enumerate(paths)))
+    (tmp_path / "many.txt").write_text("".join(f"{path} {i % 3},3\n" for i, path in enumerate(paths)))
+    (tmp_path / "small.yaml").write_text(PLAIN.replace("flip: swap", "flip: none"))
+    args = ["--cfg", f"{tmp_path}/small.yaml", "--data.num_classes=4", f"--data.train={tmp_path}/one.txt"]
+    given = [*args, f"--output={tmp_path}/run", "--train.epochs=1", "--resume"]
+
+    def refused(command, *flags):
+        assert run(command, *flags) == 2
+        return capsys.readouterr().err.strip()
+
+    assert "has several labels (0, 3)" in refused(cli.train, *given, f"--data.val={tmp_path}/many.txt")
+    assert not (tmp_path / "run").exists()
+    assert run(cli.train, *given) == 0
+    assert "began with task=classification" in refused(cli.train, *given, "--task=multilabel")
+    score = [*args, f"--checkpoint={tmp_path}/run/last.pt", f"--output={tmp_path}/scored"]
+    assert "made with classification" in refused(cli.test, *score, "--task=multilabel")
+    assert "has several labels" in refused(cli.test, *score, f"--data.test={tmp_path}/many.txt")
+
+
 def test_what_a_broken_off_scoring_did_is_not_done_again(tmp_path, demo_root):
     """Rank 1 of 2 dies while scoring; started again, only its share is read."""
     (tmp_path / "small.yaml").write_text(SMALL)
@@ -232,6 +253,12 @@ def test_what_a_broken_off_scoring_did_is_not_done_again(tmp_path, demo_root):
     both = launch(cli.test, *given, f"--output={tmp_path}/two", ranks=2, log=log, before=die)
     assert finish(both)[1] == 1, log.read_text()
     assert "as injected" in log.read_text()
+    (share,) = (tmp_path / "two" / "shares").glob("*.pt")
+    kept = share.read_bytes()
+    assert run(cli.test, *given, f"--output={tmp_path}/two", "--train.precision=bf16") == 0
+    assert not share.exists()  # of another precision: not taken up, and gone with the report
+    share.parent.mkdir()
+    share.write_bytes(kept)
     read, records = [], Classification.records
 
     def counted(self, model, batch):

@@ -11,6 +11,8 @@ import torch
 from ..config import Config, make_parser, parse, resolve
 from ..data.decode import open_video
 from ..engine import distributed
+from ..engine.device import set_up
+from ..engine.train import LoopConfig
 from ..errors import InputError, nearest
 from ..figures import draw_speeds
 from ..models.zoo import MODELS, create_model
@@ -62,6 +64,8 @@ def model(args: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
     device, output = distributed.start(options.device), _folder(options.output)
+    if device.type == "cuda":  # as in training
+        set_up(LoopConfig.matmul)
     print(report.machine(device))
     clip = {"num_frames": options.num_frames, "image_size": options.image_size}
     sizes, dtype = {"num_classes": options.num_classes}, DTYPES[options.dtype]

@@ -6,6 +6,7 @@ reference for the arithmetic is a large matrix product, timed in the same rounds
 
 import copy
 import gc
+import itertools
 import math
 import multiprocessing
 import resource
@@ -103,21 +104,13 @@ def trainers_update(
     task = Classification(["0"], normalise=normalise).to(device)
     run = start_run(Job(task, model.to(device), device, None, None, {}), config, updates_an_epoch=1000)
     batch = batch.pin_memory() if device.type == "cuda" else batch
+    uploads = Uploads(itertools.repeat(batch), device)  # the next one travels meanwhile, as in a run
 
     def update() -> Update:
         run.model.train()
-        uploads = Uploads([batch], device)
         return run.make_update(task, uploads, 1, seed=0, prefetch=uploads.prefetch)
 
     return update
-
-
-def time_update(update: Callable[[], object], device: torch.device, *, calls: int) -> dict[str, float]:
-    """Of `calls` updates in a row, as the loop makes them: ms of each by the clock."""
-    for _ in range(2):
-        update()
-    seconds = _timed(lambda: [update() for _ in range(calls)], device)
-    return {"ms an update": 1000 * seconds / calls}
 
 
 def _call(

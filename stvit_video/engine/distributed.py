@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -128,15 +128,6 @@ def share(tensors: Iterable[torch.Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
-def gather(value: Any) -> list:
-    """Every rank's value, in rank order, on every rank. Any picklable value."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * world()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def to_main(items: list) -> list:
     """The picklable items of all ranks, in rank order, on the main process; none on the others."""
     if not dist.is_initialized():
@@ -152,15 +143,6 @@ def from_main(value: Any) -> Any:
     if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
-
-
-def total(values: Sequence[float], device: torch.device) -> list[float]:
-    """Sums of plain numbers over the ranks, the same on every rank."""
-    if not dist.is_initialized():
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    sums(tensor)
-    return tensor.tolist()
 
 
 def sums(tensor: Tensor) -> None:

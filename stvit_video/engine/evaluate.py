@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..files import FileError, read_torch, written_whole, write_torch
+from ..files import FileError, read_torch, write_torch, written_whole
 from . import distributed
 from .device import autocast
 from .job import Outcome, Task

@@ -20,11 +20,13 @@ class Task(Protocol):
     Settings: a dataclass of the settings that only this task has; they are read as `train.*`.
     watched: the figures that a validation logs and draws; the highest of the first picks `best.pt`.
     outputs: how many outputs the model has for it (`num_classes`).
+    twins: what mirroring does to the classes; None: nothing (it is asked for with `data.flip: swap`).
     """
 
     Settings: type
     watched: tuple[str, ...]
     outputs: int
+    twins: Sequence[int] | None
 
     def to(self, device: torch.device) -> "Task": ...
 

@@ -32,6 +32,7 @@ class Preemption:
     def exit_if_asked(self) -> None:
         """For where all is saved and no other rank is waited for. Raises SystemExit(143)."""
         if self.asked:
+            print("SIGTERM: stopped, --resume continues behind the last checkpoint", file=sys.stderr)
             raise SystemExit(EXIT_CODE)
 
     def _note(self, *_) -> None:

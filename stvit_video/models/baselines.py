@@ -99,7 +99,7 @@ def ptv_slowfast_r50(*, num_classes: int, num_frames: int = 32, image_size: int 
 def _check(
     model: str, num_classes: int, num_frames: int, image_size: int, *, multiples: tuple[int, int] = (1, 1)
 ) -> None:
-    """Raise ValueError without classes, for two image sizes, or where frames or size are no such multiples."""
+    """Raise ValueError without classes, for two image sizes, or for frames or sizes of other multiples."""
     if not num_classes:
         raise ValueError(f"num_classes=0 of {model}: must be 1 or more, as it cannot go without its head")
     if not isinstance(image_size, int):

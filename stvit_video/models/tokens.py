@@ -94,7 +94,7 @@ class Tokens(NamedTuple):
         token, sizes = self.places(), self.sizes()
         kept = ~gone & (sizes > 0)
         number = kept.sum(1, keepdim=True)
-        n = max(int(number.max()), 1)
+        n = gone.shape[1] if gone.is_meta else max(int(number.max()), 1)  # meta: the cost at most
         order = (~kept).int().argsort(dim=1, stable=True)[:, :n]
         real = torch.arange(n, device=gone.device) < number
         place = torch.where(kept, kept.cumsum(1) - 1, -1).gather(1, token.clamp(min=0))

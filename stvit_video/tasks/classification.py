@@ -20,7 +20,7 @@ from ..figures import draw_confusion
 @dataclass
 class Settings:
     label_smoothing: Annotated[float, Range(0, 0.999)] = 0.0
-    """Share of the target that is spread over all classes."""
+    """Share of the target that is spread over all classes; of several labels, of each."""
     erasing: Annotated[float, Range(0, 1)] = 0.0
     """Share of the clips that lose a random box."""
     mixup: Annotated[float, Range(0)] = 0.0

@@ -85,6 +85,7 @@ class MultiLabel(Classification):
                 videos = int(chosen[:, c].sum())
                 writer.writerow([name, videos, "" if value is None else f"{value:.6f}"])
         if self.dump_views:
+            chosen[[row.target is None for row in outcome.rows]] = -1  # not known
             written.append(write_views(output / "views.npz", outcome, chosen, self.class_names))
         return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
 
