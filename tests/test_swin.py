@@ -94,6 +94,8 @@ def test_stvit_r_is_the_authors():
     with torch.no_grad():
         torch.testing.assert_close(model(image), reference["out/logits"], **CLOSE)
         grids = model.grids(image, stages=(1, 2, 3, 4))
+        again = model.forward_features(image, stages=(1, 2, 3, 4))
+        assert all(map(torch.equal, grids, again))
         grids = [model.layers[i].downsample(grid) for i, grid in enumerate(grids[:3], 1)] + grids[3:]
         for i, grid in enumerate(grids):
             torch.testing.assert_close(grid.mean((1, 2, 3)), reference[f"out/layers.{i}_mean"], **CLOSE)

@@ -239,9 +239,9 @@ class VideoSwin(nn.Module):
         """(B, 3, T, H, W) -> (B, C): the mean of the last tokens, each normalised; what the head sees."""
         return self.norm(self.forward_features(x)).mean((1, 2, 3))
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> the last layer's token grid (B, t, h, w, C)."""
-        return list(self._grids(x))[-1]
+    def forward_features(self, x: Tensor, stages: Sequence[int] | None = None) -> Tensor | list[Tensor]:
+        """(B, 3, T, H, W) -> the last layer's token grid (B, t, h, w, C); of `stages`, their `grids`."""
+        return list(self._grids(x))[-1] if stages is None else self.grids(x, stages)
 
     def grids(self, x: Tensor, stages: Sequence[int] = (1, 2, 3, 4)) -> list[Tensor]:
         """(B, 3, T, H, W) -> the patch grids (B, t, h, w, C) that these stages end with, not normalised.
