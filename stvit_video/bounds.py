@@ -34,9 +34,9 @@ def _broken(value: Any, annotation: Any, bounds: Range | None = None) -> str | N
     if annotation in (int, float):
         if isinstance(value, bool) or not isinstance(value, int | annotation):
             return "be whole numbers" if annotation is int else "be numbers"
-        if not math.isfinite(value):
-            return "be finite"
-        inside = bounds is None or bounds.low <= value <= bounds.high
+        if bounds is None:
+            return None if math.isfinite(value) else "be finite"
+        inside = math.isfinite(value) and bounds.low <= value <= bounds.high
         return None if inside else f"lie between {bounds.low:g} and {bounds.high:g}"
     if kind in (list, tuple):
         if not isinstance(value, list | tuple):

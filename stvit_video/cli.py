@@ -93,7 +93,8 @@ def train(args: Sequence[str]) -> None:
         checkpoints.tidy(output, last_is_damaged=damage is not None)
     best = fit(job, config.train, output=output, seed=config.seed, resume=state)
     if distributed.is_main():
-        print(f"checkpoints: {best} and {last}\ncurves:      {output / 'curves.png'}")
+        print(f"checkpoints: {' and '.join(dict.fromkeys(map(str, (best, last))))}")
+        print(f"curves:      {output / 'curves.png'}")
 
 
 @command
