@@ -52,7 +52,7 @@ def command(function):
             distributed.leave(130)
         except SystemExit as stop:
             distributed.leave(stop.code)
-        except Exception:
+        except Exception:  # a bug: raised on, but in a group of processes nobody may wait for this one
             if not distributed.in_group():
                 raise
             traceback.print_exc()

@@ -110,13 +110,14 @@ class Run:
         sums = torch.stack([(~finite).to(kind), *(mean.to(kind) for mean in means), *said])
         distributed.sums(sums)
         broken, *values = sums.tolist()  # the one place where the device is waited for
+        values, flagged = values[: len(names)], values[len(names) :]
         if broken:
             self.skip(before)
         else:
             self.change(norm)
-        mean = {name: value / distributed.world() for name, value in zip(names, values, strict=False)}
+        mean = {name: value / distributed.world() for name, value in zip(names, values, strict=True)}
         passes = [(i, loss["loss"]) for i, loss in zip(indices, losses, strict=True)]
-        return Update(mean, bool(broken), values[len(names) :], passes)
+        return Update(mean, bool(broken), flagged, passes)
 
     def _backward(self, task: Task, batch: Batch, parts: int, *, last: bool) -> dict[str, Tensor]:
         """One batch of an update's `parts`; gradients are exchanged between ranks with the last."""

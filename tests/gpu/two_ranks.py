@@ -36,6 +36,6 @@ if __name__ == "__main__":
         words = sys.argv[1:]
         end = words.pop() if words[-1] in ("raise", "kill") else None
         main(*words, end=end)
-    except Exception:
+    except Exception:  # as a command does: told, and left at once
         traceback.print_exc()
         distributed.leave(1)
