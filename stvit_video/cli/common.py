@@ -1,0 +1,87 @@
+"""What commands share: how they end, what they say at the start, where they write."""
+
+import sys
+import traceback
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+
+from ..config import Config, ConfigError
+from ..engine import distributed
+from ..engine.device import pick_precision, set_up
+from ..errors import InputError
+from ..models.zoo import multiply_adds
+from ..weights import LoadReport
+
+
+def command(function):
+    """A command that tells what its user got wrong in one line and exits with code 2.
+
+    A failure in a group of processes is printed, and ends this process at once.
+    """
+
+    def run(args: Sequence[str] | None = None) -> None:
+        try:
+            distributed.recorded(function)(sys.argv[1:] if args is None else args)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            distributed.leave(2)
+        except KeyboardInterrupt:
+            distributed.leave(130)
+        except SystemExit as stop:
+            distributed.leave(stop.code)
+        except Exception:  # a bug: raised on, but in a group of processes nobody may wait for this one
+            if not distributed.in_group():
+                raise
+            traceback.print_exc()
+            distributed.leave(1)
+        distributed.stop()
+
+    run.__doc__ = function.__doc__
+    run.__name__ = function.__name__
+    return run
+
+
+def start(config: Config) -> torch.device:
+    """Join the other processes, if any; -> this one's device, set up."""
+    device = distributed.start(config.device, config.data.timeout)
+    if device.type == "cuda":
+        set_up(config.train.matmul, benchmark=config.model.name.startswith("ptv_"))
+    return device
+
+
+def introduce(
+    config: Config,
+    model: torch.nn.Module,
+    outputs: int,
+    device: torch.device,
+    weights: LoadReport | None,
+) -> None:
+    """What computes, what is computed, and where its weights come from."""
+    print(distributed.describe(device, pick_precision(config.train.precision, device)))
+    cost = multiply_adds(model, num_frames=config.data.num_frames, image_size=config.data.image_size)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
+        f"a view of {config.data.num_frames}x{config.data.image_size}x{config.data.image_size}, "
+        f"{outputs} classes"
+    )
+    if weights is not None:
+        print(weights)
+        weights.write(Path(config.output, "weights.json"))
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: no folder can be made there ({error.strerror})") from None
+
+
+def videos_of(path: Path, suffixes: Collection[str]) -> list[Path]:
+    """A file, the files with these suffixes in a folder, or else a folder of frames (one video)."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+    return [p for p in files if not p.name.startswith(".")] or [path]

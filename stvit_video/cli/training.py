@@ -1,0 +1,47 @@
+"""The command train."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from .. import build
+from ..config import make_parser, parse, resolve
+from ..engine import checkpoint as checkpoints
+from ..engine import distributed
+from ..engine.train import fit
+from ..resume import check_resume, discard_run, find_run
+from .common import command, introduce, make_folder, start
+
+
+@command
+def train(args: Sequence[str]) -> None:
+    """Train a model, and validate it with one view as it goes."""
+    parser = make_parser(train.__doc__)
+    parser.add_argument("--resume", action="store_true", help="Continue the run in output, if any.")
+    parser.add_argument("--overwrite", action="store_true", help="Start anew although output holds a run.")
+    config, flags = parse(parser, args)
+    config = resolve(config)
+    device = start(config)
+    output = Path(config.output)
+    last = output / checkpoints.LAST
+    state, damage = find_run(output, resume=flags.resume, overwrite=flags.overwrite)
+
+    job, weights = build.build_job(config, device, pretrained=state is None)
+    if state is not None:
+        check_resume(state, config, job, last)
+    make_folder(output)
+    if distributed.is_main():
+        if state is None:
+            discard_run(output)
+        (output / "config.yaml").write_text(yaml.safe_dump(job.details["config"], sort_keys=False))
+        introduce(config, job.model, job.task.outputs, device, weights)
+        print(f"training on {len(job.train_loader.dataset)} videos x {config.data.repeats} clips", end="")
+        print("" if job.val_loader is None else f", validating on {len(job.val_loader.dataset)}")
+    distributed.barrier()  # every rank has read its checkpoint
+    if distributed.is_main():
+        checkpoints.tidy(output, last_is_damaged=damage is not None)
+    best = fit(job, config.train, output=output, seed=config.seed, resume=state)
+    if distributed.is_main():
+        print(f"checkpoints: {' and '.join(dict.fromkeys(map(str, (best, last))))}")
+        print(f"curves:      {output / 'curves.png'}")
