@@ -13,7 +13,7 @@ def test_docstrings():
 @pytest.mark.parametrize(("total", "frames", "stride"), [(300, 16, 4), (61, 16, 4), (40, 8, 5)])
 @pytest.mark.parametrize("clips", [2, 5, 10])
 def test_test_clips_reach_from_the_first_frame_to_the_last(total, frames, stride, clips):
-    places = sampling.test_positions(clips)
+    places = sampling.spread(clips)
     found = [sampling.dense(total, frames, stride, at) for at in places]
     assert found[0][0] == 0
     assert found[-1][-1] == total - 1
@@ -22,20 +22,26 @@ def test_test_clips_reach_from_the_first_frame_to_the_last(total, frames, stride
     assert all(b - a == stride for clip in found for a, b in pairwise(clip))
 
 
-@pytest.mark.parametrize("clips", [2, 3])
-def test_segments_reach_from_the_first_frame_to_the_last(clips):
-    found = [sampling.segments(37, 8, at) for at in sampling.test_positions(clips)]
-    assert found[0][0] == 0
-    assert found[-1][-1] == 36
-    for clip in found:
-        assert all(i * 37 // 8 <= frame < (i + 1) * 37 // 8 for i, frame in enumerate(clip))
+@pytest.mark.parametrize(("total", "frames"), [(37, 8), (40, 16), (5, 16), (300, 16)])
+def test_two_uniform_clips_are_those_of_videomae(total, frames):
+    """Its formula: of the sorted int(tick x) and int(tick / 2 + tick x), every second one, from 0 and from 1."""
+    tick = total / frames
+    both = sorted([int(tick * x) for x in range(frames)] + [int(tick / 2 + tick * x) for x in range(frames)])
+    clips = [sampling.uniform(total, frames, at) for at in sampling.spread_in_segments(2)]
+    assert clips == [both[::2], both[1::2]]
+
+
+def test_uniform_clips_share_the_video_out():
+    clips = [sampling.uniform(60, 4, at) for at in sampling.spread_in_segments(3)]
+    assert sorted(frame for clip in clips for frame in clip) == list(range(0, 60, 5))
 
 
 def test_one_clip_is_the_centre():
-    assert sampling.test_positions(1) == [0.5]
+    assert sampling.spread(1) == [0.5]
     assert sampling.dense(101, 1, 1, 0.5) == [50]
     assert sampling.dense(301, 16, 4, 0.5) == list(range(120, 184, 4))
-    assert sampling.segments(64, 4, 0.5) == [8, 24, 40, 56]
+    assert sampling.spread_in_segments(1) == [0.5]
+    assert sampling.uniform(64, 4, 0.5) == [8, 24, 40, 56]
 
 
 def test_every_start_is_equally_likely():

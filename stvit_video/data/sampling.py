@@ -1,7 +1,7 @@
 """Which frames, and which rows: integers in, integers out. No file is opened here.
 
 A clip's place in its video is a number `at` from 0 to 1: 0 is the earliest clip, which starts at the first
-frame, and 1 the latest, which ends at the last. Training draws it; scoring spreads it: `test_positions`.
+frame, and 1 the latest, which ends at the last. Training draws it; scoring spreads it: `spread`.
 """
 
 import random
@@ -24,9 +24,18 @@ def permuted(length: int, seed: int) -> Iterator[int]:
         moved[j] = moved.pop(i, i)
 
 
-def test_positions(clips: int) -> list[float]:
+def spread(clips: int) -> list[float]:
     """Where `clips` test clips lie: the centre for one, else evenly from the first to the last."""
     return [0.5] if clips == 1 else [i / (clips - 1) for i in range(clips)]
+
+
+def spread_in_segments(clips: int) -> list[float]:
+    """Where in its segment the frame of each of `clips` uniform test clips lies.
+
+    Two clips share their frames out evenly, at 0 and 1/2, as in VideoMAE; they do not end at 1, next to
+    where the other begins.
+    """
+    return [0.5] if clips == 1 else [i / clips for i in range(clips)]
 
 
 def dense(total: int, num_frames: int, stride: float, at: float) -> list[int]:
@@ -45,19 +54,28 @@ def dense(total: int, num_frames: int, stride: float, at: float) -> list[int]:
     return [min(start + offset, total - 1) for offset in offsets]
 
 
-def segments(total: int, num_frames: int, at: float | Sequence[float]) -> list[int]:
-    """One frame from each of `num_frames` equal segments of a video (Something-Something's sampling).
+def uniform(total: int, num_frames: int, at: float) -> list[int]:
+    """One frame from each of `num_frames` equal segments of a video, `at` (below 1) of the way into it.
 
-    `at` says where in its segment each frame lies: one number for all, or one for each. Segment i is
-    frames floor(i * total / n) to floor((i + 1) * total / n) - 1, at least one; so a video of fewer than
-    `num_frames` frames repeats frames, in order.
+    A video of fewer than `num_frames` frames repeats frames, in order.
 
-    >>> segments(8, 4, 0.0), segments(8, 4, 1.0), segments(2, 4, 0.5)
+    >>> uniform(8, 4, 0.0), uniform(8, 4, 0.5), uniform(2, 4, 0.5)
     ([0, 2, 4, 6], [1, 3, 5, 7], [0, 0, 1, 1])
     """
-    places = [at] * num_frames if isinstance(at, int | float) else at
+    return [int((i + at) * total / num_frames + 1e-6) for i in range(num_frames)]  # thirds are rounded
+
+
+def segments(total: int, num_frames: int, at: Sequence[float]) -> list[int]:
+    """One frame from each of `num_frames` equal segments of a video (Something-Something's sampling).
+
+    `at` says where in its segment each frame lies. Segment i is frames floor(i * total / n) to
+    floor((i + 1) * total / n) - 1, at least one; each of them is equally likely for uniform `at`.
+
+    >>> segments(8, 4, [0.0, 0.4, 0.6, 0.9])
+    [0, 2, 5, 7]
+    """
     frames = []
-    for i, place in enumerate(places):
+    for i, place in enumerate(at):
         first, end = i * total // num_frames, (i + 1) * total // num_frames
         length = max(end - first, 1)
         frames.append(first + min(int(place * length), length - 1))

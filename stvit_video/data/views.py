@@ -28,10 +28,15 @@ class Sampling:
     stride: int = 1
     target_fps: float | None = None
 
+    def spread(self, clips: int) -> list[float]:
+        """Where `clips` test clips lie."""
+        return (sampling.spread_in_segments if self.kind == "uniform" else sampling.spread)(clips)
+
     def test(self, video: Video, at: float) -> list[int]:
-        """Frame indices of the clip at `at`, from 0 (starts at the first frame) to 1 (ends at the last)."""
+        """Frame indices of the clip at `at`: dense, from 0 (starts at the first frame) to 1 (ends at the
+        last); uniform, how far into its segment each frame lies."""
         if self.kind == "uniform":
-            return sampling.segments(video.num_frames, self.num_frames, at)
+            return sampling.uniform(video.num_frames, self.num_frames, at)
         stride = self.stride
         if self.target_fps and video.fps:
             stride = self.stride * video.fps / self.target_fps
@@ -73,7 +78,7 @@ class TestViews:
 
     def __call__(self, video: Video, target: Any) -> tuple[Tensor, list]:
         """-> clips uint8 (V, 3, T, H, W), V times the target as it is."""
-        indices = [self.sampling.test(video, at) for at in sampling.test_positions(self.clips)]
+        indices = [self.sampling.test(video, at) for at in self.sampling.spread(self.clips)]
         frames, clips = read_once(video, indices)
         crops = self.transform(frames)
         views = [[crop[place] for place in clip] for clip in clips for crop in crops]
