@@ -235,3 +235,13 @@ def test_unknown_names_suggest_the_right_one():
         create_model("vit_tiny_patch16_224", num_classes=3, base_depth=3)
     with pytest.raises(ValueError, match="did you mean 'stvit_tiny_patch16_224'"):
         create_model("stvit_tiny_patch16", num_classes=3)
+
+
+def test_a_block_without_a_residual_path_does_not_drop_its_attention():
+    """As in the authors' STViT-R; its MLP is dropped as in any block."""
+    block = Block(16, 2, drop_path=0.999, residual=False).train()
+    x, context = torch.randn(64, 4, 16), torch.randn(64, 9, 16)
+    taken = block.attn(block.norm1(x), block.norm1(context))
+    dropped = (block(x, context) == taken).flatten(1).all(1)
+    assert dropped.float().mean() > 0.9
+    assert (taken != 0).all()

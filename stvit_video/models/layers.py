@@ -133,8 +133,9 @@ class Block(nn.Module):
         return part(*args, **how)
 
     def _forward(self, x: Tensor, context: Tensor | None, **how) -> Tensor:
-        taken = self.drop_path(self.ls1(self.attn(*self._normed(x, context), **how)))
-        return self._transform(x + taken if self.residual else taken)
+        taken = self.ls1(self.attn(*self._normed(x, context), **how))
+        # without a residual path to drop would leave zeros: the authors' STViT-R drops none there
+        return self._transform(x + self.drop_path(taken) if self.residual else taken)
 
     def _attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, v = self.attn.project(self.norm1(x))
