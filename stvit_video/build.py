@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -140,7 +141,7 @@ def read_split(
     if data.preset == "demo":
         _prepare_demo(Path(path))
     if class_names is None and data.class_names is not None:
-        class_names = _read_names(data.class_names)
+        class_names = read_names(data.class_names)
     rows = read_rows(path, root=data.root, labels=data.labels, class_names=class_names, format=data.format)
     if not rows:
         raise ConfigError(f"data.{split}={path}: no videos in it")
@@ -162,7 +163,7 @@ def read_lists(config: Config) -> tuple[dict[str, list[Row]], list[str], dict[st
     unknown its rows have none. Raises ConfigError or ListError for lists that cannot be read at all.
     """
     data = config.data
-    names = None if data.class_names is None else _read_names(data.class_names)
+    names = None if data.class_names is None else read_names(data.class_names)
     splits: dict[str, list[Row]] = {}
     unknown: dict[str, ListError] = {}
     for split in ("train", "val", "test"):
@@ -202,12 +203,16 @@ def _prepare_demo(path: Path) -> None:
     distributed.barrier()
 
 
-def _read_names(path: str) -> list[str]:
+def read_names(path: str) -> list[str]:
+    """A file's class names by id: one a line, or `0 name` in any order. Raises ConfigError."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.class_names={path}: not readable ({error})") from None
     names = [line.strip() for line in lines if line.strip()]
+    numbered = [re.fullmatch(r"(\d+)[ \t,:]+(\S.*)", name) for name in names]
+    if names and all(numbered) and sorted(int(line[1]) for line in numbered) == list(range(len(names))):
+        names = [line[2] for line in sorted(numbered, key=lambda line: int(line[1]))]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ConfigError(f"data.class_names={path}: {min(twice)!r} stands there twice")

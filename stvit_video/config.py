@@ -67,7 +67,7 @@ class DataConfig:
     labels: str | None = None
     """Something-Something's labels json; null: found beside the list."""
     class_names: str | None = None
-    """File with one class name a line, for lists that hold numbers only."""
+    """File with one class name a line (or `0 name`, with all ids), for lists that hold numbers only."""
     num_classes: Count | None = None
     """Number of classes; null: by the class names, else the highest training label + 1."""
     decoder: Literal["av", "decord"] = "av"

@@ -413,13 +413,42 @@ def test_class_folders(write, tmp_path):
     write.touch("d/b_b/2.MP4", "d/b_b/1.jpg", "d/b_b/.hidden.mp4", "d/b_b/notes.txt", "d/top.mp4")
     write.touch("d/a/clip/img_1.jpg", "d/a/deep/er/img.jpg", "d/a/text/a.txt", "d/.git/x.mp4")
     rows = read_rows(tmp_path / "d")
-    assert tails(rows, tmp_path / "d") == [("a/clip", 0), ("b_b/1.jpg", 1), ("b_b/2.MP4", 1)]
+    assert tails(rows, tmp_path / "d") == [("a/clip", 0), ("a/deep/er", 0), ("b_b/2.MP4", 1)]
     assert rows.class_names == ["a", "b_b"]
     rows = read_rows(tmp_path / "d", class_names=["b b", "c", "a"])
-    assert [row.label for row in rows] == [2, 0, 0]
+    assert [row.label for row in rows] == [2, 2, 0]
     assert rows.class_names == ["b b", "c", "a"]
     parts = ["a/clip: found class 'a'", "expected one of 1 class names", "nearest ['b b']"]
     check_error(parts, tmp_path / "d", class_names=["b b"])
+
+
+def test_class_folders_may_hold_folders_of_videos(write, tmp_path):
+    write.touch("d/a/day_1/x.mp4", "d/a/day_1/x.jpg", "d/a/day_2/cam/y.webm", "d/a/z.mp4", "d/b/only.mp4")
+    os.symlink(tmp_path / "d", tmp_path / "d" / "b" / "upwards")
+    names = [path for path, _ in tails(read_rows(tmp_path / "d"), tmp_path / "d")]
+    assert names == ["a/day_1/x.mp4", "a/day_2/cam/y.webm", "a/z.mp4", "b/only.mp4"]
+
+
+def test_images_of_class_folders_are_samples_only_where_nothing_moves(write, tmp_path):
+    write.touch("d/a/1.jpg", "d/b/2.png")
+    assert tails(read_rows(tmp_path / "d"), tmp_path / "d") == [("a/1.jpg", 0), ("b/2.png", 1)]
+    write.touch("d/b/clip.mp4")
+    check_error([f"{tmp_path}/d/a: found no video"], tmp_path / "d")
+    write.touch("d/a/clip/1.jpg")
+    assert tails(read_rows(tmp_path / "d"), tmp_path / "d") == [("a/clip", 0), ("b/clip.mp4", 1)]
+
+
+def test_a_list_may_hold_class_names_where_they_are_known(write):
+    path = write('a b.mp4,move left\n"c.mp4",grow\nd.mp4 1\n')
+    rows = read_rows(path, root="/v", class_names=["grow", "move_left"])
+    assert tails(rows, "/v") == [("a b.mp4", 1), ("c.mp4", 0), ("d.mp4", 1)]
+    check_error(["found class 'grew'", "'grow'"], write("c.mp4,grew"), class_names=["grow", "move"])
+    check_error(["expected `path label`", "data.class_names"], path)
+
+
+def test_a_list_without_labels(write):
+    rows = read_rows(write("a b.mp4\n'c'.webm\n"), root="/v")
+    assert tails(rows, "/v") == [("a b.mp4", None), ("'c'.webm", None)]
 
 
 def test_class_folder_errors(write, tmp_path):

@@ -232,3 +232,11 @@ def test_own_clips_may_use_the_demo_preset(tmp_path):
     data = DataConfig(preset="demo", test=str(tmp_path / "test"))
     assert len(build.read_split(resolve(Config(data=data)), "test")[0]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["test"]
+
+
+def test_class_names_may_be_numbered(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("1 move left\n0 grow\n2,turn\n")
+    assert build.read_names(str(path)) == ["grow", "move left", "turn"]
+    path.write_text("1 move left\n1 grow\n")
+    assert build.read_names(str(path)) == ["1 move left", "1 grow"]

@@ -22,7 +22,7 @@ from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from .rows import Row, Rows
 from .shards import Place, find_shards, index_shards, visible
 
-IMAGES = tuple(IMAGE_SUFFIXES)
+IMAGES, VIDEOS = tuple(IMAGE_SUFFIXES), tuple(VIDEO_SUFFIXES)
 MEDIA = (*VIDEO_SUFFIXES, *IMAGES)
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
 CHARADES_COLUMNS = ("id", "actions")
@@ -154,19 +154,26 @@ def mirrored_classes(class_names: Sequence[str]) -> list[int]:
 
 
 def _read_lines(source: Source) -> Rows:
-    """Lines `path label` or, all of them, `folder num_frames label`; at spaces, tabs or commas.
+    """Lines `path label` or, all of them, `folder num_frames label` or `path`; at spaces, tabs or commas.
 
-    Where every line ends in two integers and no path in a media suffix these are frame folders,
-    unless of a first line "dir 12 3" there is a "dir 12" on disk and no "dir".
+    A label is a class id or, after a comma or tab and where class names are given, a name. Where every line
+    ends in two integers and no path in a media suffix these are frame folders, unless of a first line
+    "dir 12 3" there is a "dir 12" on disk and no "dir".
     """
+    if all(_is_media(line.strip()) for _, line in source.lines()):
+        places, files = zip(*source.lines(), strict=True)
+        paths = _located(source, places, [_unquote(file.strip()) for file in files])
+        return Rows((Row(path, None) for path in paths), source.names)
     lines = []
     for where, line in source.lines():
         file, label = _split_right(line)
+        if not _is_count(label) and source.names is not None:
+            file, label = _split_name(where, line, source)
         folder, count = _split_right(file)
         if not file or not _is_count(label):
             raise ListError(
                 f"{where}: found {line.strip()[:200]!r}, expected `path label` or "
-                "`folder num_frames label` with integers of 0 or more, and no header"
+                "`folder num_frames label` with integers of 0 or more (with data.class_names also `path,name`), and no header"
             )
         _check_id(where, int(label), source.names)
         lines.append((where, int(label), _unquote(file), _unquote(folder), count))
@@ -391,24 +398,41 @@ def _something_names(path: Path, labels: StrPath | None, needed: bool) -> list[s
 
 
 def _read_folders(source: Source) -> Rows:
-    """Videos, images and frame folders of each sub-folder, whose name is their class."""
+    """Videos, images and frame folders below each sub-folder, whose name is their class.
+
+    Where there are videos or frame folders, in whichever class, single images are thumbnails: left out.
+    """
     path, entries = source.path, []
     if not path.is_dir():
         raise ListError(f"{path}: found no folder, expected one of class folders")
-    for folder in filter(os.DirEntry.is_dir, visible(path)):
-        files = [file.path for file in visible(folder) if _is_readable(file)]
+    classes = {folder: list(_samples(folder)) for folder in filter(os.DirEntry.is_dir, visible(path))}
+    if any(not _is_image(file) for files in classes.values() for file in files):
+        classes = {folder: [f for f in files if not _is_image(f)] for folder, files in classes.items()}
+    for folder, files in classes.items():
         if not files:
             raise ListError(f"{folder.path}: found no video, image or frame folder, expected some")
-        entries += [(file, file, folder.name) for file in files]
+        entries += [(file.path, file.path, folder.name) for file in files]
     if not entries:
         raise ListError(f"{path}: found no sub-folders, expected one for each class")
     return _by_name(entries, source.names)
 
 
-def _is_readable(entry: os.DirEntry[str]) -> bool:
-    if not entry.is_dir():
-        return entry.name.lower().endswith(MEDIA)
-    return any(file.name.lower().endswith(IMAGES) for file in visible(entry))
+def _samples(folder: os.DirEntry[str]) -> Iterator[os.DirEntry[str]]:
+    """Video and image files below a folder, and sub-folders that hold only images: a video's frames."""
+    for entry in visible(folder):
+        if not entry.is_dir():
+            yield from [entry] if entry.name.lower().endswith(MEDIA) else []
+            continue
+        names = [file.name.lower() for file in visible(entry) if file.is_file()]
+        framed = any(name.endswith(IMAGES) for name in names)
+        if framed and not any(name.endswith(VIDEOS) for name in names):
+            yield entry
+        elif not os.path.realpath(folder.path).startswith(os.path.realpath(entry.path)):  # a link upwards
+            yield from _samples(entry)
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(IMAGES) and entry.is_file()
 
 
 def _read_shards(source: Source) -> Rows:
@@ -446,6 +470,15 @@ def _split_right(line: str) -> tuple[str, str]:
     line = line.strip(" \t")
     cut = max(line.rfind(" "), line.rfind(","), line.rfind("\t")) + 1
     return line[:cut].rstrip(" \t").removesuffix(",").rstrip(" \t"), _unquote(line[cut:])
+
+
+def _split_name(where: str, line: str, source: Source) -> tuple[str, str]:
+    """'a b.mp4,move left' -> 'a b.mp4', '3': the id of that class."""
+    cut = max(line.rfind(","), line.rfind("\t"))
+    if cut < 1:
+        return "", ""
+    name = _unquote(line[cut + 1 :].strip())
+    return line[:cut].strip(), str(_find_class(where, name, source.names, source.ids))
 
 
 def _unquote(text: str) -> str:
