@@ -74,6 +74,17 @@ def assert_same(a, b):
         assert a == b
 
 
+def test_scoring_with_other_class_names_is_refused(trained, tmp_path, capsys):
+    """Videos would be scored as classes that the model does not know."""
+    folder, args = trained
+    names = torch.load(folder / "last.pt")["class_names"]
+    for listed, code in ((names, 0), ([*names[:-1], "skating"], 2)):
+        (tmp_path / "names.txt").write_text("\n".join(listed))
+        given = [f"--checkpoint={folder}/last.pt", f"--data.class_names={tmp_path}/names.txt"]
+        assert run(cli.test, *args, *given, f"--output={tmp_path}/out", "--eval.clips=1") == code
+    assert "names other classes than the checkpoint's" in capsys.readouterr().err
+
+
 def test_training_leaves_checkpoints_logs_and_pictures(trained):
     folder, _ = trained
     names = {path.name for path in folder.iterdir()}

@@ -322,3 +322,12 @@ def test_the_benchmark_times_the_trainers_own_update():
         kept.make_update(task, iter([batch]), 1, seed=0)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "reached"), [(10, 2.0, 200), (3, 5.0, 30), (2, 2.0, 20)])
+def test_the_learning_rate_is_reached_in_any_run(epochs, warmup, reached):
+    config = LoopConfig(epochs=epochs, warmup_epochs=warmup, lr=1e-3)
+    kept = start_run(Job(None, tiny(), CPU, None, None, {}), config, updates_an_epoch=100)
+    rates = [kept.schedule._get_lr(update)[0] for update in range(epochs * 100)]
+    assert rates.index(max(rates)) == reached
+    assert max(rates) == 1e-3

@@ -24,9 +24,11 @@ def test_test_clips_reach_from_the_first_frame_to_the_last(total, frames, stride
 
 @pytest.mark.parametrize(("total", "frames"), [(37, 8), (40, 16), (5, 16), (300, 16)])
 def test_two_uniform_clips_are_those_of_videomae(total, frames):
-    """Its formula: of the sorted int(tick x) and int(tick / 2 + tick x), every second one, from 0 and from 1."""
+    """Its formula: of int(tick x) and int(tick / 2 + tick x), sorted, every second one, from 0 and from 1."""
     tick = total / frames
-    both = sorted([int(tick * x) for x in range(frames)] + [int(tick / 2 + tick * x) for x in range(frames)])
+    both = sorted(
+        [int(tick * x) for x in range(frames)] + [int(tick / 2 + tick * x) for x in range(frames)]
+    )
     clips = [sampling.uniform(total, frames, at) for at in sampling.spread_in_segments(2)]
     assert clips == [both[::2], both[1::2]]
 

@@ -31,6 +31,11 @@ def test(args: Sequence[str]) -> None:
     if flags.checkpoint is not None:
         own, class_names, model = load_model(flags.checkpoint)
         config = _with_checkpoint(config, own, flags.asked)
+        if "data.class_names" in flags.asked and build.read_names(config.data.class_names) != class_names:
+            raise ConfigError(
+                f"--data.class_names {config.data.class_names}: names other classes than the checkpoint's, "
+                f"whose first is {class_names[0]!r}"
+            )
     elif config.model.weights is None:
         raise ConfigError("nothing to score: give --checkpoint FILE or --model.weights FILE")
     device = start(config)

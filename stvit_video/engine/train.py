@@ -1,6 +1,7 @@
 """Training, from top to bottom: epochs of updates, a validation now and then, checkpoints."""
 
 import copy
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -48,7 +49,7 @@ class LoopConfig:
     lr_per: Count = 256
     """Videos an update that lr, warmup_lr and min_lr are meant for."""
     warmup_epochs: NotNegative = 5.0
-    """Linear warm-up."""
+    """Linear warm-up; a tenth of the run where the run is no longer than that."""
     warmup_lr: NotNegative = 1e-6
     """Where the warm-up starts."""
     min_lr: NotNegative = 1e-6
@@ -82,6 +83,10 @@ class LoopConfig:
     """Minutes between checkpoints within an epoch; null: only where one ends."""
     parallel: Parallel = "ddp"
     """Several processes: a model each (ddp), or one model in shares (fsdp2: less memory, more traffic)."""
+
+    def warmup(self) -> float:
+        """Epochs of warm-up: a tenth of a run that is no longer than `warmup_epochs`."""
+        return self.warmup_epochs if self.warmup_epochs < self.epochs else self.epochs / 10
 
 
 def fit(job: Job, config: LoopConfig, *, output: Path, seed: int, resume: dict[str, Any] | None) -> Path:
@@ -121,7 +126,7 @@ def start_run(job: Job, config: LoopConfig, *, updates_an_epoch: int, scale: flo
     schedule = make_schedule(
         optimizer,
         updates=config.epochs * updates_an_epoch,
-        warmup_updates=round(config.warmup_epochs * updates_an_epoch),
+        warmup_updates=round(config.warmup() * updates_an_epoch),
         warmup_lr=scale * config.warmup_lr,
         min_lr=scale * config.min_lr,
     )
@@ -140,10 +145,11 @@ class Trainer:
         self.job, self.config, self.output, self.seed = job, config, output, seed
         self.loader = job.train_loader
         per_update = config.batch_size * config.accumulate * distributed.world()
+        updates_an_epoch = len(self.loader) // config.accumulate
         self.run = start_run(
             job,
             config,
-            updates_an_epoch=len(self.loader) // config.accumulate,
+            updates_an_epoch=updates_an_epoch,
             scale=per_update / config.lr_per,
         )
         if resume is not None:
@@ -151,11 +157,18 @@ class Trainer:
             self.run.so_far.rescale(config.accumulate, resume["config"]["train"]["accumulate"])
             resume.clear()  # or it would stay in memory for as long as the run lasts
         if distributed.is_main():
+            if config.warmup() != config.warmup_epochs:
+                print(
+                    f"warning: train.warmup_epochs={config.warmup_epochs:g} is not below train.epochs="
+                    f"{config.epochs}, the rate would never be reached: shortened to {config.warmup():g}",
+                    file=sys.stderr,
+                )
             print(
                 f"learning rate {scaled_lr(config.lr, per_update, config.lr_per):.3g} = {config.lr:g} "
                 f"(train.lr) x {per_update} videos an update ({config.batch_size} x {config.accumulate} "
                 f"accumulated x {distributed.world()} ranks; repeated clips not counted) / "
-                f"{config.lr_per} (train.lr_per)"
+                f"{config.lr_per} (train.lr_per), reached after "
+                f"{round(config.warmup() * updates_an_epoch)} of {config.epochs * updates_an_epoch} updates"
             )
 
     def train(self) -> None:
@@ -342,9 +355,9 @@ class Trainer:
         for key, what in (("unreadable", "unreadable videos"), ("nonfinite", "updates skipped")):
             if entry[key]:
                 print(f"epoch {epoch}: {entry[key]} {what}, see {self.output / key}.csv")
-        if value is not None:
-            loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
-            print(f"epoch {epoch}: loss {loss}, one-view {name} {value:.2%}, best {self.run.best:.2%}")
+        loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
+        figure = "" if value is None else f", one-view {name} {value:.2%}, best {self.run.best:.2%}"
+        print(f"epoch {epoch}: loss {loss}{figure}")
         if outcome is not None and outcome.failures:
             count, first = len(outcome.failures), next(iter(outcome.failures.values()))
             print(f"epoch {epoch}: validation could not read {count} videos, the first: {first}")
