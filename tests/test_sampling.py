@@ -24,7 +24,7 @@ def test_test_clips_reach_from_the_first_frame_to_the_last(total, frames, stride
 
 @pytest.mark.parametrize(("total", "frames"), [(37, 8), (40, 16), (5, 16), (300, 16)])
 def test_two_uniform_clips_are_those_of_videomae(total, frames):
-    """Its formula: of int(tick x) and int(tick / 2 + tick x), sorted, every second one, from 0 and from 1."""
+    """Its formula: of int(tick x) and int(tick / 2 + tick x), sorted, each second one, from 0 and 1."""
     tick = total / frames
     both = sorted(
         [int(tick * x) for x in range(frames)] + [int(tick / 2 + tick * x) for x in range(frames)]

@@ -173,7 +173,8 @@ def _read_lines(source: Source) -> Rows:
         if not file or not _is_count(label):
             raise ListError(
                 f"{where}: found {line.strip()[:200]!r}, expected `path label` or "
-                "`folder num_frames label` with integers of 0 or more (with data.class_names also `path,name`), and no header"
+                "`folder num_frames label` with integers of 0 or more, and no header "
+                "(or `path,name`, and data.class_names)"
             )
         _check_id(where, int(label), source.names)
         lines.append((where, int(label), _unquote(file), _unquote(folder), count))
