@@ -16,13 +16,28 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 
+class Pixels(NamedTuple):
+    """What weights were trained on: RGB values from 0 to 1, minus `mean`, over `std`."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SLOWFAST = Pixels((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
+
+
 class Adapter(NamedTuple):
-    """origin: for the report; fixed_positions: its checkpoints hold no position table, it is VideoMAE's."""
+    """origin: for the report; fixed_positions: its checkpoints hold no position table, it is VideoMAE's.
+
+    pixels: what all models of this origin were trained on; None: they differ.
+    """
 
     origin: str
     matches: Callable[[State], bool]
     convert: Callable[[State], State]
     fixed_positions: bool = False
+    pixels: Pixels | None = None
 
 
 # What other projects' checkpoints hold, and the models here have no place for.
@@ -218,17 +233,24 @@ ADAPTERS = [
         _named(r"\.attention\.attention\."),
         from_hugging_face,
         fixed_positions=True,
+        pixels=IMAGENET,
     ),
-    Adapter("VideoMAE", _named(r"\.attn\.q_bias$"), from_videomae, fixed_positions=True),
-    Adapter("STViT-R", _named(r"\.blocks\.1\.attn\.kv\."), from_stvit_r),
-    Adapter("torchvision Swin", _named(r"^features\.0\.\d+\.attn\.relative"), from_torchvision_swin),
+    Adapter("VideoMAE", _named(r"\.attn\.q_bias$"), from_videomae, True, IMAGENET),
+    Adapter("STViT-R", _named(r"\.blocks\.1\.attn\.kv\."), from_stvit_r, pixels=IMAGENET),
+    Adapter(
+        "torchvision Swin",
+        _named(r"^features\.0\.\d+\.attn\.relative"),
+        from_torchvision_swin,
+        pixels=IMAGENET,
+    ),
     Adapter(
         "timm Swin",
         lambda state: "layers.0.blocks.0.norm1.weight" in state and "head.fc.weight" in state,
         from_timm_swin,
+        pixels=IMAGENET,
     ),
-    Adapter("Microsoft Swin", _named(r"^layers\.0\.downsample\."), from_microsoft_swin),
-    Adapter("MAE-ST", _named("^pos_embed_spatial$"), from_mae_st),
+    Adapter("Microsoft Swin", _named(r"^layers\.0\.downsample\."), from_microsoft_swin, pixels=IMAGENET),
+    Adapter("MAE-ST", _named("^pos_embed_spatial$"), from_mae_st, pixels=SLOWFAST),
     Adapter("timm ViT", lambda s: "pos_embed" in s and s["pos_embed"].ndim == 3, from_timm),
     Adapter("this toolbox", lambda state: True, dict),
 ]

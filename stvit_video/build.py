@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .config import Config, ConfigError, DataConfig, to_dict
+from .config import Config, ConfigError, DataConfig, settle_pixels, to_dict
 from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
@@ -25,7 +25,7 @@ from .engine import distributed
 from .engine.job import Job, Task
 from .models.zoo import create_model
 from .tasks import TASKS
-from .weights import LoadReport, load_weights
+from .weights import LoadReport, Pixels, load_weights
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -60,8 +60,28 @@ def load_pretrained(
     )
 
 
+def with_pixels(config: Config, report: LoadReport | None) -> Config:
+    """The settings with the normalisation of the weights; the report notes what contradicts it."""
+    if report is None:
+        return settle_pixels(config, None)
+    settled, wanted = settle_pixels(config, report.pixels), report.pixels
+    has = Pixels(settled.data.mean, settled.data.std)
+    if wanted is None:
+        report.notes.append(
+            f"does not say how its pixels were normalised: data.mean={list(has.mean)}, data.std="
+            f"{list(has.std)} is taken (timm's AugReg models want 0.5 for all)"
+        )
+    elif has != wanted:
+        report.notes.append(
+            f"was trained with mean {list(wanted.mean)}, std {list(wanted.std)}, and is given data.mean="
+            f"{list(has.mean)}, data.std={list(has.std)}"
+        )
+    return settled
+
+
 def build_task(config: Config, class_names: Sequence[str]) -> Task:
     """The task that `task` names. Raises ConfigError or ListError."""
+    config = settle_pixels(config, None)
     kind = TASKS[config.task]
     settings = {
         field.name: getattr(config.train, field.name) for field in dataclasses.fields(kind.Settings)
@@ -91,6 +111,10 @@ def build_job(
     pretrained: False leaves `model.weights` alone, for a run that goes on from its own checkpoint.
     """
     rows, class_names = read_split(config, "train")
+    torch.manual_seed(config.seed)
+    model = build_model(config, build_task(config, class_names).outputs)
+    report = load_pretrained(config, model, class_names) if pretrained else None
+    config = with_pixels(config, report)
     task = build_task(config, class_names).to(device)
     if config.data.flip == "swap" and task.twins is None:
         raise ConfigError(
@@ -102,9 +126,6 @@ def build_job(
         if all(row.target is None for row in val_rows):
             raise ConfigError(f"data.val={config.data.val} has no labels to validate with")
         val_loader = build_test_loader(config, task, val_rows, device, clips=1, crops=1)
-    torch.manual_seed(config.seed)
-    model = build_model(config, task.outputs)
-    report = load_pretrained(config, model, class_names) if pretrained else None
     run = {
         "seed": config.seed,
         "ranks": distributed.world(),

@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from . import bounds
+from .adapters import IMAGENET, Pixels
 from .bounds import Range
 from .engine.train import Count, LoopConfig
 from .errors import InputError, nearest
@@ -82,10 +83,10 @@ class DataConfig:
     """dense: every stride-th frame; uniform: one of each of num_frames segments; middle: the centre."""
     image_size: Count = 224
     """Height and width of a clip in pixels."""
-    mean: Colour | None = None
-    """Normalisation: RGB mean, of values from 0 to 1."""
-    std: tuple[Positive, Positive, Positive] | None = None
-    """Normalisation: RGB standard deviation."""
+    mean: Colour | Literal["auto"] | None = "auto"
+    """Normalisation: RGB mean, of values from 0 to 1; auto: that of model.weights, else the preset's."""
+    std: tuple[Positive, Positive, Positive] | Literal["auto"] | None = "auto"
+    """Normalisation: RGB standard deviation; auto: that of model.weights, else the preset's."""
     flip: Literal["none", "all", "swap"] | None = None
     """Mirror half of the training clips: never, always, or with the left/right twin's label."""
     scale: tuple[Annotated[float, Range(1e-6, 1)], Annotated[float, Range(1e-6, 1)]] = (0.08, 1.0)
@@ -160,15 +161,16 @@ GROUPS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval"
 
 @dataclass(frozen=True)
 class Preset:
-    """What belongs to a data set. The first sampling and flip is the default, others are allowed too."""
+    """What belongs to a data set. The first sampling and flip is the default, others are allowed too;
+    views and pixels are defaults."""
 
     samplings: tuple[str, ...]
     flips: tuple[str, ...]
     clips: int
     crops: int
     crop_ratio: float = 1.0
-    mean: Colour = (0.485, 0.456, 0.406)
-    std: Colour = (0.229, 0.224, 0.225)
+    mean: Colour = IMAGENET.mean
+    std: Colour = IMAGENET.std
 
 
 PRESETS = {
@@ -181,28 +183,31 @@ PRESETS = {
 
 
 def resolve(config: Config) -> Config:
-    """The same settings with the preset's filled in. Raises ConfigError on a contradiction."""
-    name = config.data.preset
-    preset = PRESETS[name]
-    data, views = {}, {}
-    for group, found, keys in (
-        ("data", data, ("mean", "std")),
-        ("eval", views, ("clips", "crops", "crop_ratio")),
-    ):
-        for key in keys:
-            value, own = getattr(getattr(config, group), key), getattr(preset, key)
-            if value not in (None, own) and name != "custom":
-                _contradiction(f"{group}.{key}", value, name, own)
-            found[key] = own if value is None else value
+    """The same settings with the preset's filled in. Raises ConfigError on a contradiction.
+
+    Sampling and flip are a data set's nature, and must be among the preset's; views are the caller's, and
+    pixels belong to the weights: of them the preset has only what is not set. Where `model.weights` may
+    say more, `data.mean` and `data.std` are left to `settle_pixels`.
+    """
+    preset, data = PRESETS[config.data.preset], {}
     for key, allowed in (("sampling", preset.samplings), ("flip", preset.flips)):
         data[key] = getattr(config.data, key) or allowed[0]
         if data[key] not in allowed:
-            _contradiction(f"data.{key}", data[key], name, " or ".join(allowed))
+            raise ConfigError(
+                f"data.{key}={data[key]} contradicts data.preset={config.data.preset}, which has "
+                f"{' or '.join(allowed)} (data.preset=custom leaves it free)"
+            )
+    views = {}
+    for key in ("clips", "crops", "crop_ratio"):
+        value = getattr(config.eval, key)
+        views[key] = getattr(preset, key) if value is None else value
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, **data),
         eval=dataclasses.replace(config.eval, **views),
     )
+    if config.model.weights is None:
+        config = settle_pixels(config, None)
     try:
         bounds.check(Config, vars(config))
         for group in GROUPS:
@@ -217,11 +222,12 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def _contradiction(key: str, value, preset: str, allowed) -> None:
-    raise ConfigError(
-        f"{key}={value} contradicts data.preset={preset}, which has {allowed} "
-        "(data.preset=custom leaves it free)"
-    )
+def settle_pixels(config: Config, pixels: Pixels | None) -> Config:
+    """`data.mean` and `data.std` as numbers: where they are auto, those of the weights or the preset."""
+    source = pixels or PRESETS[config.data.preset]
+    values = {key: getattr(config.data, key) for key in ("mean", "std")}
+    values = {k: getattr(source, k) if v in ("auto", None) else v for k, v in values.items()}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **values))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

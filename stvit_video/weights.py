@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .adapters import ADAPTERS, DROPS, RECOMPUTED, Adapter, State, square
+from .adapters import ADAPTERS, DROPS, RECOMPUTED, Adapter, Pixels, State, square
 from .errors import InputError, nearest
 from .files import FileError, read_torch
 from .models.embed import Size3, resize_grid, sincos_table
@@ -40,6 +40,7 @@ class LoadReport:
     loaded: as they are; inflated: from image to video; resized: position tables and G, with the grid;
     fresh: left as initialised, as the caller allowed; dropped: what this architecture has no place for
     (class token, decoder); missing, unexpected, mismatched: what makes a load an error.
+    pixels: the mean and std that the weights were trained with; None: nothing says.
     """
 
     source: str
@@ -53,6 +54,7 @@ class LoadReport:
     unexpected: dict[str, str] = field(default_factory=dict)
     mismatched: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    pixels: Pixels | None = None
 
     def failures(self) -> list[str]:
         """A line for each tensor that makes this load an error."""
@@ -68,7 +70,8 @@ class LoadReport:
 
     def write(self, path: str | Path) -> None:
         """Everything, as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        values = asdict(self) | {"pixels": self.pixels and self.pixels._asdict()}
+        Path(path).write_text(json.dumps(values, indent=2) + "\n")
 
     def _lines(self, *kinds: str) -> list[str]:
         return [f"{kind:<11} {name} {what}" for kind in kinds for name, what in getattr(self, kind).items()]
@@ -95,7 +98,9 @@ def load_weights(
     if inflate not in ("average", "centre"):
         raise ValueError(f"inflate={inflate!r} is none of ['average', 'centre']")
     contents = _parse(*_read(source))
-    report = LoadReport(contents.name, contents.adapter.origin)
+    if str(source).startswith("timm:"):
+        contents.pixels = _pixels_of_timm(str(source).removeprefix("timm:"))
+    report = LoadReport(contents.name, contents.adapter.origin, pixels=contents.pixels)
     state = contents.adapter.convert(contents.state)
     report.dropped = _dropped(contents.state, state)
     targets = model.state_dict()
@@ -171,6 +176,11 @@ def _fetch(name: str) -> State:
         raise WeightsError(f"timm:{name}: cannot be fetched ({_line(error)})") from None
 
 
+def _pixels_of_timm(name: str) -> Pixels | None:
+    config = timm.get_pretrained_cfg(name)
+    return config and Pixels(tuple(config.mean), tuple(config.std))
+
+
 # ---- parsing: nesting, prefixes, origin
 
 NESTINGS = ("model", "module", "state_dict", "model_state", "model_state_dict", "model_ema")
@@ -183,6 +193,7 @@ class _Contents:
 
     class_names, by_class, heads: of a checkpoint of this toolbox, its classes, the tensors with a row for
         each, and the attention heads of its layers, which no shape shows.
+    pixels: as in `LoadReport`.
     """
 
     name: str
@@ -191,6 +202,7 @@ class _Contents:
     class_names: Sequence[str] | None = None
     by_class: frozenset[str] = frozenset()
     heads: dict[str, int] = field(default_factory=dict)
+    pixels: Pixels | None = None
 
 
 def _parse(values: Mapping[str, Any], name: str) -> _Contents:
@@ -206,7 +218,8 @@ def _parse(values: Mapping[str, Any], name: str) -> _Contents:
         if len(stripped) < len(state):
             raise WeightsError(f"{name}: holds tensors of one name with and without {prefix!r}")
         state = stripped
-    return _Contents(name, state, next(adapter for adapter in ADAPTERS if adapter.matches(state)))
+    adapter = next(adapter for adapter in ADAPTERS if adapter.matches(state))
+    return _Contents(name, state, adapter, pixels=adapter.pixels)
 
 
 def _read_toolbox(values: Mapping[str, Any], name: str) -> _Contents:
@@ -229,7 +242,16 @@ def _read_toolbox(values: Mapping[str, Any], name: str) -> _Contents:
     classes, built = list(values["class_names"]), donor.built
     adapter = ADAPTERS[-1]._replace(fixed_positions=built.get("pos_embed") == "sincos")
     names = None if _only_numbers(classes) or len(classes) != built["num_classes"] else classes
-    return _Contents(name, state, adapter, names, by_class, _heads(donor))
+    return _Contents(name, state, adapter, names, by_class, _heads(donor), pixels_of_toolbox(values))
+
+
+def pixels_of_toolbox(values: Mapping[str, Any]) -> Pixels | None:
+    """Those of a checkpoint of this toolbox, by its settings."""
+    try:
+        data = values["config"]["data"]
+        return Pixels(*(tuple(map(float, data[key])) for key in ("mean", "std")))
+    except (LookupError, TypeError, ValueError):  # older than these settings, or never settled
+        return None
 
 
 def rebuild(values: Mapping[str, Any], name: str, *, more_classes: int = 0) -> nn.Module:

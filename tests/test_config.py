@@ -6,7 +6,9 @@ import torch
 import yaml
 
 from stvit_video import build
+from stvit_video.adapters import Pixels
 from stvit_video.config import (
+    PRESETS,
     Config,
     ConfigError,
     DataConfig,
@@ -17,6 +19,7 @@ from stvit_video.config import (
     make_parser,
     parse,
     resolve,
+    settle_pixels,
     to_dict,
 )
 
@@ -144,19 +147,32 @@ def test_presets_fill_in_what_is_not_set():
 
 
 @pytest.mark.parametrize(
-    ("data", "views"),
+    "data",
     [
-        ({"preset": "ssv2", "flip": "all"}, {}),
-        ({"preset": "ssv2", "sampling": "dense"}, {}),
-        ({"preset": "kinetics", "flip": "swap"}, {}),
-        ({"preset": "kinetics", "mean": (0.45, 0.45, 0.45)}, {}),
-        ({"preset": "kinetics"}, {"clips": 10}),
+        {"preset": "ssv2", "flip": "all"},
+        {"preset": "ssv2", "sampling": "dense"},
+        {"preset": "kinetics", "flip": "swap"},
     ],
 )
-def test_contradicting_a_preset_is_an_error(data, views):
+def test_contradicting_a_preset_is_an_error(data):
     with pytest.raises(ConfigError, match="contradicts data.preset"):
-        resolve(Config(data=DataConfig(**data), eval=EvalConfig(**views)))
-    resolve(Config(data=DataConfig(**data | {"preset": "custom"}), eval=EvalConfig(**views)))
+        resolve(Config(data=DataConfig(**data)))
+    resolve(Config(data=DataConfig(**data | {"preset": "custom"})))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_views_and_pixels_are_free_with_every_preset(preset):
+    data = DataConfig(preset=preset, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))
+    config = resolve(Config(data=data, eval=EvalConfig(clips=10, crops=1, crop_ratio=0.9)))
+    assert (config.eval.clips, config.eval.crops, config.eval.crop_ratio) == (10, 1, 0.9)
+    assert (config.data.mean, config.data.std) == (data.mean, data.std)
+
+
+def test_pixels_are_left_to_the_weights_where_there_are_some():
+    config = resolve(Config(data=DataConfig(preset="kinetics"), model=ModelConfig(weights="x.pth")))
+    assert config.data.mean == "auto"
+    assert settle_pixels(config, None).data.mean == (0.485, 0.456, 0.406)
+    assert settle_pixels(config, Pixels((0.5,) * 3, (0.4,) * 3)).data.std == (0.4,) * 3
 
 
 def test_ssv2_may_swap():

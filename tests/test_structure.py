@@ -24,7 +24,7 @@ ALLOWED = {
     "engine": {"engine", "files", "data", "models", "bounds", "figures"},
     "adapters": set(),
     "weights": {"adapters", "files", "models"},
-    "config": {"bounds", "weights", "tasks", "engine", "data", "models"},
+    "config": {"bounds", "adapters", "weights", "tasks", "engine", "data", "models"},
     "build": {"weights", "config", "tasks", "engine", "data", "models"},
     "recognizer": {"figures", "build", "weights", "config", "engine", "data", "models"},
     "resume": {"config", "engine"},

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stvit_video import WeightsError, cli, create_model, load_weights
+from stvit_video import LoadReport, WeightsError, build, cli, create_model, load_weights
+from stvit_video.adapters import IMAGENET, Pixels
 from stvit_video.build import build_model
-from stvit_video.config import make_parser, parse, resolve, to_dict
+from stvit_video.config import Config, DataConfig, make_parser, parse, resolve, to_dict
 from stvit_video.engine.checkpoint import FORMAT
 from stvit_video.models.embed import sincos_table
 from stvit_video.weights import resize_grid
@@ -66,6 +67,48 @@ def reference(name):
 def apart(model, x, logits):
     with torch.no_grad():
         return (model(x) - logits).abs().max().item()
+
+
+# ---- pixels
+
+
+HALF = Pixels((0.5,) * 3, (0.5,) * 3)
+
+
+def settled(report, **data):
+    """The normalisation of a run whose weights gave that report."""
+    data = build.with_pixels(Config(data=DataConfig(preset="kinetics", **data)), report).data
+    return Pixels(data.mean, data.std)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [("vit_tiny_patch16_224.augreg_in21k_ft_in1k", HALF), ("deit_tiny_patch16_224.fb_in1k", IMAGENET)],
+)
+def test_weights_of_timm_bring_their_normalisation(monkeypatch, name, pixels):
+    monkeypatch.setattr("stvit_video.weights._fetch", lambda name: timm_vit().state_dict())
+    report = load_weights(image(semantic_tokens=None, depth=3), f"timm:{name}")
+    assert report.pixels == settled(report) == pixels
+    assert not report.notes
+
+
+def test_a_checkpoint_brings_its_normalisation(tmp_path):
+    values = own_checkpoint()
+    values["config"]["data"] |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+    report = load_weights(video(semantic_tokens=(2, 2, 2)), values)
+    assert settled(report) == HALF
+    report.write(tmp_path / "weights.json")
+    written = json.loads((tmp_path / "weights.json").read_text())
+    assert written["pixels"] == {"mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def test_a_contradicted_or_unknown_normalisation_is_told():
+    report = LoadReport("x.pth", "VideoMAE", pixels=IMAGENET)
+    assert settled(report, mean=(0.45,) * 3) == Pixels((0.45,) * 3, IMAGENET.std)
+    assert "was trained with mean [0.485" in report.notes[0]
+    report = LoadReport("x.pth", "timm ViT")
+    assert settled(report) == IMAGENET  # the preset's
+    assert "does not say" in report.notes[0]
 
 
 # ---- parity with other implementations

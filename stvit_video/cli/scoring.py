@@ -48,6 +48,7 @@ def test(args: Sequence[str]) -> None:
         rows, class_names = build.read_split(config, "test")
         model = build.build_model(config, len(class_names))
         weights = build.load_pretrained(config, model, class_names, scoring=True)
+        config = build.with_pixels(config, weights)
     views = {"clips": config.eval.clips, "crops": config.eval.crops}
     task = build.build_task(config, class_names).to(device)
     loader = build.build_test_loader(config, task, rows, device, **views)
@@ -113,7 +114,7 @@ def _with_checkpoint(config: Config, own: Config, asked: Collection[str]) -> Con
     decided += [("data", key) for key in _DATA_OF_CHECKPOINT]
     for group, key in decided:
         ours, value = (getattr(getattr(c, group), key) for c in (config, own))
-        if ours != value and f"{group}.{key}" in asked:
+        if ours not in (value, "auto") and f"{group}.{key}" in asked:
             raise ConfigError(f"--{group}.{key} {ours}: the checkpoint was made with {value}")
     data = replace(config.data, **{key: getattr(own.data, key) for key in _DATA_OF_CHECKPOINT})
     return replace(config, task=own.task, model=own.model, data=data)

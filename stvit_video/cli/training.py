@@ -6,11 +6,12 @@ from pathlib import Path
 import yaml
 
 from .. import build
-from ..config import make_parser, parse, resolve
+from ..config import make_parser, parse, resolve, settle_pixels
 from ..engine import checkpoint as checkpoints
 from ..engine import distributed
 from ..engine.train import fit
 from ..resume import check_resume, discard_run, find_run
+from ..weights import pixels_of_toolbox
 from .common import command, introduce, make_folder, start
 
 
@@ -27,6 +28,8 @@ def train(args: Sequence[str]) -> None:
     last = output / checkpoints.LAST
     state, damage = find_run(output, resume=flags.resume, overwrite=flags.overwrite)
 
+    if state is not None:
+        config = settle_pixels(config, pixels_of_toolbox(state))
     job, weights = build.build_job(config, device, pretrained=state is None)
     if state is not None:
         check_resume(state, config, job, last)
