@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .adapters import ADAPTERS, DROPS, RECOMPUTED, Adapter, State, square
+from .adapters import ADAPTERS, DETECTOR, DROPS, RECOMPUTED, Adapter, State, square
 from .errors import InputError, nearest
 from .files import FileError, read_torch
 from .models.embed import Size3, resize_grid, sincos_table
@@ -103,7 +103,7 @@ def load_weights(
     other_classes = _choose_classes(state, contents, class_names, report)
     of_images = _of_images(state, contents.adapter.convert is dict)
     windows = _windows(model)
-    headless = not any(name.startswith("head.") for name in targets)
+    lacking = tuple(part for part in ("head.", "norm.") if not any(t.startswith(part) for t in targets))
     report.mismatched = {
         f"{name}.num_heads": f"{contents.heads[name]} -> {count}"
         for name, count in _heads(model).items()
@@ -112,7 +112,7 @@ def load_weights(
     fitted = {}
     for name, tensor in state.items():
         if name not in targets:
-            idle = _is_idle_bias(name, targets) or (headless and name.startswith("head."))
+            idle = _is_idle_bias(name, targets) or name.startswith(lacking)
             kind = "dropped" if idle else "unexpected"
             getattr(report, kind)[name] = _shape(tensor)
             continue
@@ -269,7 +269,9 @@ def _checked(values: Mapping[str, Any], name: str) -> State:
 
 def _dropped(before: State, after: State) -> dict[str, str]:
     gone = {name: tensor for name, tensor in before.items() if name not in after}
-    dropped = {name: _shape(tensor) for name, tensor in gone.items() if DROPS.match(name)}
+    dropped = {
+        name: _shape(tensor) for name, tensor in gone.items() if DROPS.match(name) or DETECTOR.match(name)
+    }
     dropped |= {name: "recomputed from sizes" for name in gone if RECOMPUTED.search(name)}
     table, left = before.get("pos_embed"), after.get("pos_embed")
     if table is not None and table.ndim == left.ndim == 3 and left.shape[1] < table.shape[1]:
