@@ -95,8 +95,8 @@ def slabs(
     see each other. So windows differ only in which axes they are the last of: at most eight masks, however
     many windows, and none is expanded over the windows or the batch.
     """
-    pieces = [
-        [(slice(s, n - w + s),)][n == w :] + [(slice(n - w + s, n), slice(0, s))] if s else [(slice(0, n),)]
+    pieces = [  # the last window alone, where there is but one
+        [(slice(s, n - w + s),), (slice(n - w + s, n), slice(0, s))][n == w :] if s else [(slice(0, n),)]
         for n, w, s in zip(size, window, shift, strict=True)
     ]
     parts_and_masks = []
