@@ -419,6 +419,10 @@ def _advice(report: LoadReport) -> list[str]:
     advice = list(report.notes)
     if any(name.endswith(("ls1.gamma", "ls2.gamma")) for name in report.missing):
         advice.append("the checkpoint has no layer scale: model.layer_scale=null")
+    if "norms.0.weight" in report.missing:
+        advice.append(
+            "a classifier's checkpoint has no norms for every stage: they can be trained (fresh: norms)"
+        )
     if "pos_embed" in report.unexpected:
         advice.append("the checkpoint's positions are learned: model.pos_embed=learned")
     if any(_within(name, ["head"]) for name in (*report.missing, *report.mismatched)):
