@@ -198,9 +198,9 @@ class SemanticWindows(nn.Module):
         if i == 1 and centres and self.centres is not None:
             tokens = tokens + resize_grid(self.centres, size)
 
-        def around(kv: Tensor) -> Tensor:
-            """Keys and values of all tokens and patches -> of those in and around each window."""
-            inside, outside = kv.split([size.numel(), x.shape[1:4].numel()], 1)
+        def around(projected: Tensor) -> Tensor:
+            """Keys (or values) of all tokens and patches -> of those in and around each window."""
+            inside, outside = projected.split([size.numel(), x.shape[1:4].numel()], 1)
             inside = windows.partition(inside.unflatten(1, size), count)
             outside = windows.enlarge(outside.unflatten(1, x.shape[1:4]), window, self._reach(i))
             return torch.cat([inside, outside], 1)

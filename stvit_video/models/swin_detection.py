@@ -44,10 +44,10 @@ class DetectionWindows(SemanticWindows):
         if i >= self.semantic_layers:
             return super()._attend(i, layer, tokens, x, centres)
         size = tuple(x.shape[2:4])
-        place, seen = around(size, self.window[1], self._reach(i), self._missing(x), x.device)
+        place, bias = around(size, self.window[1], self._reach(i), self._missing(x), x.device)
         parts = windows.partition(tokens, self.per_window)
-        bias = seen.log().to(x.dtype).repeat(len(x), 1)[:, None, None]
-        made = layer(parts, _after_padding(x), bias=bias, regroup=lambda kv: kv[:, place].flatten(0, 1))
+        bias = bias.to(x.dtype).repeat(len(x), 1)[:, None, None]
+        made = layer(parts, _after_padding(x), bias=bias, regroup=lambda keys: keys[:, place].flatten(0, 1))
         return windows.merge(made, self.per_window, tokens.shape[1:4])
 
     def _reach(self, i: int) -> tuple[int, int]:
@@ -68,7 +68,6 @@ def _after_padding(x: Tensor) -> Tensor:
     return F.pad(x.flatten(1, 3), (0, 0, 1, 0))
 
 
-@windows.kept
 def asked(
     size: tuple[int, int], n: int, reach: tuple[int, int], missing: tuple[int, int], device: torch.device
 ) -> Tensor:
@@ -97,10 +96,10 @@ def asked(
 def around(
     size: tuple[int, int], n: int, reach: tuple[int, int], missing: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Which columns of `asked` each window needs (windows, M), and these: padding and what is near."""
+    """Which columns of `asked` each window needs, and their bias: (windows, M) both, padding first."""
     place = torch.arange(1, size[0] * size[1] + 1, device=device).view(1, 1, *size, 1)
     place = F.pad(windows.enlarge(place, (1, n, n), reach)[..., 0], (1, 0))
-    return place, asked(size, n, reach, missing, device).gather(1, place)
+    return place, asked(size, n, reach, missing, device).gather(1, place).log()
 
 
 class PaddedStem(ConvStem):
