@@ -46,6 +46,7 @@ DROPS = re.compile(
     rf"({'|'.join(TOKENS)}|mask_token|pos_embed_class)$"
     r"|(head_dist|encoder_to_decoder)\.|decoder(_\w+)?(\.|$)"
 )
+DETECTOR = re.compile(r"(neck|rpn_head|roi_head)\.")  # what a detector has beside its backbone
 RECOMPUTED = re.compile(r"\.(relative_position_index|attn_mask)$")  # buffers that follow from the sizes
 
 
@@ -145,9 +146,11 @@ def from_microsoft_swin(state: State) -> State:
 
 
 def from_stvit_r(state: State) -> State:
-    """The authors' STViT-R-Swin: keys and values apart from queries, a stem numbered by position."""
+    """The authors' STViT-R-Swin, classifier or detector: keys and values apart from queries, a stem
+    numbered by position.
+    """
     stem = {"0.c": "conv1", "0.bn": "norm1", "2.c": "conv2", "2.bn": "norm2"}
-    state = from_microsoft_swin(state)
+    state = {k: v for k, v in from_microsoft_swin(state).items() if not DETECTOR.match(k)}
     for q in [name for name in state if ".attn.q." in name]:
         kv = q.replace(".q.", ".kv.")
         joined = q.replace(".q.", ".qkv.")
@@ -159,6 +162,7 @@ def from_stvit_r(state: State) -> State:
         name = re.sub(
             r"^patch_embed\.proj\.([02]\.(?:c|bn))\.", lambda m: f"patch_embed.{stem[m[1]]}.", name
         )
+        name = re.sub(r"^norm([0-3])\.", r"norms.\1.", name)  # of the backbone for detection
         return re.sub(r"layer_scale_(\d)$", r"ls\1.gamma", name)
 
     return _renamed(state, rename)

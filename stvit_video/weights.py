@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .adapters import ADAPTERS, DROPS, RECOMPUTED, Adapter, Pixels, State, square
+from .adapters import ADAPTERS, DETECTOR, DROPS, RECOMPUTED, Adapter, Pixels, State, square
 from .errors import InputError, nearest
 from .files import FileError, read_torch
 from .models.embed import Size3, resize_grid, sincos_table
@@ -108,7 +108,7 @@ def load_weights(
     other_classes = _choose_classes(state, contents, class_names, report)
     of_images = _of_images(state, contents.adapter.convert is dict)
     windows = _windows(model)
-    headless = not any(name.startswith("head.") for name in targets)
+    lacking = tuple(part for part in ("head.", "norm.") if not any(t.startswith(part) for t in targets))
     report.mismatched = {
         f"{name}.num_heads": f"{contents.heads[name]} -> {count}"
         for name, count in _heads(model).items()
@@ -117,7 +117,7 @@ def load_weights(
     fitted = {}
     for name, tensor in state.items():
         if name not in targets:
-            idle = _is_idle_bias(name, targets) or (headless and name.startswith("head."))
+            idle = _is_idle_bias(name, targets) or name.startswith(lacking)
             kind = "dropped" if idle else "unexpected"
             getattr(report, kind)[name] = _shape(tensor)
             continue
@@ -291,7 +291,9 @@ def _checked(values: Mapping[str, Any], name: str) -> State:
 
 def _dropped(before: State, after: State) -> dict[str, str]:
     gone = {name: tensor for name, tensor in before.items() if name not in after}
-    dropped = {name: _shape(tensor) for name, tensor in gone.items() if DROPS.match(name)}
+    dropped = {
+        name: _shape(tensor) for name, tensor in gone.items() if DROPS.match(name) or DETECTOR.match(name)
+    }
     dropped |= {name: "recomputed from sizes" for name in gone if RECOMPUTED.search(name)}
     table, left = before.get("pos_embed"), after.get("pos_embed")
     if table is not None and table.ndim == left.ndim == 3 and left.shape[1] < table.shape[1]:
@@ -439,6 +441,10 @@ def _advice(report: LoadReport) -> list[str]:
     advice = list(report.notes)
     if any(name.endswith(("ls1.gamma", "ls2.gamma")) for name in report.missing):
         advice.append("the checkpoint has no layer scale: model.layer_scale=null")
+    if "norms.0.weight" in report.missing:
+        advice.append(
+            "a classifier's checkpoint has no norms for every stage: they can be trained (fresh: norms)"
+        )
     if "pos_embed" in report.unexpected:
         advice.append("the checkpoint's positions are learned: model.pos_embed=learned")
     if any(_within(name, ["head"]) for name in (*report.missing, *report.mismatched)):

@@ -84,7 +84,7 @@ class ConvStem(nn.Module):
         x = F.pad(x, [0, 0, 0, 0, 0, -x.shape[2] % self.frames])
         x = F.hardswish(self.norm1(self.conv1(x)))
         x = F.hardswish(self.norm2(self.conv2(x)))
-        return x.movedim(1, -1)
+        return x.movedim(1, -1).contiguous()  # or every layer's sums are slow
 
 
 def clip_size(num_frames: int, image_size: int | Sequence[int]) -> Size3:

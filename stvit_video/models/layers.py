@@ -18,8 +18,8 @@ Regroup = Callable[[Tensor], Tensor]
 class Attention(nn.Module):
     """Multi-head attention of `x` over `context` (over itself without one), fused.
 
-    regroup: rearranges the projected context (B, M, 2C) into the keys and values of each group of
-        queries (B', M', 2C), so that what several groups ask (overlapping windows) is projected once.
+    regroup: rearranges the projected context (B, M, C) into the keys, and then the values, of each group
+        of queries (B', M', C), so that what several groups ask (overlapping windows) is projected once.
     """
 
     def __init__(self, dim: int, num_heads: int):
@@ -67,7 +67,8 @@ class Attention(nn.Module):
             dim, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
             q = F.linear(x, weight[:dim], bias[:dim])
             kv = F.linear(context, weight[dim:], bias[dim:])
-            parts = (q, *(kv if regroup is None else regroup(kv)).chunk(2, -1))
+            keys_values = kv.chunk(2, -1)  # regrouped one by one: a CPU is slow at new, large memory
+            parts = (q, *(keys_values if regroup is None else map(regroup, keys_values)))
         return [p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in parts]
 
 

@@ -2,7 +2,7 @@
 
 "Making Vision Transformers Efficient from A Token Sparsification View" (CVPR 2023), section 3; the
 pooling over time and space is this project's extension to video. On the whole grid (`SemanticTokens`, for
-ViT), in windows (`SemanticWindows`, for Swin), and back to the patches (`recover`, STViT-R).
+ViT), in windows (`SemanticWindows`, for Swin), and back to the patches (its `recover`, STViT-R).
 """
 
 from collections.abc import Callable, Sequence
@@ -141,6 +141,10 @@ class SemanticWindows(nn.Module):
             tokens = self._attend(i, layer, tokens, x, centres)
         return tokens
 
+    def recover(self, x: Tensor, tokens: Tensor, layer: Block) -> Tensor:
+        """The patches (B, T, H, W, C) ask the semantic tokens (B, t, h, w, C): back to the patch grid."""
+        return layer(x.flatten(1, 3), tokens.flatten(1, 3)).unflatten(1, x.shape[1:4])
+
     def maps(self, x: Tensor, layers: Sequence[Block]) -> Tensor:
         """How much each semantic token took from each patch: (B, n, T, H, W), each summing to 1.
 
@@ -151,11 +155,11 @@ class SemanticWindows(nn.Module):
         def look(*question: Tensor, **how) -> Tensor:
             """Windows' tokens (B', n, C) -> what they take from tokens and all patches (B', n, M)."""
             weights = layers[last].attention_map(*question, **how).mean(1)
-            if last % 2:
+            if (reach := self._reach(last)) is None:
                 return weights
             # each window has looked at its own patches: put them into their places
             patch = torch.arange(size.numel(), device=x.device).view(1, *size, 1)
-            patch = windows.enlarge(patch, self._clamped(size)[0]).mT  # (windows, 1, M)
+            patch = windows.enlarge(patch, self._clamped(size)[0], reach).mT  # (windows, 1, M)
             weights = weights[..., -patch.shape[-1] :]
             patch = patch.repeat(len(x), weights.shape[1], 1)
             return weights.new_zeros(*weights.shape[:2], size.numel()).scatter(-1, patch, weights)
@@ -163,6 +167,10 @@ class SemanticWindows(nn.Module):
         tokens = self.forward(x, layers[:last])
         weights = self._attend(last, look, tokens, x).flatten(1, 3)[..., -size.numel() :]
         return (weights / weights.sum(-1, keepdim=True)).unflatten(-1, size)
+
+    def _reach(self, i: int) -> tuple[int, int] | None:
+        """How many patches before and after a window layer i asks; None: all, wherever they are."""
+        return None if i % 2 else (1, 2)
 
     def _clamped(self, size: Size3) -> tuple[Size3, Size3]:
         """The window on a grid of `size`, and its tokens: no more than it has patches."""
@@ -190,20 +198,16 @@ class SemanticWindows(nn.Module):
         if i == 1 and centres and self.centres is not None:
             tokens = tokens + resize_grid(self.centres, size)
 
-        def around(kv: Tensor) -> Tensor:
-            """Keys and values of all tokens and patches -> of those in and around each window."""
-            inside, outside = kv.split([size.numel(), x.shape[1:4].numel()], 1)
+        def around(projected: Tensor) -> Tensor:
+            """Keys (or values) of all tokens and patches -> of those in and around each window."""
+            inside, outside = projected.split([size.numel(), x.shape[1:4].numel()], 1)
             inside = windows.partition(inside.unflatten(1, size), count)
-            return torch.cat([inside, windows.enlarge(outside.unflatten(1, x.shape[1:4]), window)], 1)
+            outside = windows.enlarge(outside.unflatten(1, x.shape[1:4]), window, self._reach(i))
+            return torch.cat([inside, outside], 1)
 
         group = size if i % 2 else count
         regroup = around if context is not None and i % 2 == 0 else None
         return windows.merge(layer(windows.partition(tokens, group), context, regroup=regroup), group, size)
-
-
-def recover(x: Tensor, tokens: Tensor, layer: Block) -> Tensor:
-    """The patches (B, T, H, W, C) ask the semantic tokens (B, t, h, w, C): back to the patch grid."""
-    return layer(x.flatten(1, 3), tokens.flatten(1, 3)).unflatten(1, x.shape[1:4])
 
 
 def make_pool(name: str) -> Callable[[Tensor, Size3], Tensor]:

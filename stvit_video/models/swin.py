@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import windows
 from .embed import ConvStem, PaddedPatchEmbed, Size3, clip_size
 from .layers import Attention, Block, init_weights
-from .semantic import SemanticWindows, recover
+from .semantic import SemanticWindows
 
 NORM_EPS = 1e-5
 SEMANTIC_STAGE = 2  # the third, at stride 16
@@ -25,7 +25,12 @@ UNIT = 6  # blocks of an STViT-R unit: a Swin block, four on semantic tokens, re
 
 
 class WindowAttention(Attention):
-    """Attention among the tokens of each window, with a learned bias for every distance between two."""
+    """Attention among the tokens of each window, with a learned bias for every distance between two.
+
+    clamped: an axis no larger than the window is one window, unshifted; False: as any other, padded.
+    """
+
+    clamped = True
 
     def __init__(self, dim: int, num_heads: int, *, window: Size3, shift: Size3):
         super().__init__(dim, num_heads)
@@ -35,7 +40,9 @@ class WindowAttention(Attention):
     def forward(self, x: Tensor, context: None = None) -> Tensor:
         """Grid (B, T, H, W, C) -> the same shape. A window asks itself: nothing else can be handed in."""
         size = x.shape[1:4]
-        window, shift = windows.clamp_window(self.window, self.shift, size)
+        window, shift = self.window, self.shift
+        if self.clamped:
+            window, shift = windows.clamp_window(window, shift, size)
         bias = windows.relative_bias(self.relative_position_bias_table, self.window, window)
         x = windows.pad(x, window)
         if not any(shift):
@@ -123,7 +130,7 @@ class RecoverStage(SemanticStage):
         for first in range(0, len(self.blocks), UNIT):
             swin, *layers, last = self.blocks[first : first + UNIT]
             x = swin(x)
-            x = recover(x, self.semantic(x, layers, centres=first == 0), last)
+            x = self.semantic.recover(x, self.semantic(x, layers, centres=first == 0), last)
         return x
 
 
@@ -145,6 +152,8 @@ class VideoSwin(nn.Module):
     layer_scale: initial value, in the layers on semantic tokens and in recovery.
     Raises ValueError, naming value and rule, where sizes do not fit each other.
     """
+
+    semantic_windows = SemanticWindows
 
     def __init__(
         self,
@@ -191,7 +200,7 @@ class VideoSwin(nn.Module):
                 )
             strides = (patch[0], *(p * 2**SEMANTIC_STAGE for p in patch[1:]))
             clip = clip_size(num_frames, image_size)
-            semantic = SemanticWindows(
+            semantic = self.semantic_windows(
                 tuple(-(-n // s) for n, s in zip(clip, strides, strict=True)),
                 window,
                 tuple(semantic_tokens),
@@ -263,7 +272,7 @@ class VideoSwin(nn.Module):
         if self.semantic is None:
             raise ValueError("a dense model (semantic_tokens=None) has no semantic maps")
         stage = self.layers[SEMANTIC_STAGE]
-        (x,) = self.grids(x, stages=(SEMANTIC_STAGE,))
+        *_, x = itertools.islice(self._grids(x), SEMANTIC_STAGE)
         return self.semantic.maps(stage.base(x), stage.blocks[stage.base_depth :])
 
     def _grids(self, x: Tensor) -> Iterator[Tensor]:

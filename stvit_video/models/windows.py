@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .embed import Size3
 
+KEPT = 64  # tensors that depend on sizes alone, of each kind
 MASKED = -100.0  # added to what must not be asked: as in every released Swin
 
 
@@ -49,24 +50,28 @@ def merge(windows: Tensor, window: Size3, size: Size3) -> Tensor:
     return rearrange(windows, "(b i j k) (t h w) c -> b (i t) (j h) (k w) c", i=i, j=j, k=k, t=t, h=h, w=w)
 
 
-def enlarge(x: Tensor, window: Size3) -> Tensor:
+def enlarge(x: Tensor, window: Size3, reach: tuple[int, int] = (1, 2)) -> Tensor:
     """(B, T, H, W, C) -> (B * windows, M, C): for every window the tokens in and around it.
 
-    Along height and width the i-th window of w tokens sees w + 3, from `clamp(w i - 1, 0, H - w - 3)` on
-    (10 for windows of 7), or the whole axis where it is no larger; along time, its own w frames. Padding is
-    never seen: the grid is as it is, and a window that sticks out sees the last tokens inside.
+    Along height and width the i-th window of w tokens sees them and as many before and after it as `reach`
+    says, (a, b), from `clamp(w i - a, 0, H - w - a - b)` on (10 for windows of 7), or all of the axis where
+    it is no larger; along time, the window's w frames. Padding is never seen: the grid is as it is, and a
+    window that sticks out sees the last tokens inside.
     """
-    for axis, n, around in zip((1, 3, 5), window, (0, 3, 3), strict=True):  # each axis becomes two
-        length = x.shape[axis]
-        seen = min(n + around, length)
-        first = torch.arange(-(-length // n), device=x.device) * n - (1 if around else 0)
+    for axis, n, (before, after) in zip((1, 3, 5), window, ((0, 0), reach, reach), strict=True):
+        length = x.shape[axis]  # each axis becomes two
+        seen = min(before + n + after, length)
+        first = torch.arange(-(-length // n), device=x.device) * n - before
         places = first.clamp(0, length - seen)[:, None] + torch.arange(seen, device=x.device)
         x = x.index_select(axis, places.flatten()).unflatten(axis, places.shape)
     return rearrange(x, "b i t j h k w c -> (b i j k) (t h w) c")
 
 
 def kept(build: Callable) -> Callable:
-    """`build` with its tensors kept for later calls; those made while a graph is traced are not."""
+    """`build` with its tensors kept for later calls; those made while a graph is traced are not.
+
+    Of the last `KEPT` sizes: where every image has its own, tensors of all sizes would fill the memory.
+    """
     made: dict[tuple, Any] = {}
 
     @functools.wraps(build)
@@ -74,6 +79,8 @@ def kept(build: Callable) -> Callable:
         if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
             return build(*key)
         if key not in made:
+            if len(made) == KEPT:
+                made.pop(next(iter(made)), None)
             with torch.inference_mode(False):  # what is kept must serve training too
                 made[key] = build(*key)
         return made[key]
@@ -94,8 +101,8 @@ def slabs(
     see each other. So windows differ only in which axes they are the last of: at most eight masks, however
     many windows, and none is expanded over the windows or the batch.
     """
-    pieces = [
-        [(slice(s, n - w + s),), (slice(n - w + s, n), slice(0, s))] if s else [(slice(0, n),)]
+    pieces = [  # the last window alone, where there is but one
+        [(slice(s, n - w + s),), (slice(n - w + s, n), slice(0, s))][n == w :] if s else [(slice(0, n),)]
         for n, w, s in zip(size, window, shift, strict=True)
     ]
     parts_and_masks = []

@@ -13,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..bounds import Range, check
 from ..errors import nearest
 from . import baselines
+from .embed import clip_size
 from .reducers import REDUCERS
 from .semantic import SemanticWindows
 from .sizes import Sizes
 from .swin import VideoSwin
+from .swin_detection import DetectionSwin
 from .vit import VideoViT
 
 
@@ -77,6 +79,7 @@ def _swin_family() -> dict[str, Entry]:
     semantic = {"semantic_tokens", "base_depth", "layer_scale", *_sizes(SemanticWindows)}
     dense = {k: v for k, v in every.items() if k not in semantic}
     units = {k: v for k, v in every.items() if k not in ("base_depth", "semantic_layers")}
+    detection = {k: v for k, v in units.items() if k != "centres"}
     for size, embed_dim, depth, num_heads, base_depth in (
         ("tiny", 96, 6, [3, 6, 12, 24], 3),
         ("small", 96, 18, [3, 6, 12, 24], 11),
@@ -94,7 +97,10 @@ def _swin_family() -> dict[str, Entry]:
             models[f"stvit_{name}"] = Entry(VideoSwin, depths, frames)
             if size != "tiny":
                 build = partial(VideoSwin, recovery=True)
-                models[f"stvit_r_{name}"] = Entry(build, units | sizes | {"layer_scale": 1e-5}, frames)
+                sizes["layer_scale"] = 1e-5
+                models[f"stvit_r_{name}"] = Entry(build, units | sizes, frames)
+                if frames == 1:
+                    models[f"stvit_r_det_{name}"] = Entry(DetectionSwin, detection | sizes, frames)
     return models
 
 
@@ -153,13 +159,14 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
 
 
-def multiply_adds(model: nn.Module, *, num_frames: int, image_size: int) -> int:
+def multiply_adds(model: nn.Module, *, num_frames: int, image_size: int | tuple[int, int]) -> int:
     """Multiply-adds of one view in evaluation mode: half of what torch's flop counter counts.
 
+    image_size: in pixels, one number or (height, width).
     Runs on the meta device: shapes only, in no time and memory.
     """
     model = copy.deepcopy(model).to("meta").eval()
-    clip = torch.empty(1, 3, num_frames, image_size, image_size, device="meta")
+    clip = torch.empty(1, 3, *clip_size(num_frames, image_size), device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(clip)
     return counter.get_total_flops() // 2
