@@ -1,7 +1,8 @@
 """WebDataset shards: videos in tar files, found by the tar headers and read one by one from their place.
 
 A sample is a run of members with one key: its video KEY.mp4 (or an image KEY.jpg) and, beside it, its
-label: KEY.cls (an id or a class name) or KEY.json (an object with "label"). Every sample has a known place,
+label: KEY.cls (an id or a class name) or KEY.json (an object with "label"); `frames` says what a video as
+frames is. Every sample has a known place,
 so that rows of shards are drawn, split and scored like any others. Nothing is unpacked to disk, and nothing
 is read as other than label text or pixels.
 """
@@ -24,6 +25,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expan
 
 from ..errors import ListError
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
+from .frames import INDEX, VIDEO
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 LONGEST_LABEL = 1 << 20  # bytes of a .cls or .json member
@@ -32,11 +34,15 @@ READERS = 8  # shards listed at a time: what takes time is to wait for a disk or
 
 
 class Place(NamedTuple):
-    """Where a sample lies: the tar file, the first byte of its first header, and its number of bytes."""
+    """Where a sample lies: the tar file, the first byte of its first header, and its number of bytes.
+
+    head: of a sample of frames, the bytes in front of the first frame's file; 0: another kind of sample.
+    """
 
     shard: str
     offset: int
     size: int
+    head: int = 0
 
     def read(self, path: str) -> bytes:
         """The contents of the member that `path` (shard/member) names: one seek, one read.
@@ -74,6 +80,7 @@ class _Member(NamedTuple):
     suffix: str
     text: bytes | None  # of a label
     start: int
+    data: int
     end: int
 
 
@@ -175,7 +182,7 @@ def _members(shard: str, tar: tarfile.TarFile) -> Iterator[_Member]:
         suffix, text = suffix.lower(), None
         if suffix in ("cls", "json") and member.size <= LONGEST_LABEL:
             text = tar.extractfile(member).read()
-        yield _Member(name, key, suffix, text, member.offset, tar.offset)
+        yield _Member(name, key, suffix, text, member.offset, member.offset_data, tar.offset)
 
 
 def _sample(shard: str, key: str, members: list[_Member]) -> Found:
@@ -191,8 +198,16 @@ def _sample(shard: str, key: str, members: list[_Member]) -> Found:
     if len(videos) != 1:
         names = ", ".join(member.suffix for member in members)
         raise ListError(f"{where}: found {len(videos)} videos (in {names}), expected one")
-    start, end = members[0].start, members[-1].end
-    return Found(f"{shard}/{videos[0].name}", _label(where, fields), Place(shard, start, end - start))
+    start, end, head = members[0].start, members[-1].end, 0
+    if INDEX in fields:
+        suffixes = [member.suffix for member in members]
+        if suffixes[:2] != [INDEX, VIDEO]:
+            names = ", ".join(suffixes)
+            raise ListError(
+                f"{where}: found {names} in this order, expected {INDEX} first and {VIDEO} next"
+            )
+        head = members[1].data - start
+    return Found(f"{shard}/{videos[0].name}", _label(where, fields), Place(shard, start, end - start, head))
 
 
 def _label(where: str, fields: dict[str, _Member]) -> int | str | None:
