@@ -77,7 +77,7 @@ def open_video(
     threads: int = 0,
     contents: "bytes | Frames | None" = None,
 ) -> Video:
-    """Open a video file, a folder of frames, or an image: a video of one frame.
+    """Open a video file, a folder of frames, or an image: a video of one frame. Also one within a shard.
 
     decoder: what reads video files, "av" (exact) or "decord" (as it counts and seeks).
     threads: of the decoder, 0: as many as it likes. With one, also what it makes of a damaged file is the
@@ -102,6 +102,10 @@ def open_video(
                 start = file.read(32)
         except FileNotFoundError:
             raise DecodeError(f"{path}: no such file") from None
+        except NotADirectoryError:
+            from .shards import find_member  # it needs this module
+
+            return open_video(path, decoder, threads, find_member(str(path)))
         except OSError as error:
             raise DecodeError(f"{path}: {_cause(error)}") from error
     if not start:

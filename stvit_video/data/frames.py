@@ -114,7 +114,8 @@ class FrameVideo(Frames):
                 )
             except ValueError as error:
                 raise self._error(number * self.index.every, str(error)) from error
-            clip[others] = clip[place]
+            if others:
+                clip[others] = clip[place]
         return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
     def decode(self, wanted: Sequence[int]) -> Generator[tuple[int, np.ndarray], None, None]:

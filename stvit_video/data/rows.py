@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .frames import FrameVideo
-
 if TYPE_CHECKING:
+    from .frames import FrameVideo
     from .shards import Place
 
 
@@ -32,13 +31,9 @@ class Row:
         """The target, by its name in classification."""
         return self.target
 
-    def contents(self) -> bytes | FrameVideo | None:
-        """What `open_video` is to open: the file's bytes where it lies in a shard, the video where it lies
-        there as frames, None where it lies at `path`. Raises DecodeError.
-        """
-        if self.place is None:
-            return None
-        return FrameVideo(self.path, self.place) if self.place.head else self.place.read(self.path)
+    def contents(self) -> "bytes | FrameVideo | None":
+        """For `open_video`: what lies in a shard, None: the file at `path`. Raises DecodeError."""
+        return None if self.place is None else self.place.contents(self.path)
 
     def missing_frames(self, num_frames: int) -> str | None:
         """What is wrong where the list says more frames than the video has."""

@@ -25,7 +25,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expan
 
 from ..errors import ListError
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
-from .frames import INDEX, VIDEO
+from .frames import INDEX, VIDEO, FrameVideo
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 LONGEST_LABEL = 1 << 20  # bytes of a .cls or .json member
@@ -44,11 +44,15 @@ class Place(NamedTuple):
     size: int
     head: int = 0
 
-    def read(self, path: str) -> bytes:
-        """The contents of the member that `path` (shard/member) names: one seek, one read.
+    def contents(self, path: str) -> bytes | FrameVideo:
+        """The member that `path` (shard/member) names; the video, where it is stored as frames.
 
         Raises DecodeError, also where the shard is not what it was when it was listed.
         """
+        return FrameVideo(path, self) if self.head else self.read(path)
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a member: one seek, one read."""
         try:
             with open(self.shard, "rb") as file:
                 file.seek(self.offset)
@@ -118,6 +122,16 @@ def visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """What is in a folder and not hidden, by name."""
     with os.scandir(folder) as entries:
         return sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
+
+
+def find_member(path: str) -> bytes | FrameVideo:
+    """What lies at shard/member, as reports name videos. Raises DecodeError where nothing does."""
+    shard, within, _ = path.partition(".tar/")
+    if within and os.path.isfile(f"{shard}.tar"):
+        for sample in index_shards([f"{shard}.tar"]):
+            if sample.path == path:
+                return sample.place.contents(path)
+    raise DecodeError(f"{path}: no such file")
 
 
 def index_shards(shards: Sequence[str]) -> list[Found]:

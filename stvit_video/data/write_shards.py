@@ -25,6 +25,7 @@ from ..errors import InputError
 from ..files import written_whole
 from .annotations import MEDIA, SHARDS_NAMES
 from .encode import Copy, Encoding, Members
+from .frames import INDEX
 from .guard import Child, GivenUp, Raised, finished
 from .rows import Row
 
@@ -199,7 +200,10 @@ def _write(path: Path, members: Iterable[tuple[int, Row, Members | Exception, An
                 stem = os.path.splitext(os.path.basename(row.path))[0]
                 key = f"{number:08d}_{stem.replace('.', '_')}"  # a key ends at its first dot
                 label = {} if row.target is None else {"cls": str(row.target).encode()}
-                for suffix, data in (result.contents | label).items():
+                frames = INDEX in result.contents  # first, for FrameVideo to find it
+                for suffix, data in (
+                    result.contents | label if frames else label | result.contents
+                ).items():
                     info = tarfile.TarInfo(f"{key}.{suffix}")
                     info.size, info.mode = len(data), 0o444
                     tar.addfile(info, io.BytesIO(data))
