@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext
 
 from ..errors import ListError
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
@@ -59,18 +59,17 @@ class Place(NamedTuple):
                 members = file.read(self.size)
         except OSError as error:
             raise DecodeError(f"{path}: {self.shard}: {error.strerror}") from error
-        member = path.removeprefix(f"{self.shard}/")
-        source = {"url": self.shard, "stream": io.BytesIO(members)}
         try:
-            samples = list(group_by_keys(tar_file_expander([source], select_files=member.__eq__)))
+            with tarfile.open(fileobj=io.BytesIO(members), mode="r:") as tar:
+                for member in tar:
+                    if member.isreg() and f"{self.shard}/{member.name}" == path:
+                        return tar.extractfile(member).read()
         except (tarfile.TarError, ValueError, EOFError) as error:
             raise DecodeError(f"{path}: the shard is damaged there ({type(error).__name__})") from error
-        if not samples:
-            raise DecodeError(f"{path}: not at its place, the shard has changed since it was listed")
-        return samples[0][base_plus_ext(member)[1].lower()]
+        raise DecodeError(f"{path}: not at its place, the shard has changed since it was listed")
 
 
-class Found(NamedTuple):
+class ShardSample(NamedTuple):
     """A sample: its video's name (shard/member), its label (an id, a class name, or none), its place."""
 
     path: str
@@ -134,7 +133,7 @@ def find_member(path: str) -> bytes | FrameVideo:
     raise DecodeError(f"{path}: no such file")
 
 
-def index_shards(shards: Sequence[str]) -> list[Found]:
+def index_shards(shards: Sequence[str]) -> list[ShardSample]:
     """All samples, in the order of the shards and of their members. Reads headers and labels only.
 
     Raises ListError: naming shard and member for links, devices, names that lead out of the archive, a
@@ -144,21 +143,21 @@ def index_shards(shards: Sequence[str]) -> list[Found]:
     with ThreadPoolExecutor(READERS) as pool:
         parts = pool.map(_index, shards)
         bar = tqdm(parts, total=len(shards), desc="listing shards", unit="shard", disable=quiet)
-        return [found for part in bar for found in part]
+        return [sample for part in bar for sample in part]
 
 
-def _index(shard: str) -> list[Found]:
+def _index(shard: str) -> list[ShardSample]:
     try:
         if not stat.S_ISREG(os.stat(shard).st_mode):
             raise ListError(f"{shard}: found no regular file, expected a tar file")
         with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            found = {}
+            samples = {}
             for key, members in itertools.groupby(_members(shard, tar), key=lambda member: member.key):
-                if key in found:
+                if key in samples:
                     raise ListError(
                         f"{shard}/{key}: found members apart from others, expected all in a row"
                     )
-                found[key] = _sample(shard, key, list(members))
+                samples[key] = _sample(shard, key, list(members))
             # tarfile takes a damaged header for the end: the end is a block of zeros, then nothing
             file.seek(tar.offset)
             end = file.read(LONGEST_LABEL)
@@ -174,7 +173,7 @@ def _index(shard: str) -> list[Found]:
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         cause = " ".join(str(error).split()) or type(error).__name__
         raise ListError(f"{shard}: found {cause}, expected a plain, whole tar file") from error
-    return list(found.values())
+    return list(samples.values())
 
 
 def _members(shard: str, tar: tarfile.TarFile) -> Iterator[_Member]:
@@ -199,7 +198,7 @@ def _members(shard: str, tar: tarfile.TarFile) -> Iterator[_Member]:
         yield _Member(name, key, suffix, text, member.offset, member.offset_data, tar.offset)
 
 
-def _sample(shard: str, key: str, members: list[_Member]) -> Found:
+def _sample(shard: str, key: str, members: list[_Member]) -> ShardSample:
     where = f"{shard}/{key}"
     fields = {member.suffix: member for member in members}
     if len(fields) < len(members):
@@ -221,7 +220,9 @@ def _sample(shard: str, key: str, members: list[_Member]) -> Found:
                 f"{where}: found {names} in this order, expected {INDEX} first and {VIDEO} next"
             )
         head = members[1].data - start
-    return Found(f"{shard}/{videos[0].name}", _label(where, fields), Place(shard, start, end - start, head))
+    return ShardSample(
+        f"{shard}/{videos[0].name}", _label(where, fields), Place(shard, start, end - start, head)
+    )
 
 
 def _label(where: str, fields: dict[str, _Member]) -> int | str | None:

@@ -61,7 +61,7 @@ def write_shards(
     """Write `folder`/00000.tar, 00001.tar, ... in the order of the rows.
 
     A shard is for up to `videos` videos, and up to `size` bytes of them as they are in the list (a larger
-    one has its own). A key is the row's number and file name. class_names go beside the shards, where
+    one is alone). A key is the row's number and file name. class_names go beside the shards, where
     `read_rows` finds them. The same rows give the same bytes, for any number of workers and however often
     the writing was broken off: the same call goes on behind the last finished shard.
 
