@@ -31,7 +31,7 @@ from stvit_video import build, cli
 from stvit_video.data.annotations import ListError, read_rows
 from stvit_video.data.decode import DecodeError, open_video
 from stvit_video.data.encode import H264, Jpeg
-from stvit_video.data.frames import FrameVideo
+from stvit_video.data.frames import FrameVideo, Index
 from stvit_video.data.rows import Row
 from stvit_video.data.write_shards import write_shards
 from stvit_video.errors import InputError
@@ -292,6 +292,18 @@ def test_frames_beside_a_damaged_one_are_read(shards, tmp_path):
                 video.read([0, index])
 
 
+@pytest.mark.parametrize("change", [{"every": 0}, {"every": 3}, {"num_frames": 0}, {"num_frames": 42}])
+def test_an_index_that_makes_no_sense_is_refused(shards, change):
+    """Whoever wrote it, and checksum and all."""
+    with opened(read_rows(shards / "2")[0]) as video:
+        index = video.index
+    assert Index.of(index.to_bytes())._replace(frames=0) == index._replace(frames=0)
+    with pytest.raises(ValueError, match="no sense"):
+        Index.of(index._replace(**change).to_bytes())
+    with pytest.raises(ValueError, match="checksum"):
+        Index.of(b"")
+
+
 def test_a_shard_cut_off_is_refused_when_listed_and_when_read(shards, tmp_path):
     row = read_rows(shards / "1")[2]
     data, shard = Path(row.place.shard).read_bytes(), tmp_path / "cut.tar"
@@ -311,6 +323,9 @@ def test_a_shard_cut_off_is_refused_when_listed_and_when_read(shards, tmp_path):
     (tmp_path / "other" / "00000.tar").rename(shard)
     with pytest.raises(DecodeError, match=r"cut\.tar/00000002_mpeg4_b\.mov: "):
         opened(cut)
+    third = read_rows(shard)[2]
+    with pytest.raises(DecodeError, match=r"^[^ ]*cut\.tar/a\.mov: not at its place[^(]*$"):
+        opened(Row(f"{shard}/a.mov", 0, None, third.place))
 
 
 def check(folder, *args):
@@ -442,6 +457,7 @@ def test_killed_it_goes_on_and_ends_as_if_unbroken(unbroken, tmp_path, finished)
 
         Jpeg.__call__ = encoded
 
+    part.mkdir()  # killed before the first line was written
     [process] = started = launch(cli.shards, *args, before=slowly)
     while len(list(part.glob("*.tar"))) <= finished:
         assert process.is_alive()

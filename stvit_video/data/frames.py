@@ -65,8 +65,11 @@ class Index(NamedTuple):
         data, crc = data[: -CRC.size], data[-CRC.size :]
         if len(data) < HEAD.size or CRC.pack(zlib.crc32(data)) != crc or not data.startswith(MAGIC):
             raise ValueError("the checksum of its index is wrong")
-        _, *numbers, over, under, crc = HEAD.unpack_from(data)
-        return cls(*numbers, Fraction(over, under), crc, np.frombuffer(data, FRAME, offset=HEAD.size))
+        _, width, height, num_frames, every, over, under, crc = HEAD.unpack_from(data)
+        frames = np.frombuffer(data, FRAME, offset=HEAD.size)
+        if not (every and under and num_frames and len(frames) == -(-num_frames // every)):
+            raise ValueError("its index makes no sense")
+        return cls(width, height, num_frames, every, Fraction(over, under), crc, frames)
 
 
 class FrameVideo(Frames):
@@ -77,25 +80,32 @@ class FrameVideo(Frames):
     """
 
     def __init__(self, path: str, place: "Place"):
-        self.path, self.place = Path(path), place
+        self.path, self.name, self.place = Path(path), path, place
         try:
             self._file = open(place.shard, "rb", buffering=0)  # noqa: SIM115 (`close` closes it)
         except OSError as error:
             raise DecodeError(f"{path}: {place.shard}: {error.strerror}") from error
-        head = self._bytes(place.offset, place.head)
+        try:
+            self._open(self._bytes(place.offset, place.head))
+        except BaseException:
+            self.close()
+            raise
+        self.num_frames, self.fps = self.index.num_frames, float(self.index.rate)
+
+    def _open(self, head: bytes) -> None:
+        """head: of the sample, up to the first byte of KEY.mov."""
         try:
             with tarfile.open(fileobj=io.BytesIO(head), mode="r:") as tar:
                 first, second = tar.next(), tar.next()
             if second is None:
-                raise ValueError("a header")
-            if f"{place.shard}/{second.name}" != path:
-                raise DecodeError(f"{path}: not at its place, the shard has changed since it was listed")
+                raise ValueError("a header of the tar")
             self.data = head[first.offset_data :][: first.size]
             self.index = Index.of(self.data)
         except (tarfile.TarError, ValueError) as error:
             raise self._damaged(str(error)) from error
-        self._start, self._size = place.offset + place.head, second.size
-        self.num_frames, self.fps = self.index.num_frames, float(self.index.rate)
+        if f"{self.place.shard}/{second.name}" != self.name:
+            raise DecodeError(f"{self.path}: not at its place, the shard has changed since it was listed")
+        self._start, self._size = self.place.offset + self.place.head, second.size
 
     def read(self, indices: Sequence[int], short_side: int | None = None) -> Tensor:
         """As `Frames.read`. short_side: decoded at 1/2, 1/4 or 1/8 of the size where that is enough."""
@@ -155,12 +165,15 @@ class FrameVideo(Frames):
             first = last + 1
 
     def _bytes(self, offset: int, size: int) -> bytes:
+        data = b""
         try:
-            data = os.pread(self._file.fileno(), size, offset)
+            while len(data) < size:  # 2 GB at a time, by Linux
+                part = os.pread(self._file.fileno(), size - len(data), offset + len(data))
+                if not part:
+                    raise self._damaged(f"it ends at byte {offset + len(data)}")
+                data = data + part if data else part
         except OSError as error:
             raise DecodeError(f"{self.path}: {self.place.shard}: {error.strerror}") from error
-        if len(data) < size:
-            raise self._damaged(f"it ends at byte {offset + len(data)}")
         return data
 
     def _damaged(self, cause: str) -> DecodeError:

@@ -82,7 +82,7 @@ def write_shards(
     try:
         if folder.exists():
             return sum(_done(folder, job), Written()), 0
-        done = _done(part, job) if part.exists() else []
+        done = _done(part, job) if (part / LOG).exists() else []
         part.mkdir(parents=True, exist_ok=True)
         with written_whole(part / LOG) as log:
             log.write_text("".join(map(_line, (job, *map(vars, done)))), encoding="utf-8")
@@ -107,7 +107,9 @@ def write_shards(
             names = "".join(f"{name}\n" for name in class_names)
             (part / SHARDS_NAMES).write_text(names, encoding="utf-8")
         if written.unreadable:
-            with open(part / UNREADABLE, "w", newline="", encoding="utf-8") as file:
+            with open(
+                part / UNREADABLE, "w", newline="", encoding="utf-8", errors="surrogateescape"
+            ) as file:
                 csv.writer(file).writerows([("path", "cause"), *written.unreadable])
         part.rename(folder)
     except OSError as error:
