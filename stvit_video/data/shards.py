@@ -1,7 +1,8 @@
 """WebDataset shards: videos in tar files, found by the tar headers and read one by one from their place.
 
 A sample is a run of members with one key: its video KEY.mp4 (or an image KEY.jpg) and, beside it, its
-label: KEY.cls (an id or a class name) or KEY.json (an object with "label"). Every sample has a known place,
+label: KEY.cls (an id or a class name) or KEY.json (an object with "label"); `frames` says what a video as
+frames is. Every sample has a known place,
 so that rows of shards are drawn, split and scored like any others. Nothing is unpacked to disk, and nothing
 is read as other than label text or pixels.
 """
@@ -20,10 +21,11 @@ from typing import NamedTuple
 
 from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext
 
 from ..errors import ListError
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
+from .frames import INDEX, VIDEO, FrameVideo
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 LONGEST_LABEL = 1 << 20  # bytes of a .cls or .json member
@@ -32,35 +34,42 @@ READERS = 8  # shards listed at a time: what takes time is to wait for a disk or
 
 
 class Place(NamedTuple):
-    """Where a sample lies: the tar file, the first byte of its first header, and its number of bytes."""
+    """Where a sample lies: the tar file, the first byte of its first header, and its number of bytes.
+
+    head: of a sample of frames, the bytes in front of the first frame's file; 0: another kind of sample.
+    """
 
     shard: str
     offset: int
     size: int
+    head: int = 0
 
-    def read(self, path: str) -> bytes:
-        """The contents of the member that `path` (shard/member) names: one seek, one read.
+    def contents(self, path: str) -> bytes | FrameVideo:
+        """The member that `path` (shard/member) names; the video, where it is stored as frames.
 
         Raises DecodeError, also where the shard is not what it was when it was listed.
         """
+        return FrameVideo(path, self) if self.head else self.read(path)
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a member: one seek, one read."""
         try:
             with open(self.shard, "rb") as file:
                 file.seek(self.offset)
                 members = file.read(self.size)
         except OSError as error:
             raise DecodeError(f"{path}: {self.shard}: {error.strerror}") from error
-        member = path.removeprefix(f"{self.shard}/")
-        source = {"url": self.shard, "stream": io.BytesIO(members)}
         try:
-            samples = list(group_by_keys(tar_file_expander([source], select_files=member.__eq__)))
+            with tarfile.open(fileobj=io.BytesIO(members), mode="r:") as tar:
+                for member in tar:
+                    if member.isreg() and f"{self.shard}/{member.name}" == path:
+                        return tar.extractfile(member).read()
         except (tarfile.TarError, ValueError, EOFError) as error:
             raise DecodeError(f"{path}: the shard is damaged there ({type(error).__name__})") from error
-        if not samples:
-            raise DecodeError(f"{path}: not at its place, the shard has changed since it was listed")
-        return samples[0][base_plus_ext(member)[1].lower()]
+        raise DecodeError(f"{path}: not at its place, the shard has changed since it was listed")
 
 
-class Found(NamedTuple):
+class ShardSample(NamedTuple):
     """A sample: its video's name (shard/member), its label (an id, a class name, or none), its place."""
 
     path: str
@@ -74,6 +83,7 @@ class _Member(NamedTuple):
     suffix: str
     text: bytes | None  # of a label
     start: int
+    data: int
     end: int
 
 
@@ -113,7 +123,17 @@ def visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
         return sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
 
 
-def index_shards(shards: Sequence[str]) -> list[Found]:
+def find_member(path: str) -> bytes | FrameVideo:
+    """What lies at shard/member, as reports name videos. Raises DecodeError where nothing does."""
+    shard, within, _ = path.partition(".tar/")
+    if within and os.path.isfile(f"{shard}.tar"):
+        for sample in index_shards([f"{shard}.tar"]):
+            if sample.path == path:
+                return sample.place.contents(path)
+    raise DecodeError(f"{path}: no such file")
+
+
+def index_shards(shards: Sequence[str]) -> list[ShardSample]:
     """All samples, in the order of the shards and of their members. Reads headers and labels only.
 
     Raises ListError: naming shard and member for links, devices, names that lead out of the archive, a
@@ -123,21 +143,21 @@ def index_shards(shards: Sequence[str]) -> list[Found]:
     with ThreadPoolExecutor(READERS) as pool:
         parts = pool.map(_index, shards)
         bar = tqdm(parts, total=len(shards), desc="listing shards", unit="shard", disable=quiet)
-        return [found for part in bar for found in part]
+        return [sample for part in bar for sample in part]
 
 
-def _index(shard: str) -> list[Found]:
+def _index(shard: str) -> list[ShardSample]:
     try:
         if not stat.S_ISREG(os.stat(shard).st_mode):
             raise ListError(f"{shard}: found no regular file, expected a tar file")
         with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            found = {}
+            samples = {}
             for key, members in itertools.groupby(_members(shard, tar), key=lambda member: member.key):
-                if key in found:
+                if key in samples:
                     raise ListError(
                         f"{shard}/{key}: found members apart from others, expected all in a row"
                     )
-                found[key] = _sample(shard, key, list(members))
+                samples[key] = _sample(shard, key, list(members))
             # tarfile takes a damaged header for the end: the end is a block of zeros, then nothing
             file.seek(tar.offset)
             end = file.read(LONGEST_LABEL)
@@ -153,7 +173,7 @@ def _index(shard: str) -> list[Found]:
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         cause = " ".join(str(error).split()) or type(error).__name__
         raise ListError(f"{shard}: found {cause}, expected a plain, whole tar file") from error
-    return list(found.values())
+    return list(samples.values())
 
 
 def _members(shard: str, tar: tarfile.TarFile) -> Iterator[_Member]:
@@ -175,10 +195,10 @@ def _members(shard: str, tar: tarfile.TarFile) -> Iterator[_Member]:
         suffix, text = suffix.lower(), None
         if suffix in ("cls", "json") and member.size <= LONGEST_LABEL:
             text = tar.extractfile(member).read()
-        yield _Member(name, key, suffix, text, member.offset, tar.offset)
+        yield _Member(name, key, suffix, text, member.offset, member.offset_data, tar.offset)
 
 
-def _sample(shard: str, key: str, members: list[_Member]) -> Found:
+def _sample(shard: str, key: str, members: list[_Member]) -> ShardSample:
     where = f"{shard}/{key}"
     fields = {member.suffix: member for member in members}
     if len(fields) < len(members):
@@ -191,8 +211,18 @@ def _sample(shard: str, key: str, members: list[_Member]) -> Found:
     if len(videos) != 1:
         names = ", ".join(member.suffix for member in members)
         raise ListError(f"{where}: found {len(videos)} videos (in {names}), expected one")
-    start, end = members[0].start, members[-1].end
-    return Found(f"{shard}/{videos[0].name}", _label(where, fields), Place(shard, start, end - start))
+    start, end, head = members[0].start, members[-1].end, 0
+    if INDEX in fields:
+        suffixes = [member.suffix for member in members]
+        if suffixes[:2] != [INDEX, VIDEO]:
+            names = ", ".join(suffixes)
+            raise ListError(
+                f"{where}: found {names} in this order, expected {INDEX} first and {VIDEO} next"
+            )
+        head = members[1].data - start
+    return ShardSample(
+        f"{shard}/{videos[0].name}", _label(where, fields), Place(shard, start, end - start, head)
+    )
 
 
 def _label(where: str, fields: dict[str, _Member]) -> int | str | None:
