@@ -26,7 +26,8 @@ ALLOWED = {
     "weights": {"adapters", "files", "models"},
     "config": {"bounds", "weights", "tasks", "engine", "data", "models"},
     "build": {"weights", "config", "tasks", "engine", "data", "models"},
-    "recognizer": {"figures", "build", "weights", "config", "engine", "data", "models"},
+    "timeline": set(),
+    "recognizer": {"figures", "timeline", "build", "weights", "config", "engine", "data", "models"},
     "resume": {"config", "engine"},
     "bench": {"figures", "files", "bench", "build", "config", "tasks", "engine", "data", "models"},
     "cli": {
@@ -36,6 +37,7 @@ ALLOWED = {
             "bench",
             "recognizer",
             "resume",
+            "timeline",
             "build",
             "weights",
             "config",
