@@ -34,6 +34,7 @@ ALLOWED = {
         *(
             "cli",
             "figures",
+            "files",
             "bench",
             "recognizer",
             "resume",
