@@ -12,12 +12,15 @@ _HOMES = {  # imported when they are first asked for: each command and each note
     "LoadReport": "weights",
     "Recognizer": "recognizer",
     "WeightsError": "weights",
+    "Moment": "timeline",
+    "Segment": "timeline",
     "create_model": "models.zoo",
     "list_models": "models.zoo",
     "load_weights": "weights",
     "multiply_adds": "models.zoo",
     "open_video": "data.decode",
     "read_rows": "data.annotations",
+    "segments": "timeline",
 }
 __all__ = list(_HOMES)
 

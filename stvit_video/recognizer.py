@@ -1,5 +1,8 @@
 """A checkpoint and a video -> names and scores."""
 
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,16 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .build import build_task, build_test_views
+from .build import build_sampling, build_task, build_test_views
 from .config import Config, from_dict
 from .data.decode import DecodeError, open_video
-from .data.guard import GivenUp, Guard
+from .data.guard import GivenUp, Guard, guarded_in_order
+from .data.stream import EVERY, Window, WindowReader
 from .data.views import TestViews
 from .engine import checkpoint
 from .engine.device import autocast, pick_device, pick_precision
 from .errors import InputError
 from .figures import draw_maps
+from .timeline import Moment
 from .weights import rebuild
+
+TIMELINE_BATCH = 16  # views; more are no faster, and a moment waits longer
 
 
 class Guess(NamedTuple):
@@ -71,14 +78,105 @@ class Recognizer:
         self.task = build_task(self.config, self.class_names).to(device)
         settings = self.config.eval
         self.views = build_test_views(self.config, clips or settings.clips, crops or settings.crops)
+        self._timeline_views = build_test_views(self.config, 1, crops or 1)
+        self.timeout = timeout
         self._decode = self._read if timeout is None else Guard(self._read, timeout)
 
     def __call__(self, path: str | Path, top: int = 5) -> list[Guess]:
         """The `top` best classes of one video, best first. Raises DecodeError."""
-        clips = self._clips(path).to(self.device)
+        return self._guesses(self._clips(path), top)
+
+    def many(
+        self, paths: Iterable[str | Path], workers: int = 4, top: int = 5
+    ) -> Iterator[tuple[str | Path, list[Guess] | DecodeError]]:
+        """(path, what `recognize(path)` gives, or the DecodeError) of each video, in order.
+
+        workers: processes that decode, each one video ahead; closing the generator ends them.
+        """
+        jobs = ((path, self.views) for path in paths)
+        results = guarded_in_order(self._read_job, jobs, workers=workers, timeout=self.timeout)
+        with contextlib.closing(results):
+            for (path, _), result in results:
+                if isinstance(result, GivenUp):
+                    yield path, DecodeError(f"{path}: {result}")
+                elif isinstance(result, Exception):
+                    yield path, result
+                else:
+                    yield path, self._guesses(torch.from_numpy(result).unsqueeze(0), top)
+
+    def timeline(
+        self,
+        source: str | Path,
+        *,
+        every: float = EVERY,
+        window: float | None = None,
+        skip: int = 0,
+    ) -> Iterator[Moment]:
+        """What happens when in a video file of any length: scores of windows that slide over it.
+
+        Every frame is decoded once, by a process that works ahead; memory does not depend on the length.
+        Windows are cut like clips of the checkpoint, with one centre crop, or `crops` where the Recognizer
+        has some set. `WindowReader` and `Layout` say where they lie.
+
+        every: seconds from the start of one to the start of the next.
+        window: seconds; None: the checkpoint's num_frames x stride, or 4 s for sampling "uniform".
+        skip: windows, from the first, that are not scored; the others' moments are the same, bit for bit.
+        Raises DecodeError, for a file that is damaged midway after the moments before that; ValueError.
+        """
+        for name, seconds in (("every", every), ("window", window)):
+            if seconds is not None and not 0 < seconds < float("inf"):
+                raise ValueError(f"{name}={seconds}: must be more than 0 seconds")
+        transform = self._timeline_views.transform
+        batch = max(min(TIMELINE_BATCH, self.config.eval.view_batch) // transform.crops, 1)
+        skipped = (
+            skip - skip % batch
+        )  # as in one go, a batch has the same windows: rounding depends on them
+        reader = WindowReader(
+            source,
+            build_sampling(self.config.data),
+            transform,
+            every=every,
+            window=window,
+            skip=skipped,
+            batch=batch,
+        )
+        return self._moments(reader, batch, skip - skipped)
+
+    def _moments(self, reader: WindowReader, batch: int, drop: int) -> Iterator[Moment]:
+        """The moments of all windows but the `drop` first ones."""
+        waiting: list[Window] = []
+        end, error = 0.0, None
+        chunks = guarded_in_order(reader, itertools.repeat(None), workers=1, timeout=self.timeout)
+        with contextlib.closing(chunks):
+            for _, chunk in chunks:
+                if chunk is None or isinstance(chunk, Exception):
+                    error = chunk
+                    break
+                waiting += chunk
+                while len(waiting) >= batch:
+                    yield from self._score_windows(waiting[:batch])[drop:]
+                    end, drop = waiting[batch - 1].end, 0
+                    del waiting[:batch]
+        if waiting:
+            yield from self._score_windows(waiting)[drop:]
+            end = waiting[-1].end
+        if isinstance(error, GivenUp):
+            raise DecodeError(f"{reader.path}: after {end:.2f} s: {error}")
+        if error is not None:
+            raise error
+
+    def _score_windows(self, windows: list[Window]) -> list[Moment]:
+        clips = torch.from_numpy(np.stack([window.clips for window in windows]))
+        scores = self._scores(clips).float().cpu().numpy()
+        return [Moment(w.start, w.end, s, self.class_names) for w, s in zip(windows, scores, strict=True)]
+
+    def _scores(self, clips: Tensor) -> Tensor:
+        """uint8 (B, V, 3, T, H, W) -> scores, averaged over the views: float64 (B, K)."""
         with autocast(self.device, self.precision):
-            views = self.task.view_scores(self.model, clips)
-        scores = views[0].double().mean(0)
+            return self.task.view_scores(self.model, clips.to(self.device)).double().mean(1)
+
+    def _guesses(self, clips: Tensor, top: int) -> list[Guess]:
+        scores = self._scores(clips)[0]
         order = scores.argsort(descending=True, stable=True)[:top].tolist()
         return [Guess(self.class_names[i], scores[i].item()) for i in order]
 
@@ -109,6 +207,9 @@ class Recognizer:
             return torch.from_numpy(self._decode(path, views or self.views)).unsqueeze(0)
         except GivenUp as error:
             raise DecodeError(f"{path}: {error}") from None
+
+    def _read_job(self, job: tuple[str | Path, TestViews]) -> np.ndarray:
+        return self._read(*job)
 
     def _read(self, path: str | Path, views: TestViews) -> np.ndarray:
         with open_video(path, self.config.data.decoder) as video:

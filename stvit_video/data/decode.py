@@ -90,24 +90,14 @@ def open_video(
         raise InputError(f"unknown decoder {decoder!r}{nearest(decoder, DECODERS)}")
     if isinstance(contents, Frames):
         return contents
-    path, start = Path(path), contents
-    if contents is None:
-        try:
-            mode = path.stat().st_mode
-            if stat.S_ISDIR(mode):
-                return FrameFolder(path, sorted(filter(_is_image, path.iterdir()), key=_natural))
-            if not stat.S_ISREG(mode):  # to open a pipe is to wait for its writer
-                raise DecodeError(f"{path}: not a regular file")
-            with open(path, "rb") as file:
-                start = file.read(32)
-        except FileNotFoundError:
-            raise DecodeError(f"{path}: no such file") from None
-        except NotADirectoryError:
-            from .shards import find_member  # it needs this module
+    path = Path(path)
+    if contents is None and f".tar{os.sep}" in str(path) and not path.exists():
+        from .shards import find_member  # it needs this module
 
-            return open_video(path, decoder, threads, find_member(str(path)))
-        except OSError as error:
-            raise DecodeError(f"{path}: {_cause(error)}") from error
+        return open_video(path, decoder, threads, find_member(str(path)))
+    start = beginning(path) if contents is None else contents
+    if start is None:
+        return FrameFolder(path, sorted(filter(_is_image, path.iterdir()), key=_natural))
     if not start:
         raise DecodeError(f"{path}: empty file")
     if _is_image(path):
@@ -115,6 +105,56 @@ def open_video(
     if start.startswith(PLAYLISTS):
         raise DecodeError(f"{path}: a playlist of other files, not a video")
     return AvVideo(path, threads, contents) if decoder == "av" else DecordVideo(path, threads, contents)
+
+
+def beginning(path: Path) -> bytes | None:
+    """The first bytes of a file, None for a folder. Raises DecodeError."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return None
+        if not stat.S_ISREG(mode):  # to open a pipe is to wait for its writer
+            raise DecodeError(f"{path}: not a regular file")
+        with open(path, "rb") as file:
+            return file.read(32)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DecodeError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DecodeError(f"{path}: {_cause(error)}") from error
+
+
+@contextlib.contextmanager
+def opened(
+    path: Path, threads: int, contents: bytes | None = None
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    # "file:" as a name may hold a colon; what is in memory refers to nothing outside: no protocol
+    source, options = f"file:{path}", {}
+    if contents is not None:
+        source, options = io.BytesIO(contents), {"protocol_whitelist": "none"}
+        source.name = str(path)  # helps FFmpeg to tell the format as it does on disk
+    try:
+        # "ignore" as a title need not be UTF-8
+        with av.open(source, options=options, metadata_errors="ignore") as container:
+            cover = av.stream.Disposition.attached_pic
+            streams = [s for s in container.streams.video if not s.disposition & cover]
+            best = container.streams.best("video")
+            if not streams:
+                raise DecodeError(f"{path}: no video stream")
+            stream = best if best in streams else streams[0]
+            if stream.codec_context is None:
+                raise DecodeError(f"{path}: no decoder for the video stream")
+            stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = threads
+            yield container, stream
+    except (av.FFmpegError, OSError) as error:
+        raise DecodeError(f"{path}: {_cause(error)}") from error
+
+
+def upright(rgb: VideoReformatter, frame: av.VideoFrame) -> np.ndarray:
+    """-> uint8 (H, W, 3), RGB."""
+    # Plain swscale, by the matrix and range that the file names: the very levels of decord.
+    pixels = rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()  # threads would cost more here
+    return np.rot90(pixels, round(frame.rotation / 90))
 
 
 class Frames(Video):
@@ -211,7 +251,7 @@ class AvVideo(Frames):
         # With av.logging.set_level these threads log through Python and may block for good: leave it off.
         self.path, self.threads, self.contents = path, threads, contents
         with self._open() as (container, stream):
-            packets = [_Listed.of(packet) for packet in _demux(container, stream) if packet.size]
+            packets = [_Listed.of(packet) for packet in demux(container, stream) if packet.size]
             rate, unit = stream.average_rate, stream.time_base
             hides = stream.codec_context.name in HIDING_CODECS
             reorders = stream.codec_context.has_b_frames
@@ -259,36 +299,15 @@ class AvVideo(Frames):
             span = (max(known) - min(known)) * unit if known else 0
             self.fps = float((self.num_frames - 1) / span) if span else 0.0
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-        # "file:" as a name may hold a colon; what is in memory refers to nothing outside: no protocol
-        source, options = f"file:{self.path}", {}
-        if self.contents is not None:
-            source, options = io.BytesIO(self.contents), {"protocol_whitelist": "none"}
-            source.name = str(self.path)  # helps FFmpeg to tell the format as it does on disk
-        try:
-            # "ignore" as a title need not be UTF-8
-            with av.open(source, options=options, metadata_errors="ignore") as container:
-                cover = av.stream.Disposition.attached_pic
-                streams = [s for s in container.streams.video if not s.disposition & cover]
-                best = container.streams.best("video")
-                if not streams:
-                    raise DecodeError(f"{self.path}: no video stream")
-                stream = best if best in streams else streams[0]
-                if stream.codec_context is None:
-                    raise DecodeError(f"{self.path}: no decoder for the video stream")
-                stream.thread_type = "AUTO"
-                stream.codec_context.thread_count = self.threads
-                yield container, stream
-        except (av.FFmpegError, OSError) as error:
-            raise DecodeError(f"{self.path}: {_cause(error)}") from error
+    def _open(self) -> contextlib.AbstractContextManager:
+        return opened(self.path, self.threads, self.contents)
 
     def _count(self) -> list[int | None]:
         """The timestamp of each frame, by decoding all of them."""
         times: list[int | None] = []
         with self._open() as (container, stream):
             try:
-                for packet in _demux(container, stream):
+                for packet in demux(container, stream):
                     times += [frame.pts for frame in packet.decode()]
             except av.FFmpegError as error:
                 raise DecodeError(f"{self.path}: frame {len(times)}: {_cause(error)}") from error
@@ -352,10 +371,7 @@ class AvVideo(Frames):
                             continue
                         good = sound.next(index, frame)
                         if index in pending and good:
-                            # Plain swscale, by the matrix and range that the file names: the very
-                            # levels of decord. Threads would cost more here than they save.
-                            pixels = rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
-                            yield index, np.rot90(pixels, round(frame.rotation / 90))
+                            yield index, upright(rgb, frame)
                         elif index in pending:
                             sound.spoilt.add(index)
                         pending.discard(index)
@@ -374,7 +390,7 @@ class AvVideo(Frames):
 
         In a damaged file the times may be others after a seek than on the way from its start.
         """
-        for packet in _demux(container, stream):
+        for packet in demux(container, stream):
             listed = self._packets.get(packet.pts)
             same = listed is not None and (listed.place, listed.size) == (packet.pos, packet.size)
             if after_seek and packet.size and not same:
@@ -382,7 +398,7 @@ class AvVideo(Frames):
             yield from packet.decode()
 
 
-def _demux(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+def demux(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
     """Packets of `stream`, then an empty one that flushes the decoder.
 
     Late sound or damage may make one more stream appear midway. At the end PyAV may want to flush it

@@ -95,6 +95,43 @@ def guarded_map(
             child.end()
 
 
+def guarded_in_order(
+    function: Callable, items: Iterable, *, workers: int, timeout: float | None
+) -> Iterator[tuple[Any, Any]]:
+    """(item, function(item) or its InputError or GivenUp) of each item, in order.
+
+    Up to `workers` calls are made ahead, also while the last result is in use; a process makes one call
+    after the other. Closing the generator ends the processes.
+    """
+    left, calls = iter(items), deque()
+
+    def begin(child: Child | None) -> None:
+        for item in left:
+            child = Child(function) if child is None or child.link.closed else child
+            calls.append((child, item))
+            child.send((item,), timeout)
+            return
+        if child is not None:
+            child.end()
+
+    try:
+        for _ in range(workers):
+            begin(None)
+        while calls:
+            child, item = calls[0]
+            [(_, result)] = finished([child])
+            calls.popleft()
+            begin(child)
+            if isinstance(result, Raised):
+                result = result.error
+                if not isinstance(result, InputError | GivenUp):
+                    raise result
+            yield item, result
+    finally:
+        for child, _ in calls:
+            child.end()
+
+
 class Raised(NamedTuple):
     """Of a call that raised: GivenUp where its process took too long or died."""
 
