@@ -202,7 +202,7 @@ class Recognizer:
 
     @torch.no_grad()
     def semantic_maps(self, path: str | Path, clips: int = 1) -> tuple[np.ndarray, np.ndarray | None]:
-        """The centre crop of clips spread over one video, and what the semantic tokens took from each patch.
+        """The centre crop of clips spread over a video, and what the semantic tokens took from each patch.
 
         -> uint8 (clips, T, H, W, 3); (clips, n, T', H', W'), each of the n maps summing to 1, or None for a
         model without semantic tokens. Raises DecodeError.
