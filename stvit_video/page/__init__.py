@@ -23,7 +23,7 @@ try:
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from .gate import Gate
+    from .gate import MB, Gate
 except ImportError as error:
     raise InputError(f"the page needs gradio ({error}): pip install stvit_video[page]") from None
 
@@ -58,7 +58,7 @@ def build(
         raise InputError("the page takes files from anyone: its Recognizer needs a timeout")
     examples, config = [Path(path) for path in examples], recognizer.config
     temporary = tempfile.TemporaryDirectory(prefix="stvit_page_")  # goes with the page, or the process
-    folder, largest = Path(temporary.name).resolve(), round(max_megabytes * 1e6)
+    folder, largest = Path(temporary.name).resolve(), round(max_megabytes * MB)
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # gradio has no other way to say where
     # One thread: a Guard's child ends with the thread that made it, and gradio's come and go.
     worker = ThreadPoolExecutor(1)

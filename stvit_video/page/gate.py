@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 # What the page uses of gradio's interface. Of the rest, "file=" would give out files, "proxy=" fetch pages.
 USED = {"upload", "upload_progress", "queue", "heartbeat", "startup-events", "cancel", "reset"}
+MB = 1 << 20  # as gradio counts
 LARGEST_MESSAGE = 1 << 16  # bytes, of what is no upload
 
 
@@ -59,7 +60,7 @@ class Gate:
         if size is None or not size.isdecimal():
             return PlainTextResponse("a body of unknown size", 411)
         if int(size) > most + LARGEST_MESSAGE:
-            return PlainTextResponse(f"{int(size) / 1e6:.0f} MB, at most {most / 1e6:g} MB are taken", 413)
+            return PlainTextResponse(f"{int(size) / MB:.0f} MB, at most {most / MB:g} MB are taken", 413)
         return None
 
     def _check(self, entry: dict) -> dict:
