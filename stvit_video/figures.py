@@ -148,7 +148,7 @@ def play_maps(frames: np.ndarray, maps: np.ndarray | None) -> bytes:
         taken /= taken.max((1, 2, 3), keepdims=True)
         for axis, size in enumerate((times, height, width), 1):
             taken = taken.take(np.arange(size) * taken.shape[axis] // size, axis)
-        shaded = (frames * (0.25 + 0.75 * np.sqrt(taken)[..., None])).astype(np.uint8)
+        shaded = (frames * (0.25 + 0.75 * taken[..., None])).astype(np.uint8)
         gap = np.full((clips, times, height, width // 32, 3), 128, np.uint8)
         frames = np.concatenate([frames, gap, shaded], 3)
     first, *rest = [Image.fromarray(frame) for frame in frames.reshape(-1, *frames.shape[2:])]

@@ -66,10 +66,20 @@ def videos(demo_root, recognize):
 def site(recognize, videos):
     from stvit_video import page
 
-    site = page.build(recognize, examples=videos, max_megabytes=LIMIT, max_seconds=LONGEST)
-    site.launch(prevent_thread_lock=True)
-    yield site
-    site.close()
+    hosts, resolve = set(), socket.getaddrinfo
+
+    def getaddrinfo(host, *args, **options):
+        hosts.add(host)
+        return resolve(host, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        patch.setenv("GRADIO_TEMP_DIR", "")
+        site = page.build(recognize, examples=videos, max_megabytes=LIMIT, max_seconds=LONGEST)
+        site.launch(prevent_thread_lock=True)
+        yield site
+        site.close()
+    assert hosts <= {"127.0.0.1", "localhost", None}, "the server talks to others"
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +288,10 @@ def test_five_gigabytes_are_refused_before_they_are_sent(site):
     assert (code, line) == (413, "4768 MB, at most 0.0625 MB are taken")
     chunked = ask(site, "POST", UPLOAD, b"5\r\nhello\r\n", **FORM, Transfer_Encoding="chunked")
     assert chunked == (411, "a body of unknown size")
+    both = ask(
+        site, "POST", UPLOAD, b"5\r\nhello\r\n", **FORM, Transfer_Encoding="chunked", Content_Length=9
+    )
+    assert both[0] in (400, 411)
     assert left(site) == []
 
 
@@ -301,6 +315,23 @@ def test_an_upload_that_breaks_off_leaves_nothing(site, end):
     assert left(site) == []
 
 
+def test_uploads_that_nobody_asks_about_are_few_and_removed(site, monkeypatch):
+    from stvit_video.page import gate
+
+    monkeypatch.setattr(gate, "WAITING", 2)
+    body = PART + b"\r\n--b--\r\n"
+    codes = [ask(site, "POST", UPLOAD, body, **FORM, Content_Length=len(body)) for _ in range(3)]
+    assert [code for code, _ in codes] == [200, 200, 503]
+    assert codes[2][1] == "2 uploads are waiting, try again later"
+    monkeypatch.setattr(gate, "KEPT", -1)
+    assert ask(site, "POST", UPLOAD, body, **FORM, Content_Length=len(body))[0] == 503
+    assert left(site) == []
+    monkeypatch.setattr(gate, "SLOWEST", 0.2)
+    late = ask(site, "POST", UPLOAD, PART, **FORM, Content_Length=9999)
+    assert late == (400, "not an upload: TimeoutError")
+    assert left(site) == []
+
+
 def test_no_file_is_given_out(site, recognize, videos, tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     body = PART + b"theirs\r\n--b--\r\n"
@@ -312,8 +343,9 @@ def test_no_file_is_given_out(site, recognize, videos, tmp_path):
         for route in ("/gradio_api/file=", "/gradio_api/proxy=", "/gradio_api/file/"):
             assert ask(site, "GET", route + quote(str(path))) == (403, "not given out here")
         for route in ("/file=", "/static/..", "/assets/../../../../../../../../.."):
-            code, text = ask(site, "GET", route + quote(str(path)))
-            assert code in (403, 404), text
+            assert ask(site, "GET", route + quote(str(path)))[0] in (403, 404)
+    evil = ask(site, "GET", f"/gradio_api/file={tmp_path}/secret.txt", Host="a?")
+    assert evil == (403, "not given out here")
     shutil.rmtree(Path(uploaded).parents[1])
 
 
@@ -381,6 +413,8 @@ def test_the_command_says_what_is_missing(tmp_path, demo_root, capsys, monkeypat
     assert capsys.readouterr().err.startswith(f"error: 127.0.0.1:{port}: no page can be opened there")
     with pytest.raises(recognizer.InputError, match="needs a timeout"):
         sys.modules["stvit_video.page"].build(Recognizer(path, device="cpu"))
+    assert run(cli.page, f"--checkpoint={path}", f"--examples={tmp_path}/none") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/none: no folder with videos in it\n"
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "stvit_video.page")
     assert run(cli.page, f"--checkpoint={path}") == 2

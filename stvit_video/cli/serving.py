@@ -33,6 +33,8 @@ def page(args: Sequence[str]) -> None:
     recognize = Recognizer(options.checkpoint, device=options.device, timeout=options.timeout)
     folder = options.examples
     examples = videos_of(Path(folder), VIDEO_SUFFIXES) if folder else validated(recognize.config)
+    if not all(path.is_file() for path in examples):
+        raise InputError(f"{folder}: no folder with videos in it")
     limits = {"max_megabytes": options.max_megabytes, "max_seconds": options.max_seconds}
     site = build(recognize, examples=examples[:: -(-len(examples) // EXAMPLES) or 1], **limits)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as with Ctrl-C: uploads are removed

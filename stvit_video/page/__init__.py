@@ -23,11 +23,10 @@ try:
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from .gate import MB, Gate
+    from .gate import KEPT, MB, WAITING, Gate
 except ImportError as error:
     raise InputError(f"the page needs gradio ({error}): pip install stvit_video[page]") from None
 
-KEPT = 3600  # seconds, of an upload that was left waiting
 OFF = ("share", "run_history", "enable_monitoring", "ssr_mode", "mcp_server", "pwa")  # of gradio
 CSS = """
 .refused {padding: .8rem; border-left: 4px solid #d33; overflow-wrap: anywhere}
@@ -77,7 +76,7 @@ def build(
 
     def uploaded(file: dict, progress: gr.Progress = gr.Progress()):  # noqa: B008 (gradio's way)
         path = Path(file["path"]).resolve()
-        home = folder / path.relative_to(folder).parts[0]  # its own: see Gate
+        home = folder / path.relative_to(folder).parts[0]  # see Gate
         try:
             return answer(path, progress)
         finally:
@@ -98,7 +97,7 @@ def build(
                 choice = gr.Dataset(
                     components=[gr.Textbox(visible=False)],
                     samples=names,
-                    samples_per_page=8,
+                    samples_per_page=6,
                     type="index",
                     label="Or an example",
                     visible=bool(names),
@@ -108,7 +107,7 @@ def build(
         how = {"concurrency_limit": 1, "concurrency_id": "model", "scroll_to_output": True}
         drop.upload(uploaded, drop, outputs, preprocess=False, api_visibility="private", **how)
         choice.click(chosen, choice, outputs, api_visibility="private", **how)
-    page.queue(max_size=32)
+    page.queue(max_size=WAITING)
     page.temporary = temporary
     gate = Middleware(Gate, folder=folder, largest=largest)
     page.launch = functools.partial(
