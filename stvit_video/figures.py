@@ -159,6 +159,59 @@ def play_maps(frames: np.ndarray, maps: np.ndarray | None) -> bytes:
     return file.getvalue()
 
 
+def draw_timeline(
+    moments: np.ndarray,
+    class_names: Sequence[str],
+    segments: Sequence,
+    frames: Sequence[np.ndarray | None],
+    picture: Path,
+) -> None:
+    """Scores of the best classes over time, the segments as a coloured band, frames at even times below.
+
+    moments: (n,) with start, end (seconds), scores (K,). segments: with start, end, name.
+    """
+    longest: dict[str, float] = {}
+    for segment in segments:
+        longest[segment.name] = longest.get(segment.name, 0) + segment.end - segment.start
+    peaks = moments["scores"].max(0) if len(moments) else np.zeros(len(class_names))
+    order = sorted(longest, key=longest.get, reverse=True)
+    order += [class_names[i] for i in np.argsort(-peaks, kind="stable") if class_names[i] not in longest]
+    colours = {name: f"C{i}" for i, name in enumerate(order[:8])}
+    end = float(moments["end"][-1]) if len(moments) else 1.0
+    figure, (top, band, strip) = _axes(3, 1, figsize=(12, 5.4), height_ratios=(4, 0.5, 1.1))
+    groups = np.array_split(moments, min(len(moments), 300) or 1)  # more points than this hide each other
+    at = [(group["start"].mean() + group["end"].mean()) / 2 for group in groups if len(group)]
+    for name, colour in colours.items():
+        label = list(class_names).index(name)
+        scores = [group["scores"][:, label].mean() for group in groups if len(group)]
+        top.plot(
+            at, scores, colour, label=name.replace("$", r"\$"), lw=1.2, marker="." if len(at) < 60 else None
+        )
+    top.set(xlim=(0, end), ylim=(0, 1.02), ylabel="score")
+    top.xaxis.set_major_formatter(lambda seconds, _: _hours(seconds))
+    top.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    for segment in segments:
+        colour = colours.get(segment.name, "0.6")
+        band.axvspan(segment.start, segment.end, color=colour, lw=0)
+    band.set(xlim=(0, end), ylim=(0, 1))
+    strip.set(xlim=(0, len(frames)), ylim=(0, 1))
+    for i, frame in enumerate(frames):
+        if frame is not None:
+            inset = strip.inset_axes((i / len(frames), 0, 0.96 / len(frames), 1))
+            inset.imshow(frame)
+            inset.set_axis_off()
+    for axis in (band, strip):
+        axis.set_axis_off()
+    top.grid(alpha=0.3)
+    top.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, dpi=120, format="png")
+
+
+def _hours(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
 def draw_loading(rows: Sequence[dict], picture: Path) -> None:
     """Rows of `bench_data` -> where the time of a sample goes, and samples/s by the number of workers."""
     figure, (left, right) = _axes(1, 2, figsize=(10, 3.6))

@@ -14,7 +14,7 @@ from .build import build_sampling, build_task, build_test_views
 from .config import Config, from_dict
 from .data.decode import DecodeError, Video, open_video
 from .data.guard import GivenUp, Guard, guarded_in_order
-from .data.stream import Window, WindowReader
+from .data.stream import EVERY, Window, WindowReader
 from .data.views import TestViews
 from .engine import checkpoint
 from .engine.device import autocast, pick_device, pick_precision
@@ -108,7 +108,7 @@ class Recognizer:
         self,
         source: str | Path,
         *,
-        every: float | None = None,
+        every: float = EVERY,
         window: float | None = None,
         skip: int = 0,
     ) -> Iterator[Moment]:
@@ -118,7 +118,7 @@ class Recognizer:
         Windows are cut like clips of the checkpoint, with one centre crop, or `crops` where the Recognizer
         has some set. `WindowReader` and `Layout` say where they lie.
 
-        every: seconds between their starts; None: the length of a window (of images: 1 s).
+        every: seconds from the start of one to the start of the next.
         window: seconds; None: the checkpoint's num_frames x stride, or 4 s for sampling "uniform".
         skip: windows, from the first, that are not scored; the others' moments are the same, bit for bit.
         Raises DecodeError, for a file that is damaged midway after the moments before that; ValueError.
@@ -140,9 +140,10 @@ class Recognizer:
             skip=skipped,
             batch=batch,
         )
-        return itertools.islice(self._moments(reader, batch), skip - skipped, None)
+        return self._moments(reader, batch, skip - skipped)
 
-    def _moments(self, reader: WindowReader, batch: int) -> Iterator[Moment]:
+    def _moments(self, reader: WindowReader, batch: int, drop: int) -> Iterator[Moment]:
+        """The moments of all windows but the `drop` first ones."""
         waiting: list[Window] = []
         end, error = 0.0, None
         chunks = guarded_in_order(reader, itertools.repeat(None), workers=1, timeout=self.timeout)
@@ -153,22 +154,21 @@ class Recognizer:
                     break
                 waiting += chunk
                 while len(waiting) >= batch:
-                    yield from self._score_windows(waiting[:batch])
-                    end = waiting[batch - 1].end
+                    yield from self._score_windows(waiting[:batch])[drop:]
+                    end, drop = waiting[batch - 1].end, 0
                     del waiting[:batch]
         if waiting:
-            yield from self._score_windows(waiting)
+            yield from self._score_windows(waiting)[drop:]
             end = waiting[-1].end
         if isinstance(error, GivenUp):
             raise DecodeError(f"{reader.path}: after {end:.2f} s: {error}")
         if error is not None:
             raise error
 
-    def _score_windows(self, windows: list[Window]) -> Iterator[Moment]:
+    def _score_windows(self, windows: list[Window]) -> list[Moment]:
         clips = torch.from_numpy(np.stack([window.clips for window in windows]))
         scores = self._scores(clips).float().cpu().numpy()
-        for (start, end, _), row in zip(windows, scores, strict=True):
-            yield Moment(start, end, row, self.class_names)
+        return [Moment(w.start, w.end, s, self.class_names) for w, s in zip(windows, scores, strict=True)]
 
     def _scores(self, clips: Tensor) -> Tensor:
         """uint8 (B, V, 3, T, H, W) -> scores, averaged over the views: float64 (B, K)."""

@@ -390,11 +390,11 @@ def test_a_film_shows_what_was_taken():
 
 
 def test_a_timeline_is_drawn_where_it_lies():
-    from stvit_video.page.answer import draw_timeline
+    from stvit_video.page.answer import timeline_html
 
     rows = [(0.9, 0.1, 0)] * 3 + [(0.2, 0.8, 0)]
     names = ["<b>", "jump", "never"]
-    text = draw_timeline([Moment(i, i + 1, np.array(row), names) for i, row in enumerate(rows)])
+    text = timeline_html([Moment(i, i + 1, np.array(row), names) for i, row in enumerate(rows)])
     assert "left: 0.00%; width: 75.00%" in text
     assert "left: 75.00%; width: 25.00%" in text
     assert "&lt;b&gt;: 0:00.0 to 0:03.0, 90%" in text

@@ -35,6 +35,7 @@ ALLOWED = {
         *(
             "cli",
             "figures",
+            "files",
             "bench",
             "page",
             "recognizer",

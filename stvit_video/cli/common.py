@@ -1,7 +1,10 @@
 """What commands share: how they end, what they say at the start, where they write."""
 
+import hashlib
+import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -77,6 +80,26 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{path}: no folder can be made there ({error.strerror})") from None
+
+
+def output_names(paths: Sequence[Path]) -> list[str]:
+    """A name for the files made of each path, no two alike, also where case does not count.
+
+    The path's stem; where several have it, with the folder before it; where that does not tell them apart,
+    with digits of the absolute path's hash behind it.
+    """
+    paths = [path.absolute() for path in paths]
+    names = [path.stem for path in paths]
+    for form in (
+        lambda path: f"{path.parent.name}_{path.stem}",
+        lambda path: f"{path.stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:10]}",
+    ):
+        often = Counter(name.casefold() for name in names)
+        names = [
+            name if often[name.casefold()] == 1 else form(path)
+            for path, name in zip(paths, names, strict=True)
+        ]
+    return names
 
 
 def videos_of(path: Path, suffixes: Collection[str]) -> list[Path]:

@@ -10,36 +10,63 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
+from ..data.stream import EVERY
 from ..recognizer import Recognizer
-from .common import command, make_folder, videos_of
+from ..timeline import ENTER, LEAVE
+from .common import command, make_folder, output_names, videos_of
+from .timeline import write_timelines
 
 
 @command
 def predict(args: Sequence[str]) -> None:
-    """Print the five best classes of each video, with names and scores."""
+    """Print the five best classes of each video, with names and scores; or write what happens when."""
     parser = argparse.ArgumentParser(description=predict.__doc__, allow_abbrev=False)
     parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, or folders of files")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="which model")
     parser.add_argument("--device", help="cpu, cuda, ...; default: CUDA where there is one")
     parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for a video (60)")
+    parser.add_argument("--workers", type=int, default=4, help="videos decoded at a time (4)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line and video")
     parser.add_argument("--features", metavar="FILE.npz", help="also save pooled features here")
     parser.add_argument("--maps", metavar="FOLDER", help="also draw what the semantic tokens look at")
+    long = parser.add_argument_group("timelines of long videos")
+    long.add_argument(
+        "--timeline",
+        metavar="FOLDER",
+        help="write NAME.csv, .json, .npz, .png and .vtt of each video here; killed, it goes on",
+    )
+    long.add_argument("--every", type=float, default=EVERY, metavar="SECONDS", help="step (2)")
+    long.add_argument("--window", type=float, metavar="SECONDS", help="length (the checkpoint's clips')")
+    long.add_argument("--enter", type=float, default=ENTER, help="score at which a class begins (0.5)")
+    long.add_argument("--leave", type=float, default=LEAVE, help="score below which it ends (0.3)")
+    long.add_argument("--draw", action="store_true", help="also NAME.mp4, labels drawn into the frames")
     options = parser.parse_args(args)
+    _check(parser, options)
     recognize = Recognizer(options.checkpoint, device=options.device, timeout=options.timeout)
-    for folder in filter(None, (options.maps, options.features and Path(options.features).parent)):
+    folders = (options.maps, options.features and Path(options.features).parent, options.timeline)
+    for folder in filter(None, folders):
         make_folder(Path(folder))
     suffixes = VIDEO_SUFFIXES | (IMAGE_SUFFIXES if recognize.config.data.num_frames == 1 else set())
     paths = [path for name in options.videos for path in videos_of(Path(name), suffixes)]
+    if options.timeline:
+        settings = {
+            key: getattr(options, key) for key in ("checkpoint", "every", "window", "enter", "leave")
+        }
+        if write_timelines(recognize, paths, Path(options.timeline), settings, options.draw):
+            sys.exit(1)
+        return
+    names = output_names(list(dict.fromkeys(paths)))
+    pictures = dict(zip(dict.fromkeys(paths), names, strict=True))
     features, failed = {}, 0
-    for path in tqdm(paths, unit="video", disable=len(paths) < 10):
+    results = recognize.many(paths, options.workers)
+    for path, guesses in tqdm(results, total=len(paths), unit="video", disable=len(paths) < 10):
         try:
-            guesses = recognize(path)
+            if isinstance(guesses, DecodeError):
+                raise guesses
             if options.features:
                 features[str(path)] = recognize.features(path).cpu().numpy()
             if options.maps:
-                name = f"{path.absolute().parent.name}_{path.stem}.png"
-                recognize.draw_semantic_maps(path, Path(options.maps, name))
+                recognize.draw_semantic_maps(path, Path(options.maps, f"{pictures[path]}.png"))
         except DecodeError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
@@ -57,3 +84,15 @@ def predict(args: Sequence[str]) -> None:
         np.savez(options.features, **features)
     if failed:
         sys.exit(1)
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit with a line for settings that make no sense."""
+    for name in ("every", "window", "timeout", "workers"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            parser.error(f"--{name} {value}: must be more than 0")
+    if not 0 <= options.leave <= options.enter <= 1:
+        parser.error(f"--enter {options.enter} --leave {options.leave}: must be 0 <= leave <= enter <= 1")
+    if options.draw and not options.timeline:
+        parser.error("--draw needs --timeline FOLDER")

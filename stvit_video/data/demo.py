@@ -87,9 +87,9 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: int = FPS) -> None:
         container.mux(stream.encode())
 
 
-def render(name: str, shape: str, rng: np.random.Generator) -> np.ndarray:
-    """One clip of a class: uint8 (T, HEIGHT, WIDTH, 3), 20 to 28 frames."""
-    frames = int(rng.integers(20, 29))
+def render(name: str, shape: str, rng: np.random.Generator, frames: int | None = None) -> np.ndarray:
+    """One clip of a class: uint8 (T, HEIGHT, WIDTH, 3), 20 to 28 frames, or `frames`."""
+    frames = frames or int(rng.integers(20, 29))
     t = np.arange(frames, dtype=np.float32)[:, None, None] * float(rng.uniform(0.8, 1.25))
     # a state at t = 0 that is spread alike in every class, and the one thing that changes
     x, y, angle, size = (float(rng.uniform(0, end)) for end in (ROOM, ROOM, 2 * np.pi, 1))

@@ -5,6 +5,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .decode import (
@@ -25,13 +27,15 @@ from .decode import (
     opened,
     upright,
 )
+from .demo import ENCODER
 from .transforms import TestTransform
 from .views import Sampling
 
 JUMP = 1.0  # seconds back in time; less is a rounded clock
 UNIFORM_WINDOW = 4.0  # seconds, where a checkpoint's clips span whole videos (Something-Something's last 4)
-IMAGE_STEP = 1.0  # seconds between windows of one frame
+EVERY = 2.0  # seconds from window to window; about the length of Kinetics' clips of 16x4
 ANSWER = 1.0  # seconds after which a child process hands over what it has, to show that it lives
+CUT, CUT_BYTES = 8, 1 << 19  # small frames are resized some at a time, larger ones one by one: cache
 TICK = 1e-6  # seconds, or frames: less is rounding
 
 
@@ -94,7 +98,7 @@ class VideoStream:
 
 
 @contextlib.contextmanager
-def open_stream(path: str | os.PathLike[str], threads: int = 0) -> Iterator[VideoStream]:
+def open_stream(path: str | os.PathLike[str], threads: int = 1) -> Iterator[VideoStream]:
     """Open a video file to read it from start to end. Raises DecodeError, also for images and folders."""
     path = Path(path)
     start = beginning(path)
@@ -129,13 +133,13 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(
-        cls, sampling: Sampling, fps: float, seconds: float, every: float | None, window: float | None
+        cls, sampling: Sampling, fps: float, seconds: float, every: float, window: float | None
     ) -> "Layout":
-        """Of a video: frames/s, seconds in all (0.0: unknown); every, window: seconds, None: by `sampling`.
+        """Of a video of `fps` frames/s and `seconds` in all (0.0: unknown).
 
         A window is as long as the checkpoint's clips, num_frames x stride frames. With `window`, or with
-        sampling "uniform", it is so many seconds (no more than the video has), and its frames are those on
-        screen at the middle of each of num_frames equal parts. By default windows touch.
+        sampling "uniform", it is so many seconds, no more than the video has, and its frames are those on
+        screen at the middle of each of num_frames equal parts.
         """
         frames = sampling.num_frames
         if window is None and sampling.kind == "uniform":
@@ -143,11 +147,11 @@ class Layout(NamedTuple):
         if window is not None:
             window = min(window, seconds or window)
             offsets = [(i + 0.5) * window / frames for i in range(frames)]
-            return cls(every or window, offsets, window, True)
+            return cls(every, offsets, window, True)
         clip = sampling.test(SimpleNamespace(num_frames=1 << 40, fps=fps), 0.0)
         offsets = [index - clip[0] for index in clip]
         length = round(offsets[-1] * frames / (frames - 1)) if frames > 1 else 1
-        return cls(every or (length / fps if frames > 1 else IMAGE_STEP), offsets, length, False)
+        return cls(every, offsets, length, False)
 
 
 class WindowReader:
@@ -167,7 +171,7 @@ class WindowReader:
         sampling: Sampling,
         transform: TestTransform,
         *,
-        every: float | None,
+        every: float,
         window: float | None,
         skip: int,
         batch: int,
@@ -193,68 +197,167 @@ class WindowReader:
         """Windows as they end; None after each frame."""
         with open_stream(self.path) as stream:
             layout = Layout.of(self.sampling, stream.fps, stream.seconds, self.every, self.window)
-            open_windows: deque[_Open] = deque()
+            cutter = _Cutter(stream, self.transform)
+            windows: deque[_Open] = deque()
             number, due, last, error = 0, -float("inf"), None, None
             try:
                 for index, shown in enumerate(stream):
                     now = shown.time if layout.by_time else index
-                    for window in open_windows:
+                    for window in windows:
                         window.take(now, last)
-                    while open_windows and open_windows[0].end <= now + TICK:
-                        yield open_windows.popleft().closed(shown.time)
+                    while windows and windows[0].end <= now + TICK:
+                        yield windows.popleft().closed(shown.time)
                     if shown.time >= due - TICK:
                         if number >= self.skip:
-                            open_windows.append(_Open(shown.time, now, layout, number == 0))
+                            windows.append(_Open(shown.time, now, layout, cutter))
                         number += 1
                         due = (int((shown.time + TICK) / layout.every) + 1) * layout.every
-                    last = _Picture(shown, stream, self.transform)
+                    last = _Picture(shown)
                     yield None
             except DecodeError as caught:
                 error = caught
-            if last is not None:
-                end = last.shown.time + last.shown.lasts
-                for window in open_windows:
-                    if window.first or 2 * window.frames_until(end if layout.by_time else index + 1) >= len(
-                        layout.offsets
-                    ):
-                        window.take(float("inf"), last)
-                        yield window.closed(end)
+            end = last.shown.time + last.shown.lasts if last else 0.0
+            for window in windows:
+                there = sum(at < (end if layout.by_time else index + 1) - TICK for at in window.wanted)
+                if 2 * there >= len(window.wanted) or number == 1:
+                    window.take(float("inf"), last)
+                    yield window.closed(end)
             if error is not None:
                 raise error
 
 
 class _Picture:
-    """A frame, cut and resized when a window first needs it."""
+    """A frame of a video: `crops` uint8 (crops, 3, S, S) where a window needs it, and _Cutter made them."""
 
-    def __init__(self, shown: Shown, stream: VideoStream, transform: TestTransform):
-        self.shown, self._stream, self._transform = shown, stream, transform
-        self._crops: Tensor | None = None
+    def __init__(self, shown: Shown):
+        self.shown = shown
+        self.pixels: np.ndarray | None = None
+        self.crops: Tensor | None = None
 
-    def crops(self) -> Tensor:
-        """-> uint8 (crops, 3, S, S)."""
-        if self._crops is None:
-            pixels = torch.from_numpy(np.ascontiguousarray(self._stream.pixels(self.shown.frame)))
-            self._crops = torch.cat(self._transform(pixels.permute(2, 0, 1)[None]))
-        return self._crops
+
+class _Cutter:
+    """Resizes and cuts pictures, some at a time, which is faster than one by one."""
+
+    def __init__(self, stream: VideoStream, transform: TestTransform):
+        self.stream, self.transform = stream, transform
+        self.waiting: list[_Picture] = []
+
+    def add(self, picture: _Picture) -> None:
+        if picture.pixels is not None or picture.crops is not None:
+            return
+        picture.pixels = self.stream.pixels(picture.shown.frame)
+        if self.waiting and picture.pixels.shape != self.waiting[0].pixels.shape:
+            self.cut()
+        self.waiting.append(picture)
+        if len(self.waiting) == CUT or picture.pixels.size >= CUT_BYTES:
+            self.cut()
+
+    def cut(self) -> None:
+        if not self.waiting:
+            return
+        clip = torch.from_numpy(np.stack([picture.pixels for picture in self.waiting]))
+        for picture, *crops in zip(self.waiting, *self.transform(clip.permute(0, 3, 1, 2)), strict=True):
+            picture.crops, picture.pixels = torch.stack(crops), None
+        self.waiting.clear()
 
 
 class _Open:
     """A window that is not yet at its end."""
 
-    def __init__(self, start: float, now: float, layout: Layout, first: bool):
-        self.start, self.first, self.by_time = start, first, layout.by_time
+    def __init__(self, start: float, now: float, layout: Layout, cutter: _Cutter):
+        self.start, self.by_time, self.cutter = start, layout.by_time, cutter
         self.wanted = [now + offset for offset in layout.offsets]
         self.end = now + layout.length
-        self.frames: list[Tensor] = []
+        self.pictures: list[_Picture] = []
 
     def take(self, now: float, picture: _Picture) -> None:
         """`picture` is on screen until `now`."""
-        while len(self.frames) < self.frames_until(now):
-            self.frames.append(picture.crops())
-
-    def frames_until(self, now: float) -> int:
-        return sum(at < now - TICK for at in self.wanted)
+        while len(self.pictures) < len(self.wanted) and self.wanted[len(self.pictures)] < now - TICK:
+            self.cutter.add(picture)
+            self.pictures.append(picture)
 
     def closed(self, now: float) -> Window:
+        self.cutter.cut()
         end = min(now, self.end) if self.by_time else now
-        return Window(self.start, end, torch.stack(self.frames, 2).numpy())
+        clips = torch.stack([picture.crops for picture in self.pictures], 2)
+        return Window(self.start, end, clips.numpy())
+
+
+def seconds_of(path: str | os.PathLike[str]) -> float:
+    """How long a video lasts, by its header; 0.0: unknown. Raises DecodeError."""
+    with open_stream(path) as stream:
+        return stream.seconds
+
+
+def pictures_at(path: str | os.PathLike[str], seconds: float, height: int = 120) -> np.ndarray:
+    """What a video shows at a time: uint8 (height, W, 3). Raises DecodeError."""
+    with open_stream(path) as stream:
+        stream.seek(seconds)
+        for shown in stream:
+            if shown.time + shown.lasts > seconds:
+                break
+        image = Image.fromarray(stream.pixels(shown.frame))
+        return np.asarray(image.resize((max(round(image.width * height / image.height), 1), height)))
+
+
+class LabelledCopy:
+    """Writes a video as H.264 in mp4, without sound, labels (start, end, name, score) drawn in.
+
+    A call works for `ANSWER` seconds: -> the time it got to; None: at the end, also where a frame cannot be
+    read.
+    """
+
+    def __init__(self, source: Path, target: Path, labels: list[tuple[float, float, str, float]]):
+        self.source, self.target, self.labels = source, target, labels
+        self._times: Iterator[float] | None = None
+
+    def __call__(self, _: object = None) -> float | None:
+        self._times = self._times or self._write()
+        until = time.monotonic() + ANSWER
+        for reached in self._times:
+            if time.monotonic() > until:
+                return reached
+        return None
+
+    def _write(self) -> Iterator[float]:
+        with open_stream(self.source) as stream, av.open(str(self.target), "w", format="mp4") as container:
+            unit, out, signs = Fraction(1, 90_000), None, {}
+            with contextlib.suppress(DecodeError):
+                for shown in stream:
+                    pixels = np.ascontiguousarray(stream.pixels(shown.frame))
+                    height, width = (max(side // 2 * 2, 2) for side in pixels.shape[:2])
+                    if out is None:
+                        rate = Fraction(stream.fps).limit_denominator(1001)
+                        options = ENCODER | {"threads": "0"}
+                        out = container.add_stream("libx264", rate=rate, options=options)
+                        out.width, out.height, out.pix_fmt = width, height, "yuv420p"
+                        out.codec_context.time_base = unit
+                    texts = [f"{n} {s:.0%}" for a, b, n, s in self.labels if a <= shown.time < b]
+                    pixels = _labelled(pixels, "\n".join(texts), signs)
+                    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                    frame = frame.reformat(out.width, out.height, "yuv420p")
+                    frame.pts, frame.time_base = round(shown.time / unit), unit
+                    frame.duration = round(shown.lasts / unit)
+                    container.mux(out.encode(frame))
+                    yield shown.time
+            if out is not None:
+                container.mux(out.encode(None))
+
+
+def _labelled(pixels: np.ndarray, text: str, signs: dict[str, np.ndarray]) -> np.ndarray:
+    """Pixels with white text on a black sign in the lower left corner; signs that were drawn are kept."""
+    if not text:
+        return pixels
+    if text not in signs:
+        signs.clear()
+        font = ImageFont.load_default(max(pixels.shape[0] // 14, 9))
+        measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+        left, top, right, bottom = measure.multiline_textbbox((0, 0), text, font=font)
+        margin = max(pixels.shape[0] // 60, 2)
+        sign = Image.new("RGB", (int(right - left) + 2 * margin, int(bottom - top) + 2 * margin))
+        ImageDraw.Draw(sign).multiline_text((margin - left, margin - top), text, "white", font)
+        signs[text] = np.asarray(sign)
+    sign = signs[text][: pixels.shape[0], : pixels.shape[1]]
+    pixels = pixels.copy()
+    pixels[pixels.shape[0] - sign.shape[0] :, : sign.shape[1]] = sign
+    return pixels

@@ -53,11 +53,11 @@ def _timeline(
             progress(min(moment.end / max(seconds, moment.end), 1), "timeline")
     except DecodeError as error:
         line = refusal(one_line(error, path))
-    drawn = draw_timeline(moments, overlap=recognizer.config.task == "multilabel") if moments else ""
+    drawn = timeline_html(moments, overlap=recognizer.config.task == "multilabel") if moments else ""
     return drawn + line
 
 
-def draw_timeline(moments: Sequence[Moment], *, overlap: bool = False) -> str:
+def timeline_html(moments: Sequence[Moment], *, overlap: bool = False) -> str:
     """HTML: the best classes' scores over time, the segments below, and both in words.
 
     overlap: several classes may last at a time.

@@ -1,0 +1,236 @@
+"""What `stvit-predict --timeline` writes of each video; killed at any moment, it goes on where it was."""
+
+import csv
+import hashlib
+import html
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..data.decode import DecodeError
+from ..data.guard import GivenUp, Guard, guarded_in_order
+from ..data.stream import LabelledCopy, pictures_at, seconds_of
+from ..errors import InputError
+from ..figures import draw_timeline
+from ..files import written_whole
+from ..recognizer import Recognizer
+from ..timeline import Moment, Segment, segments
+from .common import output_names
+
+PICTURES = 12  # below the scores
+SUFFIXES = (".csv", ".npz", ".png", ".vtt", ".json")
+
+
+def write_timelines(
+    recognize: Recognizer, paths: Sequence[Path], folder: Path, settings: dict, draw: bool
+) -> int:
+    """Of each video NAME.csv, .npz, .png, .vtt, .json and, to `draw`, .mp4; -> how many had errors.
+
+    settings: checkpoint, every, window, enter, leave.
+    """
+    with open(settings["checkpoint"], "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    settings |= {"checkpoint_sha256": digest, "precision": str(recognize.precision)}
+    paths, failed = list(dict.fromkeys(path.absolute() for path in paths)), 0
+    for path, name in zip(paths, output_names(paths), strict=True):
+        try:
+            error = Files(recognize, path, folder / name, settings).write(draw)
+        except DecodeError as unreadable:
+            error = str(unreadable)
+        if error is not None:
+            failed += 1
+            print(f"error: {error}", file=sys.stderr)
+    return failed
+
+
+class Files:
+    """What is written of one video; `NAME.moments` holds what is known until all of it is."""
+
+    def __init__(self, recognize: Recognizer, path: Path, base: Path, settings: dict):
+        try:
+            state = path.stat()
+        except OSError as error:
+            raise DecodeError(f"{path}: {error.strerror}") from None
+        self.recognize, self.path, self.base, self.settings = recognize, path, base, settings
+        video = {"path": str(path), "bytes": state.st_size, "modified_ns": state.st_mtime_ns}
+        self.source = {"video": video, "settings": settings}
+        scores = ("scores", "<f4", (len(recognize.class_names),))
+        self.record = np.dtype([("start", "<f8"), ("end", "<f8"), scores])
+
+    def write(self, draw: bool) -> str | None:
+        """-> why the video could not be read to its end; None: it was. Raises DecodeError: nothing was."""
+        if not self._complete():
+            self._file(".json").unlink(missing_ok=True)
+            self._file(".mp4").unlink(missing_ok=True)
+            error = self._score()
+            if error is None or self._known().size:
+                self._write_all(error)
+            else:
+                return error
+        else:
+            error = None
+        if draw and not self._file(".mp4").exists():
+            self._draw()
+        if error is None:
+            self._file(".moments").unlink(missing_ok=True)
+        return error
+
+    def _file(self, suffix: str) -> Path:
+        return self.base.with_name(self.base.name + suffix)
+
+    def _complete(self) -> bool:
+        """Whether all files are there, of this video and settings. Raises InputError: of another video."""
+        try:
+            written = json.loads(self._file(".json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        self._check_path(written)
+        same = {key: written.get(key) for key in self.source} == self.source
+        return same and written["error"] is None and all(self._file(s).exists() for s in SUFFIXES)
+
+    def _check_path(self, source: dict) -> None:
+        if source["video"]["path"] != str(self.path):
+            raise InputError(
+                f"{self.base.parent}: {self.base.name} is the timeline of {source['video']['path']} there; "
+                f"that of {self.path} needs another folder"
+            )
+
+    def _score(self) -> str | None:
+        """Bring `NAME.moments` to the end of the video; -> why that was not possible."""
+        known, header = self._known(), self._header()
+        with open(self._file(".moments"), "r+b" if known.size else "wb", buffering=0) as file:
+            if not known.size:
+                file.write(header)
+            file.truncate(len(header) + known.nbytes)  # half a moment, written when it was killed
+            file.seek(0, 2)
+            options = {key: self.settings[key] for key in ("every", "window")}
+            moments = self.recognize.timeline(self.path, skip=known.size, **options)
+            try:
+                with closing(moments), self._bar(known) as bar:
+                    for moment in moments:
+                        file.write(np.array(moment[:3], self.record).tobytes())
+                        bar.update(moment.end - bar.n)
+            except DecodeError as error:
+                return str(error)
+        return None
+
+    def _header(self) -> bytes:
+        return json.dumps(self.source).encode() + b"\n"
+
+    def _known(self) -> np.ndarray:
+        """The moments that were scored, (n,) with start, end, scores; none of another video or settings."""
+        file, header = self._file(".moments"), self._header()
+        content = file.read_bytes() if file.exists() else b""
+        if content.startswith(header):
+            content = content[len(header) :]
+            return np.frombuffer(content, self.record, len(content) // self.record.itemsize)
+        if b"\n" in content:
+            self._check_path(json.loads(content.partition(b"\n")[0]))
+        return np.empty(0, self.record)
+
+    def _bar(self, known: np.ndarray) -> tqdm:
+        """Seconds of video, with the time that is left."""
+        try:
+            seconds = Guard(seconds_of, self.recognize.timeout or 60)(self.path)
+        except (DecodeError, GivenUp):
+            seconds = 0.0
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, {remaining} left, {rate_fmt}"
+        return tqdm(
+            desc=self.path.name,
+            total=seconds or None,
+            initial=known["end"][-1] if known.size else 0,
+            unit="s",
+            bar_format=form if seconds else None,
+            disable=None,  # where nobody looks
+        )
+
+    def _segments(self) -> list[Segment]:
+        names = self.recognize.class_names
+        moments = (Moment(float(s), float(e), scores, names) for s, e, scores in self._loaded())
+        thresholds = {key: self.settings[key] for key in ("enter", "leave")}
+        return segments(moments, names, overlap=self.recognize.config.task == "multilabel", **thresholds)
+
+    def _loaded(self):
+        with np.load(self._file(".npz")) as file:
+            return list(zip(file["start"], file["end"], file["scores"], strict=True))
+
+    def _write_all(self, error: str | None) -> None:
+        """Each file at once; the one that says that all are there comes last."""
+        known, names = self._known(), self.recognize.class_names
+        with written_whole(self._file(".npz")) as part, open(part, "wb") as file:
+            columns = {key: known[key] for key in ("start", "end", "scores")}
+            np.savez_compressed(file, class_names=np.array(names), **columns)
+        lasting = self._segments()
+        with (
+            written_whole(self._file(".csv")) as part,
+            open(part, "w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(["from", "to", "class", "score"])
+            writer.writerows((f"{s.start:.3f}", f"{s.end:.3f}", s.name, f"{s.score:.4f}") for s in lasting)
+        with written_whole(self._file(".vtt")) as part:
+            part.write_text(subtitles(lasting), encoding="utf-8")
+        with written_whole(self._file(".png")) as part:
+            draw_timeline(known, names, lasting, self._pictures(known), part)
+        report = self.source | {
+            "moments": known.size,
+            "scores": self._file(".npz").name,
+            "segments": [
+                {
+                    "from": round(s.start, 3),
+                    "to": round(s.end, 3),
+                    "class": s.name,
+                    "score": round(s.score, 4),
+                }
+                for s in lasting
+            ],
+            "error": error,
+        }
+        with written_whole(self._file(".json")) as part:
+            part.write_text(json.dumps(report, indent=1))
+
+    def _pictures(self, known: np.ndarray) -> list[np.ndarray | None]:
+        end = float(known["end"][-1]) if known.size else 0.0
+        times = [(i + 0.5) * end / PICTURES for i in range(PICTURES)]
+        guard = Guard(pictures_at, self.recognize.timeout or 60)
+        pictures = []
+        for time in times:
+            try:
+                pictures.append(guard(self.path, time))
+            except (DecodeError, GivenUp):
+                pictures.append(None)
+        return pictures
+
+    def _draw(self) -> None:
+        with written_whole(self._file(".mp4")) as part:
+            copy = LabelledCopy(self.path, part, [tuple(segment) for segment in self._segments()])
+            timeout = self.recognize.timeout
+            steps = guarded_in_order(copy, itertools.repeat(None), workers=1, timeout=timeout)
+            with closing(steps), tqdm(desc=f"{self.base.name}.mp4", unit="s", disable=None) as bar:
+                for _, time in steps:
+                    if time is None:
+                        break
+                    if isinstance(time, Exception):
+                        raise DecodeError(f"{self.path}: not drawn: {time}")
+                    bar.update(time - bar.n)
+
+
+def subtitles(lasting: Sequence[Segment]) -> str:
+    """Segments -> WebVTT."""
+    cues = ["WEBVTT\n"]
+    for segment in lasting:
+        text = html.escape(" ".join(segment.name.split()), quote=False)
+        cues.append(f"{_clock(segment.start)} --> {_clock(segment.end)}\n{text} ({segment.score:.0%})\n")
+    return "\n".join(cues)
+
+
+def _clock(seconds: float) -> str:
+    milliseconds = round(1000 * seconds)
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d}.{rest % 1000:03d}"
