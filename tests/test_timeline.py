@@ -416,12 +416,12 @@ STEP = 2.0
 
 def long_video(path, minutes, repeats):
     """So many minutes of demo clips of 6 to 14 s, 320 x 240 pixels, repeated; -> [(from, to, class)]."""
-    rng, truth, part, name = np.random.default_rng(7), [], path.with_name("part.mp4"), demo.CLASSES[0]
+    rng, truth, part, name = np.random.default_rng(7), [], path.with_name("part.mp4"), None
     with av.open(str(part), "w") as container:
         video = container.add_stream("libx264", rate=demo.FPS, options=demo.ENCODER)
         video.width, video.height, video.pix_fmt, end = 320, 240, "yuv420p", 0
         while end < 60 * minutes * demo.FPS:
-            name = rng.choice([other for other in demo.CLASSES if other not in (name, demo.CLASSES[0])])
+            name = rng.choice([other for other in demo.CLASSES if other != name])
             frames = demo.render(name, rng.choice(demo.SHAPES), rng, int(rng.integers(6, 15)) * demo.FPS)
             truth.append((end / demo.FPS, (end + len(frames)) / demo.FPS, str(name)))
             end += len(frames)

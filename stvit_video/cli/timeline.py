@@ -140,7 +140,7 @@ class Files:
             seconds = Guard(seconds_of, self.recognize.timeout or 60)(self.path)
         except (DecodeError, GivenUp):
             seconds = 0.0
-        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, {remaining} left, {rate_fmt}"
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of video, {remaining} left"
         return tqdm(
             desc=self.path.name,
             total=seconds or None,
@@ -203,9 +203,11 @@ class Files:
         for time in times:
             try:
                 pictures.append(guard(self.path, time))
-            except (DecodeError, GivenUp):
+            except DecodeError:
                 pictures.append(None)
-        return pictures
+            except GivenUp:  # to try again would take as long
+                break
+        return pictures + [None] * (PICTURES - len(pictures))
 
     def _draw(self) -> None:
         with written_whole(self._file(".mp4")) as part:
