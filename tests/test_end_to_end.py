@@ -232,8 +232,7 @@ def test_predict(trained, tmp_path, demo_root, capsys):
         assert scores == sorted(scores, reverse=True)
     saved = np.load(features)
     assert saved[str(videos[0])].shape == (24,)
-    names = {f"{path.parent.name}_{path.stem}" for path in videos}
-    assert {path.stem for path in maps.iterdir()} == names
+    assert {path.stem for path in maps.iterdir()} == {path.stem for path in videos}
 
     assert run(cli.predict, f"--checkpoint={folder}/best.pt", demo_root / "test") == 0
     lines = capsys.readouterr().out.splitlines()
