@@ -98,6 +98,7 @@ def visit(site, browser):
 
     def visit():
         contexts.append(browser.new_context())
+        contexts[-1].set_default_timeout(90_000)  # milliseconds: on a busy machine
         tab = contexts[-1].new_page()
         tab.on("request", lambda request: asked.append(request.url))
         tab.goto(site.local_url)
