@@ -1,11 +1,14 @@
 """What people would rather look at than read: learning curves, the confusion matrix, where time goes."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 WATCHED = "val_"  # begins the keys of a validation's figures in the log
+PLAYED, FRAME = 192, 125  # a clip that plays: its height at least, and milliseconds of a frame
 
 
 def draw_curves(entries: Sequence[dict], picture: Path) -> None:
@@ -129,6 +132,31 @@ def draw_maps(frames: np.ndarray, maps: np.ndarray, picture: Path) -> None:
     for axis in axes.flat:
         axis.set_axis_off()
     figure.savefig(picture, dpi=120)
+
+
+def play_maps(frames: np.ndarray, maps: np.ndarray | None) -> bytes:
+    """Clips that play, one after the other; beside them, what semantic tokens took: an animated WebP.
+
+    frames: uint8 (clips, T, H, W, 3); maps: (clips, n, T', H', W'), None: the clips alone. A patch is the
+    brighter, the more all tokens together took from it.
+    """
+    enlarged = max(PLAYED // frames.shape[2], 1)
+    frames = frames.repeat(enlarged, 2).repeat(enlarged, 3)
+    clips, times, height, width = frames.shape[:4]
+    if maps is not None:
+        taken = maps.sum(1)  # (clips, T', H', W')
+        taken /= taken.max((1, 2, 3), keepdims=True)
+        for axis, size in enumerate((times, height, width), 1):
+            taken = taken.take(np.arange(size) * taken.shape[axis] // size, axis)
+        shaded = (frames * (0.25 + 0.75 * taken[..., None])).astype(np.uint8)
+        gap = np.full((clips, times, height, width // 32, 3), 128, np.uint8)
+        frames = np.concatenate([frames, gap, shaded], 3)
+    first, *rest = [Image.fromarray(frame) for frame in frames.reshape(-1, *frames.shape[2:])]
+    file = io.BytesIO()
+    first.save(
+        file, "WEBP", save_all=True, append_images=rest, duration=FRAME, loop=0, quality=80, method=2
+    )
+    return file.getvalue()
 
 
 def draw_timeline(

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .build import build_sampling, build_task, build_test_views
 from .config import Config, from_dict
-from .data.decode import DecodeError, open_video
+from .data.decode import DecodeError, Video, open_video
 from .data.guard import GivenUp, Guard, guarded_in_order
 from .data.stream import EVERY, Window, WindowReader
 from .data.views import TestViews
@@ -192,17 +192,34 @@ class Recognizer:
     @torch.no_grad()
     def draw_semantic_maps(self, path: str | Path, picture: str | Path) -> None:
         """Draw what the semantic tokens took from the central view of one video. Raises DecodeError."""
-        semantic = getattr(self.model, "semantic", None)
-        if not hasattr(semantic, "maps"):
+        (frames,), maps = self.semantic_maps(path)
+        if maps is None:
             raise InputError(f"{self.config.model.name} has no semantic tokens to draw")
-        clip = self._clips(path, build_test_views(self.config, 1, 1))[0]  # (1, 3, T, H, W)
-        maps = self.model.semantic_maps(self.task.normalise(clip.to(self.device)))[0]
-        step = -(-clip.shape[2] // maps.shape[1])
-        frames = clip[0, :, ::step].permute(1, 2, 3, 0).numpy()
-        draw_maps(frames, maps.unflatten(0, semantic.tokens).cpu().numpy(), Path(picture))
+        step = -(-len(frames) // maps.shape[2])
+        draw_maps(
+            frames[::step], maps[0].reshape(*self.model.semantic.tokens, *maps.shape[2:]), Path(picture)
+        )
 
-    def _clips(self, path: str | Path, views: TestViews | None = None) -> Tensor:
-        """-> uint8 (1, V, 3, T, H, W)."""
+    @torch.no_grad()
+    def semantic_maps(self, path: str | Path, clips: int = 1) -> tuple[np.ndarray, np.ndarray | None]:
+        """The centre crop of clips spread over a video, and what the semantic tokens took from each patch.
+
+        -> uint8 (clips, T, H, W, 3); (clips, n, T', H', W'), each of the n maps summing to 1, or None for a
+        model without semantic tokens. Raises DecodeError.
+        """
+        views = self._clips(path, build_test_views(self.config, clips, 1))[0]  # (clips, 3, T, H, W)
+        frames, maps = views.permute(0, 2, 3, 4, 1).numpy(), None
+        if hasattr(getattr(self.model, "semantic", None), "maps"):
+            parts = views.to(self.device).split(self.config.eval.view_batch)
+            maps = torch.cat([self.model.semantic_maps(self.task.normalise(part)) for part in parts])
+        return frames, None if maps is None else maps.cpu().numpy()
+
+    def seconds(self, path: str | Path) -> float:
+        """How long one video lasts; 0: of unknown rate. Raises DecodeError."""
+        return self._clips(path, _seconds).item()
+
+    def _clips(self, path: str | Path, views: Callable | None = None) -> Tensor:
+        """-> uint8 (1, V, 3, T, H, W), or what `views` make of the video."""
         try:
             return torch.from_numpy(self._decode(path, views or self.views)).unsqueeze(0)
         except GivenUp as error:
@@ -211,6 +228,10 @@ class Recognizer:
     def _read_job(self, job: tuple[str | Path, TestViews]) -> np.ndarray:
         return self._read(*job)
 
-    def _read(self, path: str | Path, views: TestViews) -> np.ndarray:
+    def _read(self, path: str | Path, views: Callable) -> np.ndarray:
         with open_video(path, self.config.data.decoder) as video:
             return views(video, -1)[0].contiguous().numpy()
+
+
+def _seconds(video: Video, _: int) -> tuple[Tensor]:
+    return (torch.tensor(video.num_frames / video.fps if video.fps else 0.0),)

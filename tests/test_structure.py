@@ -28,6 +28,7 @@ ALLOWED = {
     "build": {"weights", "config", "tasks", "engine", "data", "models"},
     "timeline": set(),
     "recognizer": {"figures", "timeline", "build", "weights", "config", "engine", "data", "models"},
+    "page": {"page", "data", "figures", "recognizer", "timeline"},
     "resume": {"config", "engine"},
     "bench": {"figures", "files", "bench", "build", "config", "tasks", "engine", "data", "models"},
     "cli": {
@@ -36,6 +37,7 @@ ALLOWED = {
             "figures",
             "files",
             "bench",
+            "page",
             "recognizer",
             "resume",
             "timeline",
@@ -170,7 +172,7 @@ def test_every_test_that_the_documents_name_exists():
 
 
 @pytest.mark.parametrize(
-    "tool", ["train_net", "test_net", "predict", "check_data", "draw_curves", "make_shards"]
+    "tool", ["train_net", "test_net", "predict", "check_data", "draw_curves", "make_shards", "open_page"]
 )
 def test_every_tool_runs(tool):
     done = subprocess.run(

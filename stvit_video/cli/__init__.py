@@ -10,6 +10,7 @@ _HOMES = {
     "shards": "lists",
     "curves": "pictures",
     "bench": "measuring",
+    "page": "serving",
     "command": "common",
 }
 
