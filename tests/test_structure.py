@@ -18,9 +18,10 @@ ALLOWED = {
     "bounds": set(),
     "figures": set(),
     "files": set(),
+    "reports": {"reports"},
     "data": {"data", "files"},
     "models": {"models", "bounds"},
-    "tasks": {"tasks", "data", "bounds", "figures"},
+    "tasks": {"tasks", "data", "bounds", "figures", "reports"},
     "engine": {"engine", "files", "data", "models", "bounds", "figures"},
     "adapters": set(),
     "weights": {"adapters", "files", "models"},
@@ -35,6 +36,7 @@ ALLOWED = {
             "figures",
             "bench",
             "recognizer",
+            "reports",
             "resume",
             "build",
             "weights",
@@ -167,7 +169,7 @@ def test_every_test_that_the_documents_name_exists():
 
 
 @pytest.mark.parametrize(
-    "tool", ["train_net", "test_net", "predict", "check_data", "draw_curves", "make_shards"]
+    "tool", ["train_net", "test_net", "predict", "check_data", "draw_curves", "make_shards", "compare_runs"]
 )
 def test_every_tool_runs(tool):
     done = subprocess.run(

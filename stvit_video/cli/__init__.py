@@ -9,6 +9,7 @@ _HOMES = {
     "check": "lists",
     "shards": "lists",
     "curves": "pictures",
+    "compare": "pictures",
     "bench": "measuring",
     "command": "common",
 }
