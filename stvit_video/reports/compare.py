@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 
 from ..errors import InputError
 from . import statistics
-from .page import read_previews, write_page
+from .page import below, read_previews, write_page
 
 Key = tuple[str, int]  # path, and the how many-th time that it stands in the list
 SURE = 0.05
@@ -24,8 +25,8 @@ SURE = 0.05
 class Scoring:
     """What a scoring left in `folder`: videos by key, in the order of the list.
 
-    rows: lines of `predictions.csv`. scores, labels: (N, K), of several labels a video only; a label is 1, 0,
-    or -1 where they are not known.
+    rows: lines of `predictions.csv`.
+    scores, labels: (N, K), where a video may have several labels: 1, 0, or -1 where they are not known.
     """
 
     name: str
@@ -56,12 +57,18 @@ class Verdict(NamedTuple):
     p: float
 
     def sentence(self, figure: str) -> str:
+        return f"{self.claim}: {self.certainty(figure)}"
+
+    @property
+    def claim(self) -> str:
+        if self.p < SURE:
+            return f"{self.better} is better than {self.worse}"
+        return f"no difference shown between {self.better} and {self.worse}"
+
+    def certainty(self, figure: str) -> str:
         difference, low, high = (100 * value for value in (self.difference, self.low, self.high))
         p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
-        certainty = f"{difference:+.1f} points of {figure}, 95% interval {low:.1f} to {high:.1f}, {p}"
-        if self.p < SURE:
-            return f"{self.better} is better than {self.worse}: {certainty}"
-        return f"no difference shown between {self.better} and {self.worse}: {certainty}"
+        return f"{difference:+.1f} points of {figure}, 95% interval {low:.1f} to {high:.1f}, {p}"
 
 
 def read_scoring(name: str, folder: Path) -> Scoring:
@@ -113,22 +120,31 @@ def compare(scorings: Sequence[Scoring], page: Path, *, count: int = 10_000, see
     said = [verdict.sentence(title) for verdict in differences]
     notes = _notes(scorings, keys, len(said), count)
     differing = [key for key in keys if len({_guess(s, key) for s in scorings}) > 1]
+    root, paths = below([path for path, _ in differing])
     write_page(
         page,
         "compare",
-        data=_data(scorings, differing),
+        data=_data(scorings, differing) | {"paths": paths},
         previews=_previews(scorings, differing),
         names=[s.name for s in scorings],
         folders=[(s.name, str(s.report.get("checkpoint", s.folder))) for s in scorings],
-        verdicts=[(sentence[:1].upper() + sentence[1:]).partition(": ") for sentence in said],
+        verdicts=[(verdict.claim, verdict.certainty(title)) for verdict in differences],
         table=table,
-        notes=notes,
+        axis=_axis(table[0][1]),
+        notes=[*notes, *([f"Paths are below {root}"] if root else [])],
     )
     lines = [
         f"{name}: " + ", ".join(_cell(s, *c) for s, c in zip(scorings, cells, strict=True))
         for name, cells in table
     ]
     return [*lines, *said, *notes, f"{len(differing)} videos on which they differ: {page}"]
+
+
+def _axis(cells: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """From and to which value the intervals are drawn: whole tenths."""
+    low, high = min(cell[1] for cell in cells), max(cell[2] for cell in cells)
+    low, high = math.floor(10 * low) / 10, math.ceil(10 * high) / 10
+    return (low, high) if high > low else (max(low - 0.1, 0), min(high + 0.1, 1))
 
 
 def _cell(scoring: Scoring, value: float, low: float, high: float) -> str:
@@ -261,7 +277,6 @@ def _data(scorings: Sequence[Scoring], keys: Sequence[Key]) -> dict[str, Any]:
     ]
     return {
         "runs": [scoring.name for scoring in scorings],
-        "paths": [path for path, _ in keys],
         "labels": [_label(scorings[0], key) for key in keys],
         "said": said,
     }

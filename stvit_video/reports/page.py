@@ -76,14 +76,13 @@ def write_report_page(
     confusion: whether a video has one class at most, so that there is a confusion matrix.
     """
     rows = list(rows)
-    prefix = os.path.commonprefix([name for name, _ in rows])  # noqa: RUF071 (it is cut at a slash)
-    root = "".join(prefix.rpartition("/")[:2])
+    root, names = below([name for name, _ in rows])
     data = {
         "classes": [name for name, _, _ in by_class],
         "videos_of": [videos for _, videos, _ in by_class],
         "values": [value for _, _, value in by_class],
         "confusion": confusion,
-        "paths": [name[len(root) :] for name, _ in rows],
+        "paths": names,
         "labels": [list(labels) for _, labels in rows],
         "best": [[] if i in failures else line for i, line in enumerate(best.tolist())],
         "scores": [[round(value, 5) for value in line] for line in scores.astype(float).tolist()],
@@ -101,6 +100,13 @@ def write_report_page(
         root=root,
         confusion=confusion and any(labels for _, labels in rows),
     )
+
+
+def below(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """The folder that all paths lie in ("": there is none), and the paths from there."""
+    prefix = os.path.commonprefix(paths)  # noqa: RUF071 (it is cut at a slash)
+    root = "".join(prefix.rpartition("/")[:2])
+    return root, [path[len(root) :] for path in paths]
 
 
 @functools.cache

@@ -13,7 +13,7 @@ const texts = videos.map((video) =>
   [paths[video], labels[video], ...said.map((run) => run[video][NAME])].join("\n").toLowerCase());
 const surest = (video) => Math.max(...said.map((run) => (run[video][RIGHT] ? 0 : run[video][SCORE])));
 
-document.getElementById("list").style.setProperty("--guesses", Math.max(5, 2 * runs.length));
+document.getElementById("list").style.setProperty("--guesses", runs.length);
 const list = new VideoList(document.getElementById("list"), (video) => {
   const label = element("p", { class: "labels", title: labels[video] }, element("small", {}, "label "), labels[video]);
   const status = element("p", { class: "is unlabelled" }, groups[video]);
@@ -21,8 +21,9 @@ const list = new VideoList(document.getElementById("list"), (video) => {
   const right = element("div", { class: "guesses" });
   runs.forEach((name, run) => {
     const [best, score, hit, failure] = said[run][video];
-    right.append(element("div", { class: "run", title: name }, name));
-    right.append(guess(failure ? `unreadable: ${failure}` : best, score, hit ? "true" : "wrong"));
+    const line = guess(failure ? `unreadable: ${failure}` : best, score, hit ? "true named" : "wrong named");
+    line.prepend(element("span", { class: "run", title: name }, name));
+    right.append(line);
   });
   return previews.length ? [preview(video), what, right] : [what, right];
 });

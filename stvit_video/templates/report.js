@@ -136,7 +136,8 @@ function drawMatrix() {
     drawPairs(counts);
   }
   const matrix = document.getElementById("matrix");
-  const side = Math.max(15, Math.min(44, Math.floor(540 / ids.length)));
+  const room = matrix.parentElement.clientWidth - 120; // beside the names
+  const side = Math.max(ids.length > 20 ? 15 : 28, Math.min(44, Math.floor(room / ids.length) - 2));
   matrix.style.setProperty("--cell", side + "px");
   const heads = ids.map((id) => element("th", { title: classes[id] }, element("span", {}, classes[id])));
   matrix.tHead.append(element("tr", {}, element("th"), ...heads));

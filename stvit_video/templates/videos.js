@@ -73,8 +73,9 @@ class VideoList {
   update() {
     this.root.style.height = this.order.length * this.height + "px";
     const top = -this.root.getBoundingClientRect().top;
+    const last = Math.ceil((top + innerHeight) / this.height) + 3;
     const first = Math.max(0, Math.floor(top / this.height) - 3);
-    const end = Math.min(this.order.length, Math.ceil((top + innerHeight) / this.height) + 3);
+    const end = Math.min(this.order.length, Math.max(last, first + 6)); // some also while all lie below
     for (const [place, row] of this.rows) {
       if (place >= first && place < end) continue;
       row.remove();
