@@ -121,7 +121,7 @@ def test_every_name_on_the_page_of_the_architecture_exists():
     for name in re.findall(r"`([^`]+)`", text):
         if "/" in name:
             assert (ROOT / name).exists(), name
-        elif re.search(r"\.(csv|json|png|pt)$", name):
+        elif re.search(r"\.(csv|json|png|pt|html|npz)$", name):
             assert f'"{name}"' in written, name
         else:
             assert name in known, name
