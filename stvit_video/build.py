@@ -17,6 +17,7 @@ from .config import Config, ConfigError, DataConfig, settle_pixels, to_dict
 from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
+from .data.preview import make_preview
 from .data.rows import class_ids
 from .data.shards import find_shards
 from .data.transforms import Normalise, TestTransform, TrainTransform
@@ -277,10 +278,19 @@ def build_train_loader(config: Config, task: Task, rows: Sequence[Row], device: 
 
 
 def build_test_loader(
-    config: Config, task: Task, rows: Sequence[Row], device: torch.device, *, clips: int, crops: int
+    config: Config,
+    task: Task,
+    rows: Sequence[Row],
+    device: torch.device,
+    *,
+    clips: int,
+    crops: int,
+    previews: bool = False,
 ) -> DataLoader:
+    """previews: samples bring one of their video."""
     task.check([row for row in rows if row.target is not None], "the list to score")
-    dataset = _dataset(config, task, rows, build_test_views(config, clips, crops), substitute=False)
+    views = replace(build_test_views(config, clips, crops), preview=make_preview if previews else None)
+    dataset = _dataset(config, task, rows, views, substitute=False)
     sampler = TestSampler(len(rows), rank=distributed.rank(), world=distributed.world())
     return _loader(config, dataset, sampler, config.eval.batch_size, device, persistent=config.data.keep)
 

@@ -127,6 +127,8 @@ class EvalConfig:
     """Unreadable videos count as wrong, or are left out of the figures; both are counted."""
     dump_views: bool = False
     """Also write the scores of every view, to views.npz."""
+    previews: bool | Literal["auto"] = "auto"
+    """Small moving pictures of the videos in report.html; auto: of lists with up to 2000 videos."""
 
 
 # Settings that only some task has stand in `train`, too.

@@ -18,9 +18,10 @@ ALLOWED = {
     "bounds": set(),
     "figures": set(),
     "files": set(),
+    "reports": {"reports"},
     "data": {"data", "files"},
     "models": {"models", "bounds"},
-    "tasks": {"tasks", "data", "bounds", "figures"},
+    "tasks": {"tasks", "data", "bounds", "figures", "reports"},
     "engine": {"engine", "files", "data", "models", "bounds", "figures"},
     "adapters": set(),
     "weights": {"adapters", "files", "models"},
@@ -39,6 +40,7 @@ ALLOWED = {
             "bench",
             "page",
             "recognizer",
+            "reports",
             "resume",
             "timeline",
             "build",
@@ -124,7 +126,7 @@ def test_every_name_on_the_page_of_the_architecture_exists():
     for name in re.findall(r"`([^`]+)`", text):
         if "/" in name:
             assert (ROOT / name).exists(), name
-        elif re.search(r"\.(csv|json|png|pt)$", name):
+        elif re.search(r"\.(csv|json|png|pt|html|npz)$", name):
             assert f'"{name}"' in written, name
         else:
             assert name in known, name
@@ -172,7 +174,17 @@ def test_every_test_that_the_documents_name_exists():
 
 
 @pytest.mark.parametrize(
-    "tool", ["train_net", "test_net", "predict", "check_data", "draw_curves", "make_shards", "open_page"]
+    "tool",
+    [
+        "train_net",
+        "test_net",
+        "predict",
+        "check_data",
+        "draw_curves",
+        "make_shards",
+        "open_page",
+        "compare_runs",
+    ],
 )
 def test_every_tool_runs(tool):
     done = subprocess.run(

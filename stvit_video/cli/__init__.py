@@ -9,6 +9,7 @@ _HOMES = {
     "check": "lists",
     "shards": "lists",
     "curves": "pictures",
+    "compare": "pictures",
     "bench": "measuring",
     "page": "serving",
     "command": "common",

@@ -51,7 +51,8 @@ def test(args: Sequence[str]) -> None:
         config = build.with_pixels(config, weights)
     views = {"clips": config.eval.clips, "crops": config.eval.crops}
     task = build.build_task(config, class_names).to(device)
-    loader = build.build_test_loader(config, task, rows, device, **views)
+    previews = _previews(config, len(rows))
+    loader = build.build_test_loader(config, task, rows, device, **views, previews=previews)
     source = str(flags.checkpoint or config.model.weights)
     if distributed.is_main():
         introduce(config, model, task.outputs, device, weights)
@@ -89,6 +90,13 @@ def test(args: Sequence[str]) -> None:
     note = f" ({rule[config.eval.on_failure]})" if failed else ""
     print(f"{len(rows)} videos x {views['clips']}x{views['crops']} views, {failed} unreadable{note}")
     print("\n".join(lines))
+
+
+PREVIEWED = 2000  # videos of a list, at most, whose report has previews by itself: 12 MB of them
+
+
+def _previews(config: Config, videos: int) -> bool:
+    return videos <= PREVIEWED if config.eval.previews == "auto" else config.eval.previews
 
 
 # What a checkpoint decides; the rest of `data` and all of `eval` is the scorer's.

@@ -12,12 +12,16 @@ from torch.utils.data import get_worker_info
 
 
 class Sample(NamedTuple):
-    """V views of one video: clips uint8 (V, 3, T, H, W), a target a view; and what could not be read."""
+    """V views of one video: clips uint8 (V, 3, T, H, W), a target a view; and what could not be read.
+
+    preview: the video as a small WebP, where the views make one.
+    """
 
     index: int
     clips: Tensor | None  # None: not read
     targets: list
     failures: list[tuple[str, str]]  # (path, cause)
+    preview: bytes | None = None
 
 
 @dataclass
@@ -27,6 +31,7 @@ class Batch:
     indices: (B,) of those that were read. clips: uint8 (B, V, 3, T, H, W), a list of B where shapes differ.
     targets: as `stack` makes them, with (B, V) in front; where they are not alike B lists of V.
     failures: (path, cause) of unreadable files; failed: indices of samples without clips.
+    previews: B of them, as the samples have them.
     """
 
     indices: Tensor
@@ -34,6 +39,7 @@ class Batch:
     targets: Any
     failures: list[tuple[str, str]] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
+    previews: list[bytes | None] = field(default_factory=list)
 
     def pin_memory(self) -> Self:
         return self._moved(Tensor.pin_memory)
@@ -44,7 +50,7 @@ class Batch:
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Self:
         moved = _each_tensor(move, self.clips), _each_tensor(move, self.targets)
-        return type(self)(self.indices, *moved, self.failures, self.failed)
+        return type(self)(self.indices, *moved, self.failures, self.failed, self.previews)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -59,6 +65,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         targets=_stack_targets([sample.targets for sample in read]) if read else None,
         failures=[failure for sample in samples for failure in sample.failures],
         failed=[sample.index for sample in samples if sample.clips is None],
+        previews=[sample.preview for sample in read],
     )
 
 

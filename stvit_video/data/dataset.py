@@ -63,8 +63,8 @@ class VideoDataset(Dataset):
         failures = []
         for row in self._candidates(index, seed):
             try:
-                clips, targets = self._guarded(row, seed)
-                return Sample(index, torch.from_numpy(clips), targets, failures)
+                clips, targets, *preview = self._guarded(row, seed)
+                return Sample(index, torch.from_numpy(clips), targets, failures, *preview)
             except (DecodeError, GivenUp) as error:
                 path = self.rows[row].path
                 cause = str(error) if isinstance(error, DecodeError) else f"{path}: {error}"
@@ -79,8 +79,11 @@ class VideoDataset(Dataset):
         if self.substitute:
             yield from (row for row in permuted(len(self), seed) if row != index)
 
-    def _read(self, index: int, seed: int) -> tuple[np.ndarray, list]:
-        """Clips and targets of one row. Raises DecodeError; any other error, too, names the file."""
+    def _read(self, index: int, seed: int) -> tuple[np.ndarray, list, *tuple[bytes, ...]]:
+        """Clips and targets of one row, and a preview where the views make one.
+
+        Raises DecodeError; any other error, too, names the file.
+        """
         row = self.rows[index]
         try:
             with (
@@ -90,12 +93,12 @@ class VideoDataset(Dataset):
                 if cause := row.missing_frames(video.num_frames):
                     raise DecodeError(cause)
                 torch.manual_seed(seed)
-                clips, targets = self.views(video, self.encode(row.target))
+                clips, *rest = self.views(video, self.encode(row.target))
         except InputError:
             raise
         except Exception as error:  # a bug, not the file's fault: raised on, but with the file's name
             raise RuntimeError(f"{row.path}: {type(error).__name__}: {error}") from error
-        return clips.contiguous().numpy(), targets
+        return clips.contiguous().numpy(), *rest
 
 
 def _open(row: Row, decoder: str) -> Video:

@@ -1,6 +1,6 @@
 """From one video to its clips, decoded once. Training views are random, test views are spread."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,19 +70,24 @@ class TrainViews:
 
 @dataclass(frozen=True)
 class TestViews:
-    """`clips` x `crops` views of one decoded video; view index = clip * crops + crop."""
+    """`clips` x `crops` views of one decoded video; view index = clip * crops + crop.
+
+    preview: makes one of the frames that were decoded, uint8 (N, 3, H, W), for the scoring's report.
+    """
 
     sampling: Sampling
     transform: TestTransform
     clips: int = 1
+    preview: Callable[[Tensor], bytes] | None = None
 
-    def __call__(self, video: Video, target: Any) -> tuple[Tensor, list]:
-        """-> clips uint8 (V, 3, T, H, W), V times the target as it is."""
+    def __call__(self, video: Video, target: Any) -> tuple[Tensor, list, *tuple[bytes, ...]]:
+        """-> clips uint8 (V, 3, T, H, W), V times the target as it is; and the preview, if one is made."""
         indices = [self.sampling.test(video, at) for at in self.sampling.spread(self.clips)]
         frames, clips = read_once(video, indices)
         crops = self.transform(frames)
         views = [[crop[place] for place in clip] for clip in clips for crop in crops]
-        return _stack(views), [target] * len(views)
+        extra = () if self.preview is None else (self.preview(frames),)
+        return _stack(views), [target] * len(views), *extra
 
 
 def read_once(video: Video, clips: Sequence[list[int]]) -> tuple[Tensor, list[list[int]]]:

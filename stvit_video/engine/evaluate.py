@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def score(
         print(f"{len(earlier)} videos were scored before, by a scoring that was broken off")
     training = model.training
     model.eval()
-    records, failures = {}, {}
+    records, failures = {}, {}  # by index: (record, preview); cause
     with progress(total=len(loader), desc=title, unit="batch", leave=False) as bar:
         uploads = Uploads(loader, device)
         for batch in uploads:
@@ -96,7 +97,8 @@ def score(
             if batch.clips is not None:
                 with autocast(device, precision):
                     scored = task.records(model, batch)
-                records |= dict(zip(batch.indices.tolist(), scored, strict=True))
+                pairs = zip(scored, batch.previews, strict=True)
+                records |= dict(zip(batch.indices.tolist(), pairs, strict=True))
             bar.update()
             after_batch()
             if shares is not None:
@@ -105,7 +107,11 @@ def score(
     if shares is not None and distributed.world() > 1:  # a rank that is waited for may yet fail
         shares.write(records, now=True)
     every = distributed.to_main([(records, failures)])
-    return merge([(earlier, {}), *every], loader.dataset.rows) if distributed.is_main() else None
+    if not distributed.is_main():
+        return None
+    outcome = merge([(earlier, {}), *every], loader.dataset.rows)
+    pairs = [(None, None) if pair is None else pair for pair in outcome.records]
+    return replace(outcome, records=[pair[0] for pair in pairs], previews=[pair[1] for pair in pairs])
 
 
 def merge(shares: list[tuple[dict, dict]], rows) -> Outcome:
@@ -141,5 +147,5 @@ def write_report(
         **details,
     }
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    lines = task.report(output, outcome, views)
+    lines = task.report(output, outcome, report)
     return [*lines, f"{'report.json:':<16} {output / 'report.json'}"]

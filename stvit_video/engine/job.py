@@ -1,7 +1,7 @@
 """What a run is made of: a task, and the job that gives it a model and data. Tasks live in `tasks/`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,20 +48,24 @@ class Task(Protocol):
     def figures(self, outcome: "Outcome") -> Figures:
         """What the records say, as fractions from 0 to 1; None where nothing counts."""
 
-    def report(self, output: Path, outcome: "Outcome", views: Mapping[str, int]) -> list[str]:
-        """Write the task's own tables and pictures into `output`; -> lines to print."""
+    def report(self, output: Path, outcome: "Outcome", report: Mapping[str, Any]) -> list[str]:
+        """Write the task's tables, pictures and page into `output`; -> lines to print.
+
+        report: what `report.json` holds.
+        """
 
 
 @dataclass
 class Outcome:
     """Of a list that was scored: a record for each row, in order, None where it could not be read.
 
-    failures: why not, by the row's index.
+    failures: why not, by the row's index. previews: a WebP a row, None where there is none; may be empty.
     """
 
     rows: Sequence
     records: list
     failures: dict[int, str]
+    previews: list[bytes | None] = field(default_factory=list)
 
 
 @dataclass

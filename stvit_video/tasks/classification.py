@@ -4,7 +4,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bounds import Range
+from ..data.rows import class_ids
 from ..data.transforms import Mix, Normalise
 from ..errors import InputError
 from ..figures import draw_confusion
+from ..reports.page import write_report_page
 
 
 @dataclass
@@ -119,24 +121,45 @@ class Classification:
     def figures(self, outcome) -> dict[str, float | None]:
         return Scores.of(outcome, self.outputs, self.on_failure).figures()
 
-    def report(self, output: Path, outcome, views: Mapping[str, int]) -> list[str]:
+    def report(self, output: Path, outcome, report: Mapping[str, Any]) -> list[str]:
         scores = Scores.of(outcome, self.outputs, self.on_failure)
-        lines, number = [], f"{views['clips']}x{views['crops']}"
-        for key, name in (
-            ("top1", f"top-1 over {number} views"),
-            ("top5", f"top-5 over {number} views"),
-            ("mean_class_accuracy", "mean class accuracy"),
-            ("per_clip_top1", "top-1 of single views"),
-        ):
-            if (value := scores.figures()[key]) is not None:
-                lines.append(f"  {name:<24} {value:7.2%}")
+        number = "{clips}x{crops}".format(**report["views"])
+        titles = {
+            "top1": f"top-1 over {number} views",
+            "top5": f"top-5 over {number} views",
+            "mean_class_accuracy": "mean class accuracy",
+            "per_clip_top1": "top-1 of single views",
+        }
+        headlines = [(title, report[key]) for key, title in titles.items() if report[key] is not None]
+        lines = [f"  {title:<24} {value:7.2%}" for title, value in headlines]
         written = [self._write_predictions(output / "predictions.csv", scores, outcome)]
         if (scores.labels >= 0).any():
             written.append(output / "confusion.png")
             draw_confusion(scores.labels, scores.predictions, self.class_names, written[-1])
         if self.dump_views:
             written.append(write_views(output / "views.npz", outcome, scores.labels, self.class_names))
+        by_class = list(zip(self.class_names, *scores.by_class(), strict=True))
+        page = report, headlines, "accuracy", by_class
+        written.append(self._write_page(output, outcome, scores.scores, *page))
         return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
+
+    def _write_page(
+        self, output: Path, outcome, scores: np.ndarray, report, headlines, measure: str, by_class
+    ) -> Path:
+        best = top(scores, 5)
+        return write_report_page(
+            output / "report.html",
+            report,
+            headlines=headlines,
+            measure=measure,
+            by_class=by_class,
+            rows=[(row.path, class_ids(row.target)) for row in outcome.rows],
+            best=best,
+            scores=np.take_along_axis(scores, best, 1),
+            failures=outcome.failures,
+            previews=outcome.previews,
+            confusion=measure == "accuracy",
+        )
 
     def _write_predictions(self, path: Path, scores: "Scores", outcome) -> Path:
         best_five, names = scores.top(5), self.class_names
@@ -186,9 +209,7 @@ class Scores:
 
     def figures(self) -> dict[str, float | None]:
         """Fractions from 0 to 1 over the labelled videos, None where no video counts."""
-        known = self.labels >= 0
-        if self.on_failure == "exclude":
-            known[list(self.failures)] = False
+        known = self._counted()
         if not known.any():
             return dict.fromkeys(("top1", "top5", "mean_class_accuracy", "per_clip_top1"))
         labels, right = self.labels[known], (self.predictions == self.labels)[known]
@@ -201,6 +222,21 @@ class Scores:
             "mean_class_accuracy": float(np.mean([right[labels == c].mean() for c in classes])),
             "per_clip_top1": float(self.views_right[known].mean()),
         }
+
+    def by_class(self) -> tuple[list[int], list[float | None]]:
+        """Videos that count and share of right ones of each class; None where no video counts."""
+        known, classes = self._counted(), self.scores.shape[1]
+        videos = np.bincount(self.labels[known], minlength=classes)
+        right = np.bincount(self.labels[known & (self.predictions == self.labels)], minlength=classes)
+        shares = [int(r) / int(n) if n else None for r, n in zip(right, videos, strict=True)]
+        return videos.tolist(), shares
+
+    def _counted(self) -> np.ndarray:
+        """(N,) whether a video counts: it has a label, and is not left out as unreadable."""
+        known = self.labels >= 0
+        if self.on_failure == "exclude":
+            known[list(self.failures)] = False
+        return known
 
     def top(self, k: int) -> np.ndarray:
         return top(self.scores, k)

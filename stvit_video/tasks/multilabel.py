@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,27 +67,30 @@ class MultiLabel(Classification):
             for c in range(self.outputs)
         ]
 
-    def report(self, output: Path, outcome, views: Mapping[str, int]) -> list[str]:
-        """`predictions.csv`, and `classes.csv` with the average precision of each class."""
-        precisions, lines = self.average_precisions(outcome), []
-        counted = [value for value in precisions if value is not None]
+    def report(self, output: Path, outcome, report: Mapping[str, Any]) -> list[str]:
+        """`predictions.csv`, `classes.csv` (average precisions), `scores.npz` (all), `report.html`."""
+        precisions, lines, headlines = self.average_precisions(outcome), [], []
+        counted = sum(value is not None for value in precisions)
         if counted:
-            name = f"mAP over {views['clips']}x{views['crops']} views"
-            lines.append(
-                f"  {name:<24} {np.mean(counted):7.2%}  ({len(counted)} of {self.outputs} classes)"
-            )
-        written = [output / "predictions.csv", output / "classes.csv"]
+            headlines = [("mAP over {clips}x{crops} views".format(**report["views"]), report["mAP"])]
+            title, value = headlines[0]
+            lines.append(f"  {title:<24} {value:7.2%}  ({counted} of {self.outputs} classes)")
+        written = [output / "predictions.csv", output / "classes.csv", output / "scores.npz"]
         chosen = np.array([self.encode(row.target).numpy() for row in outcome.rows])
-        self._write_predictions(written[0], mean_scores(outcome.records, self.outputs), outcome)
+        scores, videos = mean_scores(outcome.records, self.outputs), chosen.sum(0).astype(int).tolist()
+        self._write_predictions(written[0], scores, outcome)
         with open(written[1], "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["class", "videos", "average_precision"])
-            for c, (name, value) in enumerate(zip(self.class_names, precisions, strict=True)):
-                videos = int(chosen[:, c].sum())
-                writer.writerow([name, videos, "" if value is None else f"{value:.6f}"])
+            for name, count, value in zip(self.class_names, videos, precisions, strict=True):
+                writer.writerow([name, count, "" if value is None else f"{value:.6f}"])
+        chosen[[row.target is None for row in outcome.rows]] = -1  # not known
+        np.savez_compressed(written[2], scores=scores, labels=chosen.astype(np.int8))
         if self.dump_views:
-            chosen[[row.target is None for row in outcome.rows]] = -1  # not known
             written.append(write_views(output / "views.npz", outcome, chosen, self.class_names))
+        by_class = list(zip(self.class_names, videos, precisions, strict=True))
+        page = report, headlines, "average precision", by_class
+        written.append(self._write_page(output, outcome, scores, *page))
         return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
 
     def _write_predictions(self, path: Path, scores: np.ndarray, outcome) -> Path:
