@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import sampling
+from .augment import augment, cut
 from .batch import empty
 from .decode import Video
 from .transforms import TestTransform, TrainTransform
@@ -59,8 +60,11 @@ class TrainViews:
         """-> clips uint8 (V, 3, T, H, W), V targets: a crop may move one, mirroring change it."""
         indices = [self.sampling.train(video) for _ in range(self.repeats)]
         frames, clips = read_once(video, indices)
-        views = [self.transform(frames[clip], target) for clip in clips]
-        return _stack([clip.contiguous().unbind() for clip, _ in views]), [target for _, target in views]
+        draws = [self.transform.draw(frames, target) for _ in clips]
+        out = empty((len(clips), 3, self.sampling.num_frames, *[self.transform.size] * 2))
+        for clip, draw, pixels in zip(clips, draws, out, strict=True):
+            augment([cut(frames[place], draw) for place in clip], draw, pixels)
+        return out, [self.transform.move(target, draw) for draw in draws]
 
 
 @dataclass(frozen=True)
