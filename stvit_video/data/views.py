@@ -1,6 +1,6 @@
 """From one video to its clips, decoded once. Training views are random, test views are spread."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from .augment import augment, cut
 from .batch import empty
 from .decode import Video
 from .transforms import TestTransform, TrainTransform
+
+Make = Callable[[Sequence[int]], Tensor]  # shape -> uint8, where the clips are to lie
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,12 @@ class TrainViews:
     transform: TrainTransform
     repeats: int = 1
 
-    def __call__(self, video: Video, target: Any) -> tuple[Tensor, list]:
+    def __call__(self, video: Video, target: Any, make: Make = empty) -> tuple[Tensor, list]:
         """-> clips uint8 (V, 3, T, H, W), V targets: a crop may move one, mirroring change it."""
         indices = [self.sampling.train(video) for _ in range(self.repeats)]
         frames, clips = read_once(video, indices)
         draws = [self.transform.draw(frames, target) for _ in clips]
-        out = empty((len(clips), 3, self.sampling.num_frames, *[self.transform.size] * 2))
+        out = make((len(clips), 3, self.sampling.num_frames, *[self.transform.size] * 2))
         for clip, draw, pixels in zip(clips, draws, out, strict=True):
             augment([cut(frames[place], draw) for place in clip], draw, pixels)
         return out, [self.transform.move(target, draw) for draw in draws]
@@ -75,13 +77,13 @@ class TestViews:
     transform: TestTransform
     clips: int = 1
 
-    def __call__(self, video: Video, target: Any) -> tuple[Tensor, list]:
+    def __call__(self, video: Video, target: Any, make: Make = empty) -> tuple[Tensor, list]:
         """-> clips uint8 (V, 3, T, H, W), V times the target as it is."""
         indices = [self.sampling.test(video, at) for at in sampling.test_positions(self.clips)]
         frames, clips = read_once(video, indices)
         crops = self.transform(frames)
         views = [[crop[place] for place in clip] for clip in clips for crop in crops]
-        return _stack(views), [target] * len(views)
+        return _stack(views, make), [target] * len(views)
 
 
 def read_once(video: Video, clips: Sequence[list[int]]) -> tuple[Tensor, list[list[int]]]:
@@ -91,9 +93,9 @@ def read_once(video: Video, clips: Sequence[list[int]]) -> tuple[Tensor, list[li
     return video.read(needed), [[place[frame] for frame in clip] for clip in clips]
 
 
-def _stack(views: Sequence[Sequence[Tensor]]) -> Tensor:
+def _stack(views: Sequence[Sequence[Tensor]], make: Make) -> Tensor:
     """Frames (3, H, W) of each view -> (V, 3, T, H, W), contiguous: each pixel is copied once."""
-    out = empty((len(views), 3, len(views[0]), *views[0][0].shape[1:]))
+    out = make((len(views), 3, len(views[0]), *views[0][0].shape[1:]))
     for view, frames in zip(out, views, strict=True):
         torch.stack(frames, 1, out=view)
     return out
