@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 from torchvision.transforms.v2 import functional as v2
 from torchvision.transforms.v2.functional._geometry import _get_inverse_affine_matrix as _matrix
+
+from .batch import Batch
 
 Frames = Tensor  # uint8 (N, T, 3, S, S): T frames of N clips
 Operation = Callable[[Frames], Frames]
@@ -48,19 +51,33 @@ def augment(frames: Sequence[Tensor], draw: Draw, out: Tensor) -> None:
         out[:, place] = (pixels.flip(-1) if draw.flip else pixels)[0, 0]
 
 
-def augment_batch(cuts: Tensor, draws: Sequence[Draw], frames: int) -> Tensor:
-    """Cut clips one behind the other, uint8 (T, h, w, 3) each -> uint8 (N, 3, T, S, S); N draws.
+def finish(batch: Batch) -> Batch:
+    """Resized, augmented and of one shape, where that was left to the device: clips (B, V, 3, T, S, S).
 
     On an accelerator all clips that drew an operation go through it together.
     """
-    parts = cuts.split([frames * 3 * draw.box[2] * draw.box[3] for draw in draws])
-    clips = [p.view(frames, *draw.box[2:], 3).movedim(-1, 1) for p, draw in zip(parts, draws, strict=True)]
-    if cuts.device.type == "cpu":
-        out = torch.empty(len(draws), 3, frames, draws[0].size, draws[0].size, dtype=torch.uint8)
+    if batch.draws is None:
+        return batch
+    draws = [draw for views in batch.draws for draw in views]
+    clips = split(batch.clips, draws)
+    if batch.clips.device.type == "cpu":
+        size = draws[0].size
+        out = torch.empty(len(draws), 3, len(clips[0]), size, size, dtype=torch.uint8)
         for clip, draw, pixels in zip(clips, draws, out, strict=True):
             augment(clip, draw, pixels)
-        return out
-    return together(clips, draws).transpose(1, 2)
+    else:
+        out = together(clips, draws).transpose(1, 2)
+    return replace(batch, clips=out.unflatten(0, (len(batch.draws), -1)), draws=None)
+
+
+def split(cuts: Tensor, draws: Sequence[Draw]) -> list[Tensor]:
+    """Flat uint8 -> what was cut for each draw: (T, 3, h, w) of its box, in memory channels last."""
+    sizes = [3 * draw.box[2] * draw.box[3] for draw in draws]
+    frames = cuts.numel() // sum(sizes)
+    parts = cuts.split([frames * size for size in sizes])
+    return [
+        part.view(frames, *draw.box[2:], 3).movedim(-1, 1) for part, draw in zip(parts, draws, strict=True)
+    ]
 
 
 def together(clips: Sequence[Tensor], draws: Sequence[Draw]) -> Frames:

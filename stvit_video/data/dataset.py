@@ -10,7 +10,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
@@ -80,8 +79,8 @@ class VideoDataset(Dataset):
         for row in self._candidates(index, seed):
             end = memory and memory.end
             try:
-                clips, targets = self._guarded(row, seed, memory)
-                return Sample(index, torch.from_numpy(clips), targets, failures)
+                clips, targets, *draws = self._guarded(row, seed, memory)
+                return Sample(index, torch.from_numpy(clips), targets, failures, *draws)
             except (DecodeError, GivenUp) as error:
                 path = self.rows[row].path
                 cause = str(error) if isinstance(error, DecodeError) else f"{path}: {error}"
@@ -98,8 +97,8 @@ class VideoDataset(Dataset):
         if self.substitute:
             yield from (row for row in permuted(len(self), seed) if row != index)
 
-    def _read(self, index: int, seed: int, memory: SharedMemory | None) -> tuple[np.ndarray, list]:
-        """Clips and targets of one row. Raises DecodeError; any other error, too, names the file."""
+    def _read(self, index: int, seed: int, memory: SharedMemory | None) -> tuple:
+        """The views of one row, clips as an array. Raises DecodeError; any other error, too, names the file."""
         row = self.rows[index]
         try:
             with (
@@ -110,12 +109,12 @@ class VideoDataset(Dataset):
                     raise DecodeError(cause)
                 torch.manual_seed(seed)
                 make = empty if memory is None else memory.empty
-                clips, targets = self.views(video, self.encode(row.target), make)
+                clips, *rest = self.views(video, self.encode(row.target), make)
         except InputError:
             raise
         except Exception as error:  # a bug, not the file's fault: raised on, but with the file's name
             raise RuntimeError(f"{row.path}: {type(error).__name__}: {error}") from error
-        return clips.contiguous().numpy(), targets
+        return clips.contiguous().numpy(), *rest
 
 
 def _open(row: Row, decoder: str) -> Video:

@@ -151,7 +151,9 @@ class Mix:
     """
 
     def __init__(self, num_classes: int, *, erasing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0):
-        self.erase = v2.RandomErasing(p=erasing, scale=(0.02, 1 / 3), value="random")
+        self.erase, self.black = (
+            v2.RandomErasing(p=erasing, scale=(0.02, 1 / 3), value=value) for value in ("random", 0.0)
+        )
         kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
         self.mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
 
@@ -165,12 +167,13 @@ class Mix:
         return clips, labels
 
     def _erase(self, clip: Tensor) -> None:
-        """In place; the noise is drawn on the CPU, and no device is waited for until it has it."""
+        """In place; the box is drawn on the CPU, the noise where the clip is: no device is waited for."""
         if torch.rand(1) >= self.erase.p:
             return
-        box = self.erase.make_params([clip])
+        box = (self.black if clip.is_cuda else self.erase).make_params([clip])
         noise = box.pop("v")
         if noise is None:  # no box of that size fits
             return
-        noise = noise.pin_memory() if clip.is_cuda else noise
-        v2.functional.erase(clip, v=noise.to(clip.device, non_blocking=True), inplace=True, **box)
+        if clip.is_cuda:
+            noise = torch.randn(clip.shape[1], box["h"], box["w"], device=clip.device)
+        v2.functional.erase(clip, v=noise, inplace=True, **box)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import sampling
-from .augment import augment, cut
+from .augment import augment, cut, split
 from .batch import empty
 from .decode import Video
 from .transforms import TestTransform, TrainTransform
@@ -52,21 +52,35 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TrainViews:
-    """`repeats` random clips of one decoded video (repeated augmentation)."""
+    """`repeats` random clips of one decoded video (repeated augmentation).
+
+    on_device: crops are cut out here, and resized and augmented behind the upload (`augment.finish`).
+    """
 
     sampling: Sampling
     transform: TrainTransform
     repeats: int = 1
+    on_device: bool = False
 
-    def __call__(self, video: Video, target: Any, make: Make = empty) -> tuple[Tensor, list]:
-        """-> clips uint8 (V, 3, T, H, W), V targets: a crop may move one, mirroring change it."""
+    def __call__(self, video: Video, target: Any, make: Make = empty) -> tuple:
+        """-> clips uint8 (V, 3, T, H, W), V targets: a crop may move one, mirroring change it.
+
+        On the device: uint8 (T, h, w, 3) of each clip's box, one behind the other, flat; targets; draws.
+        """
         indices = [self.sampling.train(video) for _ in range(self.repeats)]
         frames, clips = read_once(video, indices)
         draws = [self.transform.draw(frames, target) for _ in clips]
-        out = make((len(clips), 3, self.sampling.num_frames, *[self.transform.size] * 2))
-        for clip, draw, pixels in zip(clips, draws, out, strict=True):
-            augment([cut(frames[place], draw) for place in clip], draw, pixels)
-        return out, [self.transform.move(target, draw) for draw in draws]
+        targets = [self.transform.move(target, draw) for draw in draws]
+        cuts = [[cut(frames[i], draw) for i in clip] for clip, draw in zip(clips, draws, strict=True)]
+        if self.on_device:
+            out = make([sum(frame.numel() for clip in cuts for frame in clip)])
+            for frames, part in zip(cuts, split(out, draws), strict=True):
+                torch.stack(frames, out=part)
+            return out, targets, draws
+        out = make((len(clips), 3, len(clips[0]), *[self.transform.size] * 2))
+        for frames, draw, pixels in zip(cuts, draws, out, strict=True):
+            augment(frames, draw, pixels)
+        return out, targets
 
 
 @dataclass(frozen=True)
