@@ -343,7 +343,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _known_keys(parser: ArgumentParser) -> set[str]:
-    return {action.dest for action in parser._actions} - GROUPS.keys() - {"help", "print_config"}
+    names = {name.removeprefix("--") for action in parser._actions for name in action.option_strings}
+    return names - GROUPS.keys() - {"-h", "help", "print_config"}
 
 
 def _instantiate(namespace: Namespace) -> Config:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..config import Config, ConfigError
+from ..data.shards import find_shards, index_shards
 from ..engine import distributed
 from ..engine.device import pick_precision, set_up
 from ..errors import InputError
@@ -80,7 +81,9 @@ def make_folder(path: Path) -> None:
 
 
 def videos_of(path: Path, suffixes: Collection[str]) -> list[Path]:
-    """A file, the files with these suffixes in a folder, or else a folder of frames (one video)."""
+    """A file, videos in shards, files with these suffixes in a folder, or else a folder of frames."""
+    if shards := find_shards(path):
+        return [Path(sample.path) for sample in index_shards(shards)]
     if not path.is_dir():
         return [path]
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)

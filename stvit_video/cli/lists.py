@@ -1,17 +1,31 @@
 """The commands check and shards: lists of videos, looked through and packed."""
 
 import csv
+import dataclasses
 import random
 import sys
+import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import build
 from ..config import ConfigError, make_parser, parse, resolve
 from ..data.check import FileCheck, Finding, check_files, check_labels, summary
-from ..data.write_shards import write_shards
+from ..data.encode import H264, Copy, Encoding, Jpeg
+from ..data.write_shards import UNREADABLE, write_shards
 from ..engine.logs import progress
 from .common import command, make_folder
+
+# Flags that say how videos are encoded, and their bounds.
+ENCODING = {
+    "short_side": (8, 8192),
+    "quality": (1, 100),
+    "every": (1, 1000),
+    "gop": (1, 1000),
+    "crf": (0, 51),
+    "tune": (None, None),
+}
 
 
 @command
@@ -57,15 +71,37 @@ def shards(args: Sequence[str]) -> None:
     """Write a list's videos into WebDataset shards, with the class names beside them.
 
     Training videos are shuffled (by the seed), as lists are often sorted by class; others keep their order.
+    data.workers processes read, and give a video up after data.timeout seconds. Broken off, the same
+    command goes on. Exit code 1: some videos cannot be read; they are left out, and in unreadable.csv.
     """
     parser = make_parser(shards.__doc__)
     parser.add_argument("--split", choices=("train", "val", "test"), default="train", help="Which list.")
-    parser.add_argument("--to", required=True, metavar="FOLDER", help="Where to; must not exist.")
+    parser.add_argument("--to", required=True, metavar="FOLDER", help="Where to; a new folder.")
     parser.add_argument("--videos", type=int, default=1000, help="Videos of a shard, at most.")
-    parser.add_argument("--megabytes", type=int, default=1000, help="Megabytes of a shard, at most.")
+    parser.add_argument(
+        "--megabytes", type=int, default=1000, help="Of the list's files to a shard, at most."
+    )
+    parser.add_argument("--frames", choices=("jpeg",), help="Store videos as frames. Default: as they are.")
+    parser.add_argument("--recode", choices=("h264",), help="Encode videos again.")
+    parser.add_argument(
+        "--short-side",
+        type=int | None,
+        default=256,
+        help="Larger frames are made smaller to this; null: none are.",
+    )
+    parser.add_argument("--quality", type=int, default=85, help="Of --frames jpeg, 1 to 100.")
+    parser.add_argument("--every", type=int, default=1, help="Of --frames: keep every so many frames one.")
+    parser.add_argument(
+        "--gop", type=int, default=16, help="Of --recode: a key frame every so many frames."
+    )
+    parser.add_argument(
+        "--crf", type=int, default=23, help="Of --recode: quality, from 0 (the best) to 51."
+    )
+    parser.add_argument("--tune", choices=("fastdecode", "none"), default="fastdecode", help="Of --recode.")
     config, flags = parse(parser, args)
     if min(flags.videos, flags.megabytes) < 1:
         raise ConfigError(f"--videos {flags.videos} --megabytes {flags.megabytes}: must be 1 or more")
+    encode = _encoding(flags)
     names = None
     if flags.split != "train" and config.data.train is not None:
         names = build.read_split(config, "train")[0].class_names
@@ -73,10 +109,38 @@ def shards(args: Sequence[str]) -> None:
     names, rows = rows.class_names, list(rows)
     if flags.split == "train":
         random.Random(config.seed).shuffle(rows)
-    written = write_shards(
-        rows, flags.to, class_names=names, videos=flags.videos, size=flags.megabytes * 1_000_000
+    start = time.monotonic()
+    written, size = write_shards(
+        rows,
+        flags.to,
+        class_names=names,
+        videos=flags.videos,
+        size=flags.megabytes * 1_000_000,
+        encode=encode,
+        workers=max(config.data.workers, 1),
+        timeout=config.data.timeout,
     )
-    size = sum(shard.stat().st_size for shard in written)
+    frames = f", {written.frames} frames" if written.frames else ""
     print(
-        f"{len(rows)} videos in {len(written)} shards, {size / 1e6:.1f} MB: --data.{flags.split} {flags.to}"
+        f"{written.videos} videos in {written.shards} shards{frames}, {written.bytes} bytes, "
+        f"{size / 1e6 / (time.monotonic() - start):.1f} MB/s: --data.{flags.split} {flags.to}"
     )
+    if written.unreadable:
+        print(f"{len(written.unreadable)} videos could not be read: {flags.to}/{UNREADABLE}")
+        sys.exit(1)
+
+
+def _encoding(flags: Namespace) -> Encoding:
+    """Raises ConfigError for flags that are out of bounds, or mean nothing to this encoding."""
+    if flags.frames and flags.recode:
+        raise ConfigError("--frames and --recode: only one of them")
+    kind = Jpeg if flags.frames else H264 if flags.recode else Copy
+    names = {field.name for field in dataclasses.fields(kind)}
+    for name, (low, high) in ENCODING.items():
+        flag, value = name.replace("_", "-"), getattr(flags, name)
+        if flag in flags.asked and name not in names:
+            needed = {"short_side": "--frames or --recode", "quality": "--frames", "every": "--frames"}
+            raise ConfigError(f"--{flag} {value}: only with {needed.get(name, '--recode')}")
+        if isinstance(value, int) and not low <= value <= high:
+            raise ConfigError(f"--{flag} {value}: must be from {low} to {high}")
+    return kind(**{name: getattr(flags, name) for name in names})

@@ -18,7 +18,7 @@ from .common import command, make_folder, videos_of
 def predict(args: Sequence[str]) -> None:
     """Print the five best classes of each video, with names and scores."""
     parser = argparse.ArgumentParser(description=predict.__doc__, allow_abbrev=False)
-    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, or folders of files")
+    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, folders of files, or shards")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="which model")
     parser.add_argument("--device", help="cpu, cuda, ...; default: CUDA where there is one")
     parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for a video (60)")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .decode import DecodeError, open_video
+from .frames import FrameVideo
 from .guard import GivenUp, guarded_map
 from .rows import Row, class_ids
 
@@ -50,6 +51,8 @@ class FileCheck:
                 step = max(16, MEMORY // first.numel())
                 for start in range(1, video.num_frames, step) if self.thorough else ():
                     video.read(range(start, min(start + step, video.num_frames)))
+                if self.thorough and isinstance(video, FrameVideo):
+                    video.mov()  # what is no frame has a checksum, too
                 if video.shortage:
                     return ("short", f"{row.path}: {video.shortage}"), identity
         except DecodeError as error:
@@ -125,10 +128,12 @@ def summary(splits: dict[str, Sequence[Row]], findings: Iterable[Finding]) -> st
     return "\n".join(lines)
 
 
-def _identity(path: Path, contents: bytes | None) -> str | None:
-    """Size and hash of the first bytes of a file; None for a folder."""
+def _identity(path: Path, contents: bytes | FrameVideo | None) -> str | None:
+    """Size and hash of the first bytes of a file, or hash of the index of frames; None for a folder."""
     if contents is None and path.is_dir():
         return None
+    if isinstance(contents, FrameVideo):
+        return f"frames {hashlib.blake2b(contents.data, digest_size=16).hexdigest()}"
     with open(path, "rb") if contents is None else io.BytesIO(contents) as file:
         head = hashlib.blake2b(file.read(HEAD), digest_size=16).hexdigest()
         return f"{file.seek(0, os.SEEK_END)} {head}"

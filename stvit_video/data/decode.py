@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Generator, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
@@ -54,7 +55,11 @@ class Video(Protocol):
     num_frames: int
     fps: float  # frames/s, 0.0: unknown
 
-    def read(self, indices: Sequence[int]) -> Tensor: ...  # uint8 (len(indices), 3, H, W), RGB
+    def read(self, indices: Sequence[int], short_side: int | None = None) -> Tensor:
+        """-> uint8 (len(indices), 3, H, W), RGB.
+
+        short_side: frames may come smaller, but with a short side of no less than this.
+        """
 
     def close(self) -> None:
         """Give back what is held: nothing, where a file is open only while it is read."""
@@ -67,18 +72,24 @@ class Video(Protocol):
 
 
 def open_video(
-    path: str | os.PathLike[str], decoder: str = "av", threads: int = 0, contents: bytes | None = None
+    path: str | os.PathLike[str],
+    decoder: str = "av",
+    threads: int = 0,
+    contents: "bytes | Frames | None" = None,
 ) -> Video:
-    """Open a video file, a folder of frames, or an image: a video of one frame.
+    """Open a video file, a folder of frames, or an image: a video of one frame. Also one within a shard.
 
     decoder: what reads video files, "av" (exact) or "decord" (as it counts and seeks).
     threads: of the decoder, 0: as many as it likes. With one, also what it makes of a damaged file is the
         same each time.
-    contents: of a video or image file, where they are in memory already; `path` is but its name then.
+    contents: of a video or image file, where they are in memory already; `path` is but its name then. A
+        video of frames (`FrameVideo`) is returned as it is.
     Raises DecodeError for what cannot be opened, InputError for an unknown or absent decoder.
     """
     if decoder not in DECODERS:
         raise InputError(f"unknown decoder {decoder!r}{nearest(decoder, DECODERS)}")
+    if isinstance(contents, Frames):
+        return contents
     path, start = Path(path), contents
     if contents is None:
         try:
@@ -91,6 +102,10 @@ def open_video(
                 start = file.read(32)
         except FileNotFoundError:
             raise DecodeError(f"{path}: no such file") from None
+        except NotADirectoryError:
+            from .shards import find_member  # it needs this module
+
+            return open_video(path, decoder, threads, find_member(str(path)))
         except OSError as error:
             raise DecodeError(f"{path}: {_cause(error)}") from error
     if not start:
@@ -102,47 +117,57 @@ def open_video(
     return AvVideo(path, threads, contents) if decoder == "av" else DecordVideo(path, threads, contents)
 
 
-class _Frames(Video):
-    """What the kinds of video share; each adds `_decode`."""
+class Frames(Video):
+    """What the kinds of video share; each adds `decode`."""
 
     path: Path
     fps = 0.0
     shortage: str | None = None  # what the header promises and the file does not hold: it was cut off
+    # When each frame is shown and, last, when the last one ends, with the unit in s; None: not known.
+    clock: tuple[list[int], Fraction] | None = None
 
-    def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
-        """Rising indices, each once -> (index, uint8 (H, W, 3)) for each, in any order."""
+    def decode(self, wanted: Sequence[int]) -> Generator[tuple[int, np.ndarray], None, None]:
+        """Rising indices, each once -> (index, uint8 (H, W, 3)) for each, in any order.
+
+        Of a damaged file a frame may come again, which then counts, before DecodeError is raised.
+        """
         raise NotImplementedError
 
-    def read(self, indices: Sequence[int]) -> Tensor:
+    def read(self, indices: Sequence[int], short_side: int | None = None) -> Tensor:
         """Indices in any order, also repeated -> uint8 (len(indices), 3, H, W), channels last.
+
+        short_side: of no use here; `FrameVideo` can save work by it.
 
         Raises IndexError for an index outside 0..num_frames-1, ValueError for none at all,
         DecodeError for a frame that cannot be read or differs in size from another.
         """
-        order = [operator.index(index) for index in indices]
-        if not order:
-            raise ValueError(f"{self.path}: no frame asked for")
-        places: dict[int, list[int]] = {}
-        for place, index in enumerate(order):
-            if not 0 <= index < self.num_frames:
-                raise IndexError(f"{self.path}: frame {index} is not in 0..{self.num_frames - 1}")
-            places.setdefault(index, []).append(place)
-        clip = None
+        places, clip = self._in_clip(indices), None
         # closing: after an error the file is closed now, not when its traceback is dropped
-        with contextlib.closing(self._decode(sorted(places))) as frames:
+        with contextlib.closing(self.decode(sorted(places))) as frames:
             for index, frame in frames:
-                clip = np.empty((len(order), *frame.shape), np.uint8) if clip is None else clip
+                clip = np.empty((len(indices), *frame.shape), np.uint8) if clip is None else clip
                 if frame.shape != clip.shape[1:]:
                     (h, w), (height, width) = frame.shape[:2], clip.shape[1:3]
                     raise self._error(index, f"its size is {w}x{h}, that of others {width}x{height}")
                 clip[places[index]] = frame
         return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
+    def _in_clip(self, indices: Sequence[int]) -> dict[int, list[int]]:
+        """The places of each index among `indices`."""
+        if not len(indices):
+            raise ValueError(f"{self.path}: no frame asked for")
+        places: dict[int, list[int]] = {}
+        for place, index in enumerate(map(operator.index, indices)):
+            if not 0 <= index < self.num_frames:
+                raise IndexError(f"{self.path}: frame {index} is not in 0..{self.num_frames - 1}")
+            places.setdefault(index, []).append(place)
+        return places
+
     def _error(self, index: int, cause: str) -> DecodeError:
         return DecodeError(f"{self.path}: frame {index} of {self.num_frames}: {cause}")
 
 
-class FrameFolder(_Frames):
+class FrameFolder(Frames):
     """Image files in natural order, img_2 before img_10, at an unknown rate."""
 
     def __init__(self, path: Path, files: list[Path], contents: bytes | None = None):
@@ -159,7 +184,7 @@ class FrameFolder(_Frames):
                     f"{len(missing)} in all between {min(numbers)} and {max(numbers)}"
                 )
 
-    def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
+    def decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
         for index in wanted:
             file = self.files[index]
             if self.contents is not None:
@@ -174,7 +199,7 @@ class FrameFolder(_Frames):
             yield index, pixels
 
 
-class AvVideo(_Frames):
+class AvVideo(Frames):
     """A video file, read by PyAV; of several video streams the one that players show.
 
     The packets are listed without decoding them. In a regular file each shows one frame, known by
@@ -212,7 +237,7 @@ class AvVideo(_Frames):
             and not (reorders and times == sorted(times))
         ):
             shown.sort()
-            self._index = {pts: index for index, pts in enumerate(shown)}
+            self._index = {pts: index for index, pts in enumerate(shown)}  # in the order shown
             self._packets = {packet.pts: packet for packet in packets}
             decoded = [self._index[packet.pts] for packet in packets if not packet.discard]
             self._places = {index: place for place, index in enumerate(decoded)}
@@ -225,7 +250,9 @@ class AvVideo(_Frames):
                 for p in packets
                 if p.key and kind in SEEKABLE and p.dts is not None
             )
-        self.num_frames = len(self._index) or self._count()
+        self._times = list(self._index) or self._count()
+        self._unit = unit
+        self.num_frames = len(self._times)
         self.fps = float(rate or 0)
         if not 0 < self.fps <= HIGHEST_RATE:
             known = [pts for pts in shown if pts is not None]
@@ -256,19 +283,29 @@ class AvVideo(_Frames):
         except (av.FFmpegError, OSError) as error:
             raise DecodeError(f"{self.path}: {_cause(error)}") from error
 
-    def _count(self) -> int:
-        count = 0
+    def _count(self) -> list[int | None]:
+        """The timestamp of each frame, by decoding all of them."""
+        times: list[int | None] = []
         with self._open() as (container, stream):
             try:
                 for packet in _demux(container, stream):
-                    count += len(packet.decode())
+                    times += [frame.pts for frame in packet.decode()]
             except av.FFmpegError as error:
-                raise DecodeError(f"{self.path}: frame {count}: {_cause(error)}") from error
-        if not count:
+                raise DecodeError(f"{self.path}: frame {len(times)}: {_cause(error)}") from error
+        if not times:
             raise DecodeError(f"{self.path}: the video stream holds no frame")
-        return count
+        return times
 
-    def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
+    @property
+    def clock(self) -> tuple[list[int], Fraction] | None:
+        times = self._times
+        if not self.fps or None in times or any(b <= a for a, b in itertools.pairwise(times)):
+            return None
+        last = self._packets.get(times[-1])
+        lasts = last.duration if last and last.duration else round(1 / self.fps / self._unit)
+        return [*times, times[-1] + max(lasts, 1)], self._unit
+
+    def decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
         runs, nearer = self._runs(wanted, NEAR), self._runs(wanted, 0)
         missing = yield from self._pass(runs)
         if missing and nearer != runs:  # there may be damage in between that a seek leaves out
@@ -436,18 +473,18 @@ class _Sound:
         return bool(self.places) or frame.pict_type != PictureType.B
 
 
-class KeptVideo(_Frames):
+class KeptVideo(Frames):
     """Every frame of a video, read once and kept in memory."""
 
     def __init__(self, video: Video, path: Path):
         self.path, self.num_frames, self.fps = path, video.num_frames, video.fps
         self.frames = video.read(range(video.num_frames)).permute(0, 2, 3, 1).numpy()
 
-    def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
+    def decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
         yield from ((index, self.frames[index]) for index in wanted)
 
 
-class DecordVideo(_Frames):
+class DecordVideo(Frames):
     """A video file, read by decord: it may count too many frames, and repeat some for others."""
 
     def __init__(self, path: Path, threads: int, contents: bytes | None = None):
@@ -463,7 +500,7 @@ class DecordVideo(_Frames):
             raise DecodeError(f"{path}: {_cause(error)}") from error
         self.num_frames, self.fps = len(self._reader), float(self._reader.get_avg_fps())
 
-    def _decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
+    def decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
         try:
             with self._decord.bridge.use_torch():  # whatever bridge others have set
                 frames = self._reader.get_batch(wanted).numpy()

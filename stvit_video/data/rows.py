@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from .frames import FrameVideo
     from .shards import Place
 
 
@@ -30,9 +31,9 @@ class Row:
         """The target, by its name in classification."""
         return self.target
 
-    def contents(self) -> bytes | None:
-        """The file's bytes where it lies in a shard; None: it lies at `path`. Raises DecodeError."""
-        return None if self.place is None else self.place.read(self.path)
+    def contents(self) -> "bytes | FrameVideo | None":
+        """For `open_video`: what lies in a shard, None: the file at `path`. Raises DecodeError."""
+        return None if self.place is None else self.place.contents(self.path)
 
     def missing_frames(self, num_frames: int) -> str | None:
         """What is wrong where the list says more frames than the video has."""

@@ -1,7 +1,8 @@
 """WebDataset shards: videos in tar files, found by the tar headers and read one by one from their place.
 
 A sample is a run of members with one key: its video KEY.mp4 (or an image KEY.jpg) and, beside it, its
-label: KEY.cls (an id or a class name) or KEY.json (an object with "label"). Every sample has a known place,
+label: KEY.cls (an id or a class name) or KEY.json (an object with "label"); `frames` says what a video as
+frames is. Every sample has a known place,
 so that rows of shards are drawn, split and scored like any others. Nothing is unpacked to disk, and nothing
 is read as other than label text or pixels.
 """
@@ -24,6 +25,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expan
 
 from ..errors import ListError
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
+from .frames import INDEX, VIDEO, FrameVideo
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 LONGEST_LABEL = 1 << 20  # bytes of a .cls or .json member
@@ -32,17 +34,25 @@ READERS = 8  # shards listed at a time: what takes time is to wait for a disk or
 
 
 class Place(NamedTuple):
-    """Where a sample lies: the tar file, the first byte of its first header, and its number of bytes."""
+    """Where a sample lies: the tar file, the first byte of its first header, and its number of bytes.
+
+    head: of a sample of frames, the bytes in front of the first frame's file; 0: another kind of sample.
+    """
 
     shard: str
     offset: int
     size: int
+    head: int = 0
 
-    def read(self, path: str) -> bytes:
-        """The contents of the member that `path` (shard/member) names: one seek, one read.
+    def contents(self, path: str) -> bytes | FrameVideo:
+        """The member that `path` (shard/member) names; the video, where it is stored as frames.
 
         Raises DecodeError, also where the shard is not what it was when it was listed.
         """
+        return FrameVideo(path, self) if self.head else self.read(path)
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a member: one seek, one read."""
         try:
             with open(self.shard, "rb") as file:
                 file.seek(self.offset)
@@ -74,6 +84,7 @@ class _Member(NamedTuple):
     suffix: str
     text: bytes | None  # of a label
     start: int
+    data: int
     end: int
 
 
@@ -111,6 +122,16 @@ def visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """What is in a folder and not hidden, by name."""
     with os.scandir(folder) as entries:
         return sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
+
+
+def find_member(path: str) -> bytes | FrameVideo:
+    """What lies at shard/member, as reports name videos. Raises DecodeError where nothing does."""
+    shard, within, _ = path.partition(".tar/")
+    if within and os.path.isfile(f"{shard}.tar"):
+        for sample in index_shards([f"{shard}.tar"]):
+            if sample.path == path:
+                return sample.place.contents(path)
+    raise DecodeError(f"{path}: no such file")
 
 
 def index_shards(shards: Sequence[str]) -> list[Found]:
@@ -175,7 +196,7 @@ def _members(shard: str, tar: tarfile.TarFile) -> Iterator[_Member]:
         suffix, text = suffix.lower(), None
         if suffix in ("cls", "json") and member.size <= LONGEST_LABEL:
             text = tar.extractfile(member).read()
-        yield _Member(name, key, suffix, text, member.offset, tar.offset)
+        yield _Member(name, key, suffix, text, member.offset, member.offset_data, tar.offset)
 
 
 def _sample(shard: str, key: str, members: list[_Member]) -> Found:
@@ -191,8 +212,16 @@ def _sample(shard: str, key: str, members: list[_Member]) -> Found:
     if len(videos) != 1:
         names = ", ".join(member.suffix for member in members)
         raise ListError(f"{where}: found {len(videos)} videos (in {names}), expected one")
-    start, end = members[0].start, members[-1].end
-    return Found(f"{shard}/{videos[0].name}", _label(where, fields), Place(shard, start, end - start))
+    start, end, head = members[0].start, members[-1].end, 0
+    if INDEX in fields:
+        suffixes = [member.suffix for member in members]
+        if suffixes[:2] != [INDEX, VIDEO]:
+            names = ", ".join(suffixes)
+            raise ListError(
+                f"{where}: found {names} in this order, expected {INDEX} first and {VIDEO} next"
+            )
+        head = members[1].data - start
+    return Found(f"{shard}/{videos[0].name}", _label(where, fields), Place(shard, start, end - start, head))
 
 
 def _label(where: str, fields: dict[str, _Member]) -> int | str | None:
