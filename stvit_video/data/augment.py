@@ -38,14 +38,14 @@ def cut(frame: Tensor, draw: Draw) -> Tensor:
     return frame[..., top : top + height, left : left + width]
 
 
-def augment(frames: Sequence[Tensor], draw: Draw, out: Tensor) -> None:
-    """T frames uint8 (3, h, w), cut already, into `out` (3, T, S, S).
+def augment(clip: Tensor, draw: Draw, out: Tensor) -> None:
+    """T frames uint8 (T, 3, h, w), cut already, into `out` (3, T, S, S).
 
     Frame by frame, as what one operation leaves is still in the cache for the next.
     """
     operations = [OPERATIONS[name]([m], draw.size, out.device) for name, m in draw.operations]
-    for place, frame in enumerate(frames):
-        pixels = v2.resize(frame[None], [draw.size] * 2, antialias=True).contiguous()[None]
+    for place, frame in enumerate(v2.resize(clip, [draw.size] * 2, antialias=True)):
+        pixels = frame.contiguous()[None, None]
         for operation in operations:
             pixels = operation(pixels)
         out[:, place] = (pixels.flip(-1) if draw.flip else pixels)[0, 0]

@@ -54,7 +54,7 @@ class TrainTransform:
     def __call__(self, clip: Clip, target: Any) -> tuple[Clip, Any]:
         draw = self.draw(clip, target)
         out = torch.empty(3, len(clip), self.size, self.size, dtype=torch.uint8)
-        augment([cut(frame, draw) for frame in clip], draw, out)
+        augment(cut(clip, draw), draw, out)
         return out.transpose(0, 1), self.move(target, draw)
 
     def draw(self, clip: Clip, target: Any) -> Draw:

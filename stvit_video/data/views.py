@@ -79,7 +79,7 @@ class TrainViews:
             return out, targets, draws
         out = make((len(clips), 3, len(clips[0]), *[self.transform.size] * 2))
         for frames, draw, pixels in zip(cuts, draws, out, strict=True):
-            augment(frames, draw, pixels)
+            augment(torch.stack(frames), draw, pixels)
         return out, targets
 
 
