@@ -133,6 +133,17 @@ def test_each_video_is_compared_with_its_own_decode(clip):
     assert rows[0]["of a full decode"] == 1
 
 
+def test_feeding_is_measured_of_each_list_on_both_sides(clip, tmp_path):
+    (tmp_path / "list.txt").write_text(f"{clip} 0\n")
+    config = small(clip)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, timeout=30))
+    rows = bench.bench_feeding(config, [str(tmp_path / "list.txt")], rounds=2, samples=2)
+    assert [row["augment_on"] for row in rows] == ["worker", "device"]
+    assert all(0 < row["lowest"] <= row["samples/core s"] <= row["highest"] for row in rows)
+    assert rows[0]["MB"] == pytest.approx(2 * 3 * 4 * 32 * 32 / 1e6)
+    assert rows[1]["device ms"] > 0
+
+
 def test_the_rendered_video(tmp_path):
     with open_video(bench.render_video(tmp_path / "a.mp4")) as video:
         assert (video.num_frames, video.fps) == (300, 30)

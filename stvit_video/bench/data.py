@@ -88,11 +88,13 @@ def bench_views(config: Config, *, videos: Sequence = (), rounds: int = 5) -> li
     return table
 
 
-def bench_feeding(config: Config, lists: Sequence[str], *, rounds: int = 5, samples: int = 16) -> list[dict]:
+def bench_feeding(
+    config: Config, lists: Sequence[str], *, rounds: int = 5, samples: int = 16
+) -> list[dict]:
     """What training samples cost a loader's process and its guard's child, in CPU time, from each list.
 
-    Columns: list, data.augment_on, samples a core-second (median, lowest and highest round), MB that a sample
-    uploads, and ms a sample of what is left to the device, on this CPU.
+    Columns: list, data.augment_on, samples a core-second (median, lowest and highest round), MB that a
+    sample uploads, and ms of a sample that are left to the device, on this CPU.
     """
     costs: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
     kinds = [(path, where) for path in lists for where in ("worker", "device")]

@@ -98,7 +98,7 @@ class VideoDataset(Dataset):
             yield from (row for row in permuted(len(self), seed) if row != index)
 
     def _read(self, index: int, seed: int, memory: SharedMemory | None) -> tuple:
-        """The views of a row, clips as an array. Raises DecodeError; any other error, too, names the file."""
+        """The views of a row, clips as an array. Raises DecodeError; other errors name the file, too."""
         row = self.rows[index]
         try:
             with (
