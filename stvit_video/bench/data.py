@@ -105,7 +105,7 @@ def bench_feeding(
         datasets[path, where] = _loader(case, "train", rows, 0).dataset
     for number in progress(range(rounds + 1), desc="feeding", unit="round"):
         for kind, dataset in datasets.items():
-            items = [(number, i % len(dataset)) for i in range(samples)]
+            items = [(number * samples + i, i % len(dataset)) for i in range(samples)]  # other draws each
             begun = _cpu_seconds(dataset)
             batch = collate(dataset.__getitems__(items))
             read = _cpu_seconds(dataset)
