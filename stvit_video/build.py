@@ -262,7 +262,7 @@ def build_train_loader(config: Config, task: Task, rows: Sequence[Row], device: 
         flip=data.flip != "none",
         mirror=task.mirror,
     )
-    views = TrainViews(build_sampling(data), transform, data.repeats)
+    views = TrainViews(build_sampling(data), transform, data.repeats, data.augment_on == "device")
     sampler = TrainSampler(
         len(rows),
         batch_size=config.train.batch_size,

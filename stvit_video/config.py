@@ -95,6 +95,8 @@ class DataConfig:
     """Random resized crop: aspect ratio, from and to."""
     rand_augment: tuple[Annotated[int, Range(0, 10)], Annotated[int, Range(0, 10)]] | None = None
     """RandAugment: number of operations and magnitude (of 10); null: none."""
+    augment_on: Literal["worker", "device"] = "worker"
+    """Where training clips are resized and augmented: in loader processes, or behind the upload."""
     repeats: Count = 1
     """Random clips of each decoded training video (repeated augmentation)."""
     workers: Annotated[int, Range(0)] = 2

@@ -14,7 +14,7 @@ from stvit_video.data.annotations import Row
 from stvit_video.data.batch import collate
 from stvit_video.data.decode import open_video
 from stvit_video.data.transforms import TestTransform as CropTransform
-from stvit_video.data.transforms import TrainTransform, _RandAugment
+from stvit_video.data.transforms import TrainTransform
 from stvit_video.data.views import Sampling, TrainViews
 from stvit_video.data.views import TestViews as AllViews
 
@@ -77,23 +77,6 @@ def test_batches_are_the_samples(clip):
     assert torch.equal(collate(samples).clips, torch.stack([sample.clips for sample in samples]))
 
 
-@pytest.mark.parametrize("operation", _RandAugment._AUGMENTATION_SPACE)
-def test_augmented_pixels_do_not_depend_on_the_layout(operation):
-    ours, theirs = (
-        _RandAugment(1, 7, num_magnitude_bins=11),
-        _RandAugment.__base__(1, 7, num_magnitude_bins=11),
-    )
-    space = {operation: _RandAugment._AUGMENTATION_SPACE[operation]}
-    ours._AUGMENTATION_SPACE = theirs._AUGMENTATION_SPACE = space
-    first = torch.randint(256, (3, 3, 20, 24), dtype=torch.uint8)
-    for frames in (first, first.contiguous(memory_format=torch.channels_last)):
-        done = []
-        for augment in (ours, theirs):
-            torch.manual_seed(1)
-            done.append(augment(frames))
-        assert torch.equal(*done)
-
-
 @pytest.mark.parametrize("size", [(96, 64), (64, 96)])
 def test_wide_and_tall_videos_folders_and_images_give_views_of_one_size(tmp_path, size):
     path = render(tmp_path / "a.mp4", size=size)
@@ -148,6 +131,17 @@ def test_each_video_is_compared_with_its_own_decode(clip):
     assert [(row["video"], row["what"]) for row in rows] == [("a.mp4", kind) for kind in 2 * kinds]
     assert all(row["ms"] > 0 and row["of a full decode"] > 0 for row in rows)
     assert rows[0]["of a full decode"] == 1
+
+
+def test_feeding_is_measured_of_each_list_on_both_sides(clip, tmp_path):
+    (tmp_path / "list.txt").write_text(f"{clip} 0\n")
+    config = small(clip)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, timeout=30))
+    rows = bench.bench_feeding(config, [str(tmp_path / "list.txt")], rounds=2, samples=2)
+    assert [row["augment_on"] for row in rows] == ["worker", "device"]
+    assert all(0 < row["lowest"] <= row["samples/core s"] <= row["highest"] for row in rows)
+    assert rows[0]["MB"] == pytest.approx(2 * 3 * 4 * 32 * 32 / 1e6)
+    assert rows[1]["device ms"] > 0
 
 
 def test_the_rendered_video(tmp_path):

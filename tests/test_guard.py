@@ -283,7 +283,7 @@ def test_a_sample_gives_up_when_it_alone_has_met_too_many(tmp_path, share, tries
 
 @pytest.mark.parametrize("timeout", [None, 30])
 def test_a_bug_is_no_unreadable_file(rows, timeout):
-    def broken(video, label):
+    def broken(video, label, make):
         raise KeyError("oh")
 
     data = VideoDataset(rows, broken, substitute=True, timeout=timeout)

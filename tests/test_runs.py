@@ -74,11 +74,13 @@ def wait_for(condition, seconds=180):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "where"), [(0, "worker"), (2, "device")])
 def test_sigterm_ends_a_run_at_an_update_and_it_goes_on_there(
-    unbroken, args, tmp_path, monkeypatch, workers
+    unbroken, args, tmp_path, monkeypatch, workers, where
 ):
+    """Wherever pixels are changed: on the CPU they are the same."""
     output, log = tmp_path / "run", tmp_path / "out.txt"
+    args = [*args, f"--data.augment_on={where}"]
     given = [*args, f"--output={output}", "--resume", f"--data.workers={workers}"]
     (process,) = launch(cli.train, *given, log=log)
     wait_for(lambda: entries(output) >= 2)
@@ -95,12 +97,14 @@ def test_sigterm_ends_a_run_at_an_update_and_it_goes_on_there(
     assert 4 <= done < 12, "broken off within the first epoch"
     assert state["update"] == entries(output) == done / 2
 
-    read, whole = [], VideoDataset.__getitem__
+    read, sample = [], VideoDataset._sample
     with monkeypatch.context() as patch:
         patch.setattr(
             VideoDataset,
-            "__getitem__",
-            lambda data, item: read.append((data.substitute, item[0])) or whole(data, item),
+            "_sample",
+            lambda data, item, memory: (
+                read.append((data.substitute, item[0])) or sample(data, item, memory)
+            ),
         )
         assert run(cli.train, *args, f"--output={output}", "--resume") == 0
     assert read.count((True, 0)) == 24 - 2 * done  # what the first part trained on is not read again

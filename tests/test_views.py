@@ -13,8 +13,10 @@ from stvit_video.data.annotations import Row, Rows
 from stvit_video.data.batch import Sample, collate
 from stvit_video.data.dataset import TestSampler as EverySampler
 from stvit_video.data.dataset import TrainSampler, VideoDataset, make_loader
+from stvit_video.data.guard import Guard
 from stvit_video.data.transforms import Mix, Normalise, TrainTransform
 from stvit_video.data.transforms import TestTransform as CropTransform
+from stvit_video.engine.uploads import Uploads
 from stvit_video.errors import InputError
 
 Sampling = views.Sampling
@@ -209,6 +211,38 @@ def test_any_target_comes_through_workers_and_guard(demo_root, workers, timeout)
     for came, sent in zip(batch.targets["boxes"][0], expected, strict=True):
         assert torch.equal(came, sent["boxes"])
         assert (came.canvas_size, came.format) == ((32, 32), sent["boxes"].format)
+
+
+@pytest.mark.parametrize(("workers", "timeout"), [(0, None), (0, 30), (1, None), (1, 30)])
+def test_pixels_changed_behind_the_upload_are_the_workers(demo_root, workers, timeout):
+    """Clips of videos of two sizes, and targets that move with them; what cannot be read is left out."""
+    box = tv_tensors.BoundingBoxes([[8, 8, 40, 40]], format="XYXY", canvas_size=(48, 64))
+    rows = Rows([Row(row.path, {"boxes": box}) for row in _rows(demo_root)[:3]])
+    runs = []
+    for on_device in (False, True):
+        make = views.TrainViews(Sampling("dense", 4, 2), TrainTransform(32, flip=True), 2, on_device)
+        data = VideoDataset(rows, make, timeout=timeout)
+        options = {"batch_size": 3, "workers": workers, "pin_memory": False, "persistent": False}
+        (batch,) = Uploads(make_loader(data, EverySampler(3), **options), torch.device("cpu"))
+        runs.append(batch)
+    assert runs[1].draws is None
+    assert torch.equal(runs[0].clips, runs[1].clips)
+    for one, other in zip(*(batch.targets["boxes"] for batch in runs), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_batch_is_not_copied_where_its_clips_lie_one_behind_the_other(demo_root):
+    data = _train_set(_rows(demo_root)[:3])
+    data._guarded = Guard(data._read, 30)
+    rows = data.rows
+    data.rows = [rows[0], Row("nowhere.mp4", 0), rows[1]]
+    data.substitute = False
+    samples = data.__getitems__([(0, 0), (0, 1), (0, 2)])
+    batch = collate(samples)
+    assert batch.failed == [1]
+    assert batch.clips.data_ptr() == samples[0].clips.data_ptr()
+    assert batch.clips.is_shared()
+    assert torch.equal(batch.clips[1], data[0, 2].clips)
 
 
 def test_what_a_trainer_needs_imports_without_decoders():

@@ -18,7 +18,7 @@ from ..figures import draw_speeds
 from ..models.zoo import MODELS, create_model
 from . import report
 from .accuracy import bench_accuracy
-from .data import bench_data, bench_views
+from .data import bench_data, bench_feeding, bench_views
 from .model import MODES, measure_memory, measure_models
 
 OUTPUT = "runs/bench"
@@ -101,8 +101,19 @@ def data(args: Sequence[str]) -> None:
     parser.add_argument("--lists", action="store_true", help="The videos of the config's lists instead.")
     parser.add_argument("--workers", type=_numbers(0), default=[0, 1, 2], help="Loader processes: 0,1,2.")
     parser.add_argument("--rounds", type=_positive, default=5, help="Turns that all kinds of loading take.")
+    parser.add_argument(
+        "--feeding",
+        nargs="+",
+        default=[],
+        metavar="LIST",
+        help="Only what a sample of each list costs a worker.",
+    )
     config, flags = parse(parser, args)
     config, output = resolve(config), _output(config, args)
+    if flags.feeding:
+        print(report.machine(torch.device("cpu")))
+        print(report.write(bench_feeding(config, flags.feeding, rounds=flags.rounds), output, "feeding"))
+        return
     if not flags.lists:
         config = replace(config, data=replace(config.data, train=None, val=None, test=None))
     for video in flags.videos:

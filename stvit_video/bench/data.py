@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from timeit import timeit
 
 import av
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from .. import build
 from ..config import Config
-from ..data import demo
+from ..data import augment, demo
 from ..data.batch import Sample, collate
 from ..data.dataset import VideoDataset
 from ..data.decode import Video, open_video
@@ -86,6 +86,47 @@ def bench_views(config: Config, *, videos: Sequence = (), rounds: int = 5) -> li
                 entry = {"video": Path(row.path).name, "what": kind, "ms": 1000 * median(seconds)}
                 table.append(entry | {"of a full decode": ratio})
     return table
+
+
+def bench_feeding(
+    config: Config, lists: Sequence[str], *, rounds: int = 5, samples: int = 16
+) -> list[dict]:
+    """What training samples cost a loader's process and its guard's child, in CPU time, from each list.
+
+    Columns: list, data.augment_on, samples a core-second (median, lowest and highest round), MB that a
+    sample uploads, and ms of a sample that are left to the device, on this CPU.
+    """
+    costs: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
+    kinds = [(path, where) for path in lists for where in ("worker", "device")]
+    datasets = {}
+    for path, where in kinds:
+        case = replace(config, data=replace(config.data, train=path, augment_on=where))
+        rows, _ = build.read_split(case, "train")
+        datasets[path, where] = _loader(case, "train", rows, 0).dataset
+    for number in progress(range(rounds + 1), desc="feeding", unit="round"):
+        for kind, dataset in datasets.items():
+            items = [(number * samples + i, i % len(dataset)) for i in range(samples)]  # other draws each
+            begun = _cpu_seconds(dataset)
+            batch = collate(dataset.__getitems__(items))
+            read = _cpu_seconds(dataset)
+            size = batch.clips.numel()
+            augment.finish(batch)
+            costs.setdefault(kind, []).append((read - begun, _cpu_seconds(dataset) - read, size))
+    table = []
+    for (path, where), rounds_ in costs.items():
+        worker, device, sizes = zip(*rounds_[1:], strict=True)  # the first starts the guard's child
+        rates = [samples / seconds for seconds in worker]
+        row = {"list": path, "augment_on": where, "samples/core s": median(rates)}
+        row |= {"lowest": min(rates), "highest": max(rates), "MB": median(sizes) / samples / 1e6}
+        table.append(row | {"device ms": 1000 * median(device) / samples})
+    return table
+
+
+def _cpu_seconds(dataset: VideoDataset) -> float:
+    """Of this process and the guard's child, where there is one."""
+    child = getattr(dataset._guarded, "_child", None)
+    used = Path(f"/proc/{child.pid}/schedstat").read_text().split()[0] if child else 0
+    return process_time() + int(used) / 1e9
 
 
 def measure_loading(config: Config, what: str, rows: Sequence[Row], *, workers: int, epoch: int) -> float:

@@ -1,8 +1,9 @@
 """Samples and batches, for a data set, a loader and a training loop: needs torch and numpy only."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.data import get_worker_info
 class Sample(NamedTuple):
     """V views of one video: clips uint8 (V, 3, T, H, W), a target a view; and what could not be read.
 
+    draws: a Draw a view, where clips are to be augmented on the device; clips are cut, and flat, till then.
     preview: the video as a small WebP, where the views make one.
     """
 
@@ -21,6 +23,7 @@ class Sample(NamedTuple):
     clips: Tensor | None  # None: not read
     targets: list
     failures: list[tuple[str, str]]  # (path, cause)
+    draws: list | None = None
     preview: bytes | None = None
 
 
@@ -31,6 +34,7 @@ class Batch:
     indices: (B,) of those that were read. clips: uint8 (B, V, 3, T, H, W), a list of B where shapes differ.
     targets: as `stack` makes them, with (B, V) in front; where they are not alike B lists of V.
     failures: (path, cause) of unreadable files; failed: indices of samples without clips.
+    draws: B lists of V, until the device has augmented the clips: till then they are cut, flat (bytes,).
     previews: B of them, as the samples have them.
     """
 
@@ -39,6 +43,7 @@ class Batch:
     targets: Any
     failures: list[tuple[str, str]] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
+    draws: list[list] | None = None
     previews: list[bytes | None] = field(default_factory=list)
 
     def pin_memory(self) -> Self:
@@ -49,22 +54,24 @@ class Batch:
         return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Self:
-        moved = _each_tensor(move, self.clips), _each_tensor(move, self.targets)
-        return type(self)(self.indices, *moved, self.failures, self.failed, self.previews)
+        return replace(self, clips=_each_tensor(move, self.clips), targets=_each_tensor(move, self.targets))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """A batch of the samples that were read; the failures of all."""
     read = [sample for sample in samples if sample.clips is not None]
-    clips = [sample.clips for sample in read]
-    if len({clip.shape for clip in clips}) == 1:
-        clips = torch.stack(clips, out=_buffer((len(clips), *clips[0].shape)))
+    clips, draws = [sample.clips for sample in read], [sample.draws for sample in read]
+    if read and draws[0] is not None:
+        clips = _joined(clips)
+    elif len({clip.shape for clip in clips}) == 1:
+        clips = _joined(clips).view(len(clips), *clips[0].shape)
     return Batch(
         indices=torch.tensor([sample.index for sample in read], dtype=torch.long),
         clips=clips if read else None,
         targets=_stack_targets([sample.targets for sample in read]) if read else None,
         failures=[failure for sample in samples for failure in sample.failures],
         failed=[sample.index for sample in samples if sample.clips is None],
+        draws=draws if read and draws[0] is not None else None,
         previews=[sample.preview for sample in read],
     )
 
@@ -89,6 +96,20 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
     """By numpy: it asks for large pages, which torch does not and which take a third of the time."""
     size = math.prod(shape) * dtype.itemsize
     return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(*shape)
+
+
+def _joined(clips: list[Tensor]) -> Tensor:
+    """uint8, flat; copied only where they do not lie in one memory, one behind the other."""
+    sizes = [clip.numel() for clip in clips]
+    start, memory = clips[0].storage_offset(), clips[0].untyped_storage().data_ptr()
+    behind = itertools.accumulate(sizes[:-1], initial=start)
+    if all(
+        clip.is_contiguous()
+        and (clip.untyped_storage().data_ptr(), clip.storage_offset()) == (memory, place)
+        for clip, place in zip(clips, behind, strict=True)
+    ):
+        return clips[0].as_strided([sum(sizes)], [1])
+    return torch.cat([clip.flatten() for clip in clips], out=_buffer([sum(sizes)]))
 
 
 def _buffer(shape: Sequence[int]) -> Tensor:

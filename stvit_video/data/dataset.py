@@ -10,14 +10,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..errors import InputError
-from .batch import Sample, collate
+from .batch import Sample, collate, empty
 from .decode import DecodeError, KeptVideo, Video, open_video
-from .guard import GivenUp, Guard
+from .guard import GivenUp, Guard, SharedMemory
 from .rows import Row
 from .sampling import mixed_seed, permuted
 from .views import TestViews, TrainViews
@@ -58,17 +57,36 @@ class VideoDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[Sample]:
+        """A batch. Where another process reads or trains, its clips lie in one shared memory, in order."""
+        if self._guarded == self._read and get_worker_info() is None:
+            return [self._sample(item, None) for item in items]
+        memory = SharedMemory()
+        samples = [self._sample(item, memory) for item in items]
+        flat = memory.tensor()  # all of it at once: torch hands it on without a copy
+        for i, sample in enumerate(samples):
+            if sample.clips is not None:
+                start, size = memory.place(sample.clips.numpy()), sample.clips.numel()
+                samples[i] = sample._replace(clips=flat[start : start + size].view(sample.clips.shape))
+        return samples
+
+    def _sample(self, item: tuple[int, int], memory: SharedMemory | None) -> Sample:
         epoch, index = item
         seed = mixed_seed(self.seed, epoch, index)
         failures = []
         for row in self._candidates(index, seed):
+            end = memory and memory.end
             try:
-                clips, targets, *preview = self._guarded(row, seed)
-                return Sample(index, torch.from_numpy(clips), targets, failures, *preview)
+                clips, targets, *extra = self._guarded(row, seed, memory)
+                return Sample(index, torch.from_numpy(clips), targets, failures, *extra)
             except (DecodeError, GivenUp) as error:
                 path = self.rows[row].path
                 cause = str(error) if isinstance(error, DecodeError) else f"{path}: {error}"
                 failures.append((path, cause))
+            if memory is not None:
+                memory.end = end  # what was begun is written over
             if len(failures) > self.max_unreadable * len(self):
                 break
         return Sample(index, None, [], failures)
@@ -79,11 +97,8 @@ class VideoDataset(Dataset):
         if self.substitute:
             yield from (row for row in permuted(len(self), seed) if row != index)
 
-    def _read(self, index: int, seed: int) -> tuple[np.ndarray, list, *tuple[bytes, ...]]:
-        """Clips and targets of one row, and a preview where the views make one.
-
-        Raises DecodeError; any other error, too, names the file.
-        """
+    def _read(self, index: int, seed: int, memory: SharedMemory | None) -> tuple:
+        """The views of a row, clips as an array. Raises DecodeError; other errors name the file, too."""
         row = self.rows[index]
         try:
             with (
@@ -92,8 +107,10 @@ class VideoDataset(Dataset):
             ):
                 if cause := row.missing_frames(video.num_frames):
                     raise DecodeError(cause)
-                torch.manual_seed(seed)
-                clips, *rest = self.views(video, self.encode(row.target))
+                # not torch.manual_seed: for devices that are not used it takes 2 ms to format a traceback
+                torch.default_generator.manual_seed(seed)
+                make = empty if memory is None else memory.empty
+                clips, *rest = self.views(video, self.encode(row.target), make)
         except InputError:
             raise
         except Exception as error:  # a bug, not the file's fault: raised on, but with the file's name

@@ -6,6 +6,7 @@ is a fork, made when it is first needed; results come back through shared memory
 
 import ctypes
 import gc
+import math
 import mmap
 import os
 import pickle
@@ -16,9 +17,10 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -37,7 +39,9 @@ class Guard:
     """guard(*args) is function(*args), or GivenUp after `timeout` seconds; the next call is as the first.
 
     What the function raises is raised here: an InputError as it is, anything else as a RuntimeError with
-    its traceback. Arrays of a result arrive as copies, anything else pickled. One call at a time.
+    its traceback. Arrays of a result come through shared memory, anything else pickled. One call at a time.
+    A SharedMemory as the last argument is the same memory there; what the function puts into it is not
+    copied, and other arrays of its result are put behind that.
     """
 
     def __init__(self, function: Callable, timeout: float):
@@ -162,12 +166,12 @@ class Child:
 
     def __init__(self, function: Callable):
         self.link, its_link = Pipe()
-        self.memory = SharedMemory()
+        self.memory: SharedMemory | None = None  # of the latest call
         self.owner = os.getpid()
         self.pid = os.fork()
         if not self.pid:
             self.link.close()
-            _serve(function, its_link, self.memory, self.owner)
+            _serve(function, its_link, self.owner)
         its_link.close()
 
     def lives(self) -> bool:
@@ -178,15 +182,20 @@ class Child:
         """Begin a call, which has `timeout` seconds (None: any time)."""
         self.timeout = timeout
         self.deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
-        self.link.send(args)
+        last = bool(args) and isinstance(args[-1], SharedMemory)
+        memory, args = (args[-1], args[:-1]) if last else (SharedMemory(), args)
+        new, self.memory = memory is not self.memory, memory
+        self.link.send((args, last, memory.end, new))
+        if new:
+            send_handle(self.link, memory.file.fileno(), self.pid)
 
     def result(self) -> Any:
         """What the function returned, or Raised; GivenUp where the process crashed."""
         try:
-            content, sizes = self.link.recv()
+            content, places = self.link.recv()
         except (EOFError, ConnectionError):
             return Raised(GivenUp(f"the decoder crashed ({self.end(patience=1)})"))
-        return pickle.loads(content, buffers=self.memory.read(sizes))
+        return pickle.loads(content, buffers=[self.memory.map(*place) for place in places])
 
     def end(self, patience: float = 0.0) -> str:
         """Reap it, killed if it does not end by itself within `patience` seconds; -> how it ended."""
@@ -225,40 +234,66 @@ class Child:
 
 
 class SharedMemory:
-    """Bytes from child to parent: nameless memory that both map, as large as the largest result so far."""
+    """Nameless memory that processes share; it grows at its end. Each maps the parts that it uses."""
 
-    def __init__(self):
+    def __init__(self, file: int | None = None):
         # not in /dev/shm, which containers keep small
-        nameless = hasattr(os, "memfd_create")
-        self.file = os.fdopen(os.memfd_create("clips"), "r+b") if nameless else tempfile.TemporaryFile()  # noqa: SIM115
-        self.size = 0
+        if file is None and hasattr(os, "memfd_create"):
+            file = os.memfd_create("clips")
+        self.file = tempfile.TemporaryFile() if file is None else os.fdopen(file, "r+b")  # noqa: SIM115
+        self.begin(0)
 
-    def pickled(self, result: Any) -> tuple[bytes, list[int]]:
-        """Called by the child: arrays go into the memory; -> the rest, pickled, and their sizes."""
+    def begin(self, end: int) -> None:
+        """What lies behind `end` is to be written over."""
+        self.end, self.parts = end, []  # parts: (place, bytes) mapped here
+
+    def empty(self, shape: Sequence[int]) -> torch.Tensor:
+        """uint8, behind what is there."""
+        start, size = self.end, math.prod(shape)
+        os.ftruncate(self.file.fileno(), start + size)
+        return torch.from_numpy(self.map(start, size)).view(*shape)
+
+    def map(self, start: int, size: int) -> np.ndarray:
+        """uint8 (size,) from this place on."""
+        if not size:
+            return np.empty(0, np.uint8)
+        offset = start % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(self.file.fileno(), offset + size, offset=start - offset)
+        part = np.frombuffer(mapped, np.uint8, offset=offset)
+        self.parts.append((start, part))
+        self.end = max(self.end, start + size)
+        return part
+
+    def place(self, array: np.ndarray) -> int | None:
+        """Where a contiguous array lies that was made in it; None: it was not."""
+        for start, part in self.parts:
+            ahead = array.ctypes.data - part.ctypes.data
+            if 0 <= ahead <= part.nbytes - array.nbytes:
+                return start + ahead
+        return None
+
+    def tensor(self) -> torch.Tensor:
+        """uint8 (end,), all of it, of a kind that torch hands to other processes without a copy."""
+        storage = torch.UntypedStorage._new_shared_fd_cpu(self.file.fileno(), self.end)
+        return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+    def pickled(self, result: Any) -> tuple[bytes, list[tuple[int, int]]]:
+        """-> the result without its arrays, pickled; place and size of each, in this memory."""
         parts: list[np.ndarray] = []
         content = pickle.dumps(
             result, 5, buffer_callback=lambda buffer: parts.append(np.frombuffer(buffer.raw(), np.uint8))
         )
-        sizes = [part.size for part in parts]
-        if sum(sizes) > self.size:
-            self.file.truncate(sum(sizes))
-        if parts:
-            np.concatenate(parts, out=self._map(sum(sizes))[: sum(sizes)])
-        return content, sizes
+        return content, [(self._kept(part), part.size) for part in parts]
 
-    def read(self, sizes: list[int]) -> list[np.ndarray]:
-        """Called by the parent; -> copies, which the next result does not touch."""
-        mapped = self._map(sum(sizes))
-        ends = np.cumsum(sizes).tolist()
-        return [mapped[end - size : end].copy() for end, size in zip(ends, sizes, strict=True)]
-
-    def _map(self, size: int) -> np.ndarray:
-        if size > self.size:
-            self._mapped, self.size = mmap.mmap(self.file.fileno(), size), size
-        return np.frombuffer(self._mapped, np.uint8) if self.size else np.empty(0, np.uint8)
+    def _kept(self, part: np.ndarray) -> int:
+        if (place := self.place(part)) is None:
+            place = self.end
+            self.empty([part.size]).numpy()[:] = part
+        return place
 
 
-def _serve(function: Callable, link: Connection, memory: SharedMemory, parent: int) -> NoReturn:
+def _serve(function: Callable, link: Connection, parent: int) -> NoReturn:
+    memory = None
     try:
         for number in (signal.SIGINT, signal.SIGTERM):  # the parent is told too, and decides
             signal.signal(number, signal.SIG_IGN)
@@ -268,9 +303,11 @@ def _serve(function: Callable, link: Connection, memory: SharedMemory, parent: i
         gc.freeze()  # what the parent made is left to it: a collection here would copy all its pages
         torch.set_num_threads(1)  # the parent's pool of threads is not in a fork
         while os.getppid() == parent:
-            args = link.recv()
+            args, last, end, new = link.recv()
+            memory = SharedMemory(recv_handle(link)) if new else memory
+            memory.begin(end)
             try:
-                message = memory.pickled(function(*args))
+                message = memory.pickled(function(*args, memory) if last else function(*args))
             except InputError as error:
                 message = memory.pickled(Raised(error))
             except Exception as error:  # whatever it is, the parent raises it

@@ -1,4 +1,4 @@
-"""Which pixels, on torchvision.transforms.v2: one set of random parameters a clip, uint8 in and out."""
+"""Which pixels: one set of random parameters a clip, uint8 in and out."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
 from ..errors import InputError
+from .augment import Draw, augment, cut
 from .batch import empty
 
 Clip = Tensor  # uint8 (T, 3, H, W)
@@ -18,6 +19,7 @@ Clip = Tensor  # uint8 (T, 3, H, W)
 class TrainTransform:
     """Random resized crop, RandAugment, flip: uint8 (T, 3, H, W), target -> ((T, 3, S, S), target).
 
+    What is random is drawn first (`draw`): pixels may be changed elsewhere than the target (`move`).
     torchvision's tv_tensors in the target (boxes, masks), also within dicts, lists and tuples, move with
     the pixels; they have the size of the frames. RandAugment cannot move them: InputError.
 
@@ -39,40 +41,52 @@ class TrainTransform:
         flip: bool = False,
         mirror: Callable[[Any], Any] | None = None,
     ):
-        self.crop = v2.RandomResizedCrop(size, scale=scale, ratio=ratio, antialias=True)
-        self.augment = rand_augment and _RandAugment(
-            *rand_augment, num_magnitude_bins=11, interpolation=InterpolationMode.BILINEAR
-        )
+        self.size, self.crop = size, v2.RandomResizedCrop(size, scale=scale, ratio=ratio)
+        self.operations, magnitude = rand_augment or (0, 0)
+        space = v2.RandAugment._AUGMENTATION_SPACE.items()
+        levels = {name: (levels(11, size, size), signed) for name, (levels, signed) in space}
+        self.space = [  # name, magnitude, whether it may be negative; None: the operation has none
+            (name, None if values is None else float(values[magnitude]), signed)
+            for name, (values, signed) in levels.items()
+        ]
         self.flip, self.mirror = flip, mirror
 
     def __call__(self, clip: Clip, target: Any) -> tuple[Clip, Any]:
-        clip, target = self.crop(tv_tensors.Video(clip), target)
-        if self.augment is not None:
-            _refuse_places(target)
-            clip = self.augment(clip)
-        if self.flip and torch.rand(()) < 0.5:
-            clip = v2.functional.horizontal_flip(clip)  # RandAugment may have made it a plain tensor
-            target = tree_map_only(tv_tensors.TVTensor, v2.functional.horizontal_flip, target)
-            target = target if self.mirror is None else self.mirror(target)
-        return clip.as_subclass(Tensor), target
+        draw = self.draw(clip, target)
+        out = torch.empty(3, len(clip), self.size, self.size, dtype=torch.uint8)
+        augment(cut(clip, draw), draw, out)
+        return out.transpose(0, 1), self.move(target, draw)
 
-
-def _refuse_places(target: Any) -> None:
-    moving = next((leaf for leaf in tree_leaves(target) if isinstance(leaf, tv_tensors.TVTensor)), None)
-    if moving is not None:
-        raise InputError(
-            f"data.rand_augment: cannot move targets of kind {type(moving).__name__} with the pixels; "
-            "null: no RandAugment"
+    def draw(self, clip: Clip, target: Any) -> Draw:
+        """By torch's global generator; as torchvision's RandomResizedCrop and RandAugment draw."""
+        moving = [leaf for leaf in tree_leaves(target) if isinstance(leaf, tv_tensors.TVTensor)]
+        if moving and self.operations:
+            raise InputError(
+                f"data.rand_augment: cannot move targets of kind {type(moving[0]).__name__} "
+                "with the pixels; null: no RandAugment"
+            )
+        box = self.crop.make_params([tv_tensors.Video(clip), *moving])
+        return Draw(
+            box=(box["top"], box["left"], box["height"], box["width"]),
+            size=self.size,
+            operations=tuple(self._draw_operation() for _ in range(self.operations)),
+            flip=self.flip and torch.rand(()).item() < 0.5,
         )
 
+    def _draw_operation(self) -> tuple[str, float]:
+        name, magnitude, signed = self.space[torch.randint(len(self.space), ()).item()]
+        negative = signed and torch.rand(()).item() <= 0.5
+        return name, (-magnitude if negative else magnitude) or 0.0
 
-class _RandAugment(v2.RandAugment):
-    """torchvision's, each operation on the layout of memory that it is fast on: the same pixels."""
+    def move(self, target: Any, draw: Draw) -> Any:
+        """The target of a clip that was cropped and mirrored like this."""
 
-    def _apply_image_or_video_transform(self, image: Tensor, transform_id: str, *args, **options) -> Tensor:
-        last = transform_id == "Sharpness"  # a convolution for each channel
-        image = image.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        return super()._apply_image_or_video_transform(image, transform_id, *args, **options)
+        def moved(part: tv_tensors.TVTensor) -> tv_tensors.TVTensor:
+            part = v2.functional.resized_crop(part, *draw.box, [draw.size] * 2, antialias=True)
+            return v2.functional.horizontal_flip(part) if draw.flip else part
+
+        target = tree_map_only(tv_tensors.TVTensor, moved, target)
+        return self.mirror(target) if draw.flip and self.mirror is not None else target
 
 
 class TestTransform:
@@ -137,7 +151,9 @@ class Mix:
     """
 
     def __init__(self, num_classes: int, *, erasing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0):
-        self.erase = v2.RandomErasing(p=erasing, scale=(0.02, 1 / 3), value="random")
+        self.erase, self.black = (
+            v2.RandomErasing(p=erasing, scale=(0.02, 1 / 3), value=value) for value in ("random", 0.0)
+        )
         kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
         self.mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
 
@@ -151,12 +167,13 @@ class Mix:
         return clips, labels
 
     def _erase(self, clip: Tensor) -> None:
-        """In place; the noise is drawn on the CPU, and no device is waited for until it has it."""
+        """In place; the box is drawn on the CPU, the noise where the clip is: no device is waited for."""
         if torch.rand(1) >= self.erase.p:
             return
-        box = self.erase.make_params([clip])
+        box = (self.black if clip.is_cuda else self.erase).make_params([clip])
         noise = box.pop("v")
         if noise is None:  # no box of that size fits
             return
-        noise = noise.pin_memory() if clip.is_cuda else noise
-        v2.functional.erase(clip, v=noise.to(clip.device, non_blocking=True), inplace=True, **box)
+        if clip.is_cuda:
+            noise = torch.randn(clip.shape[1], box["h"], box["w"], device=clip.device)
+        v2.functional.erase(clip, v=noise, inplace=True, **box)

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from . import sampling
+from .augment import augment, cut, split
 from .batch import empty
 from .decode import Video
 from .transforms import TestTransform, TrainTransform
+
+Make = Callable[[Sequence[int]], Tensor]  # shape -> uint8, where the clips are to lie
 
 
 @dataclass(frozen=True)
@@ -54,18 +57,35 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TrainViews:
-    """`repeats` random clips of one decoded video (repeated augmentation)."""
+    """`repeats` random clips of one decoded video (repeated augmentation).
+
+    on_device: crops are cut out here, and resized and augmented behind the upload (`augment.finish`).
+    """
 
     sampling: Sampling
     transform: TrainTransform
     repeats: int = 1
+    on_device: bool = False
 
-    def __call__(self, video: Video, target: Any) -> tuple[Tensor, list]:
-        """-> clips uint8 (V, 3, T, H, W), V targets: a crop may move one, mirroring change it."""
+    def __call__(self, video: Video, target: Any, make: Make = empty) -> tuple:
+        """-> clips uint8 (V, 3, T, H, W), V targets: a crop may move one, mirroring change it.
+
+        On the device: uint8 (T, h, w, 3) of each clip's box, one behind the other, flat; targets; draws.
+        """
         indices = [self.sampling.train(video) for _ in range(self.repeats)]
         frames, clips = read_once(video, indices)
-        views = [self.transform(frames[clip], target) for clip in clips]
-        return _stack([clip.contiguous().unbind() for clip, _ in views]), [target for _, target in views]
+        draws = [self.transform.draw(frames, target) for _ in clips]
+        targets = [self.transform.move(target, draw) for draw in draws]
+        cuts = [[cut(frames[i], draw) for i in clip] for clip, draw in zip(clips, draws, strict=True)]
+        if self.on_device:
+            out = make([sum(frame.numel() for clip in cuts for frame in clip)])
+            for frames, part in zip(cuts, split(out, draws), strict=True):
+                torch.stack(frames, out=part)
+            return out, targets, draws
+        out = make((len(clips), 3, len(clips[0]), *[self.transform.size] * 2))
+        for frames, draw, pixels in zip(cuts, draws, out, strict=True):
+            augment(torch.stack(frames), draw, pixels)
+        return out, targets
 
 
 @dataclass(frozen=True)
@@ -80,14 +100,16 @@ class TestViews:
     clips: int = 1
     preview: Callable[[Tensor], bytes] | None = None
 
-    def __call__(self, video: Video, target: Any) -> tuple[Tensor, list, *tuple[bytes, ...]]:
-        """-> clips uint8 (V, 3, T, H, W), V times the target as it is; and the preview, if one is made."""
+    def __call__(
+        self, video: Video, target: Any, make: Make = empty
+    ) -> tuple[Tensor, list] | tuple[Tensor, list, None, bytes]:
+        """-> clips uint8 (V, 3, T, H, W), V times the target as it is; no draws, and the preview, if any."""
         indices = [self.sampling.test(video, at) for at in self.sampling.spread(self.clips)]
         frames, clips = read_once(video, indices)
         crops = self.transform(frames)
         views = [[crop[place] for place in clip] for clip in clips for crop in crops]
-        extra = () if self.preview is None else (self.preview(frames),)
-        return _stack(views), [target] * len(views), *extra
+        extra = () if self.preview is None else (None, self.preview(frames))
+        return _stack(views, make), [target] * len(views), *extra
 
 
 def read_once(video: Video, clips: Sequence[list[int]]) -> tuple[Tensor, list[list[int]]]:
@@ -97,9 +119,9 @@ def read_once(video: Video, clips: Sequence[list[int]]) -> tuple[Tensor, list[li
     return video.read(needed), [[place[frame] for frame in clip] for clip in clips]
 
 
-def _stack(views: Sequence[Sequence[Tensor]]) -> Tensor:
+def _stack(views: Sequence[Sequence[Tensor]], make: Make) -> Tensor:
     """Frames (3, H, W) of each view -> (V, 3, T, H, W), contiguous: each pixel is copied once."""
-    out = empty((len(views), 3, len(views[0]), *views[0][0].shape[1:]))
+    out = make((len(views), 3, len(views[0]), *views[0][0].shape[1:]))
     for view, frames in zip(out, views, strict=True):
         torch.stack(frames, 1, out=view)
     return out

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..data import augment
 from ..data.batch import Batch
 
 
@@ -14,7 +15,7 @@ class Uploads:
     """The batches of a loader on the device, in order.
 
     On CUDA a batch is uploaded on a stream of its own, so that the copy overlaps with arithmetic; it comes
-    from pinned memory as the loader made it.
+    from pinned memory as the loader made it. What is left of augmentation is done when it is asked for.
     waited: seconds in which the loader was waited for.
     """
 
@@ -48,4 +49,4 @@ class Uploads:
             for tensor in tree_leaves((batch.clips, batch.targets)):  # targets may be nested
                 if isinstance(tensor, Tensor):
                     tensor.record_stream(stream)
-        return batch
+        return augment.finish(batch)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from stvit_video.bench.model import random_batch
+from stvit_video.data.augment import Draw, cut, finish
 from stvit_video.data.batch import Batch
 from stvit_video.data.transforms import Normalise
 from stvit_video.engine.job import Job
@@ -172,6 +174,50 @@ def test_batches_arrive_as_they_were_made(device):
         assert torch.equal(batch.clips.cpu(), make_batch(number).clips)
         assert torch.equal(batch.targets.cpu(), make_batch(number).targets)
     assert number == 4
+
+
+def cut_batch(operation=None, size=32):
+    """Of 3 videos two clips each, still to be augmented; without an operation they are resized and flipped.
+
+    Else each goes through it with a magnitude of its own, and is not resized: that is rounded, too.
+    """
+    torch.manual_seed(0)
+    levels, signed = v2.RandAugment._AUGMENTATION_SPACE[operation or "Identity"]
+    levels, draws, cuts = levels(11, size, size), [], []
+    for i in range(6):
+        magnitude = 0.0 if levels is None else float(levels[2 * i]) * (-1 if signed and i % 2 else 1)
+        box = (i, 2 * i, size, size) if operation else (i, 0, 20 + 8 * i, 90 - 9 * i)
+        draws.append(Draw(box, size, ((operation or "Identity", magnitude),), flip=i % 3 == 0))
+        frames = torch.randint(256, (4, 3, 12, 12), dtype=torch.uint8)
+        frames = torch.nn.functional.interpolate(frames.float(), (100, 100), mode="bilinear").to(
+            torch.uint8
+        )
+        cuts.append(cut(frames, draws[-1]).movedim(1, -1).flatten())
+    pairs = [draws[i : i + 2] for i in (0, 2, 4)]
+    return Batch(torch.arange(3), torch.cat(cuts), torch.zeros(3, 2, dtype=torch.long), draws=pairs)
+
+
+ROUNDED = {None, "ShearX", "ShearY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"}
+
+
+@pytest.mark.parametrize("operation", [None, *v2.RandAugment._AUGMENTATION_SPACE])
+def test_pixels_are_changed_on_the_device_as_on_the_cpu(device, operation):
+    """To a level where float32 is rounded, else exactly; and no device is waited for."""
+    expected = finish(cut_batch(operation)).clips
+    batch = cut_batch(operation)
+    if device.type == "cuda":
+        list(Uploads([cut_batch(operation)], device))  # the first allocates, and loads kernels
+        torch.cuda.set_sync_debug_mode("error")
+        batch = batch.pin_memory()
+    try:
+        (batch,) = Uploads([batch], device)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    clips = batch.clips.cpu()
+    assert clips.shape == expected.shape == (3, 2, 3, 4, 32, 32)
+    far = (clips.int() - expected.int()).abs()
+    assert far.max() <= (operation in ROUNDED)
 
 
 @pytest.mark.parametrize("settings", [None, RECIPE], ids=["plain", "recipe"])
