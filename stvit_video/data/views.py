@@ -103,7 +103,7 @@ class TestViews:
     def __call__(
         self, video: Video, target: Any, make: Make = empty
     ) -> tuple[Tensor, list] | tuple[Tensor, list, None, bytes]:
-        """-> clips uint8 (V, 3, T, H, W), V times the target as it is; no draws, and the preview, if any."""
+        """-> clips uint8 (V, 3, T, H, W), V times the target as it is; no draws; the preview, if any."""
         indices = [self.sampling.test(video, at) for at in self.sampling.spread(self.clips)]
         frames, clips = read_once(video, indices)
         crops = self.transform(frames)
