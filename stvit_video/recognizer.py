@@ -75,12 +75,14 @@ class Recognizer:
 
     def __call__(self, path: str | Path, top: int = 5) -> list[Guess]:
         """The `top` best classes of one video, best first. Raises DecodeError."""
-        clips = self._clips(path).to(self.device)
-        with autocast(self.device, self.precision):
-            views = self.task.view_scores(self.model, clips)
-        scores = views[0].double().mean(0)
+        scores = self._scores(self._clips(path))[0].double().mean(0)
         order = scores.argsort(descending=True, stable=True)[:top].tolist()
         return [Guess(self.class_names[i], scores[i].item()) for i in order]
+
+    def _scores(self, clips: Tensor) -> Tensor:
+        """uint8 (B, V, 3, T, H, W) -> probabilities of each view, float32 (B, V, K), on the device."""
+        with autocast(self.device, self.precision):
+            return self.task.view_scores(self.model, clips.to(self.device))
 
     @torch.no_grad()
     def features(self, path: str | Path) -> Tensor:
