@@ -1,4 +1,4 @@
-"""A checkpoint and a video -> names and scores."""
+"""A checkpoint, or a file exported from it, and a video -> names and scores."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,8 @@ from .data.views import TestViews
 from .engine import checkpoint
 from .engine.device import autocast, pick_device, pick_precision
 from .errors import InputError
+from .export import FORMATS
+from .export import read as read_exported
 from .figures import draw_maps
 from .weights import rebuild
 
@@ -49,7 +51,8 @@ class Recognizer:
     >>> recognize("video.mp4")[0]
     Guess(name='move_left', score=0.98)
 
-    checkpoint: alone says which model, sampling, views, normalisation and class names.
+    checkpoint: alone says which model, sampling, views, normalisation and class names; or a file that
+        stvit-export made of one (.onnx, .pt2), which gives scores, but no features and maps.
     clips, crops: other views than the checkpoint's.
     device: "cpu", "cuda", ...; by default CUDA where there is one.
     timeout: seconds after which a video is given up, read in a child process; None: read here, unguarded.
@@ -64,11 +67,15 @@ class Recognizer:
         device: str | None = None,
         timeout: float | None = None,
     ):
-        self.config, self.class_names, self.model = load_model(checkpoint)
-        device = pick_device(device or "auto")
-        self.device, self.precision = device, pick_precision(self.config.train.precision, device)
-        self.model.to(device)
-        self.task = build_task(self.config, self.class_names).to(device)
+        self.path, self.device = Path(checkpoint), pick_device(device or "auto")
+        self.exported = self.path.suffix in FORMATS
+        if self.exported:
+            self.config, self.class_names, self.model = read_exported(self.path, self.device)
+        else:
+            self.config, self.class_names, self.model = load_model(checkpoint)
+            self.precision = pick_precision(self.config.train.precision, self.device)
+            self.model.to(self.device)
+            self.task = build_task(self.config, self.class_names).to(self.device)
         settings = self.config.eval
         self.views = build_test_views(self.config, clips or settings.clips, crops or settings.crops)
         self._decode = self._read if timeout is None else Guard(self._read, timeout)
@@ -81,12 +88,16 @@ class Recognizer:
 
     def _scores(self, clips: Tensor) -> Tensor:
         """uint8 (B, V, 3, T, H, W) -> probabilities of each view, float32 (B, V, K), on the device."""
+        if self.exported:  # normalisation and softmax are in the file
+            parts = clips.flatten(0, 1).split(self.config.eval.view_batch)
+            return torch.cat([self.model(part) for part in parts]).unflatten(0, clips.shape[:2])
         with autocast(self.device, self.precision):
             return self.task.view_scores(self.model, clips.to(self.device))
 
     @torch.no_grad()
     def features(self, path: str | Path) -> Tensor:
         """What the head sees, averaged over the views: float32 (C,). Raises DecodeError."""
+        self._need_checkpoint("features")
         if not hasattr(self.model, "pooled_features"):
             raise InputError(f"{self.config.model.name} has no pooled_features")
         parts = self._clips(path)[0].to(self.device).split(self.config.eval.view_batch)
@@ -96,6 +107,7 @@ class Recognizer:
     @torch.no_grad()
     def draw_semantic_maps(self, path: str | Path, picture: str | Path) -> None:
         """Draw what the semantic tokens took from the central view of one video. Raises DecodeError."""
+        self._need_checkpoint("maps of semantic tokens")
         semantic = getattr(self.model, "semantic", None)
         if not hasattr(semantic, "maps"):
             raise InputError(f"{self.config.model.name} has no semantic tokens to draw")
@@ -104,6 +116,10 @@ class Recognizer:
         step = -(-clip.shape[2] // maps.shape[1])
         frames = clip[0, :, ::step].permute(1, 2, 3, 0).numpy()
         draw_maps(frames, maps.unflatten(0, semantic.tokens).cpu().numpy(), Path(picture))
+
+    def _need_checkpoint(self, what: str) -> None:
+        if self.exported:
+            raise InputError(f"{self.path}: an exported file gives scores only; {what} need the checkpoint")
 
     def _clips(self, path: str | Path, views: TestViews | None = None) -> Tensor:
         """-> uint8 (1, V, 3, T, H, W)."""

@@ -26,7 +26,8 @@ ALLOWED = {
     "weights": {"adapters", "files", "models"},
     "config": {"bounds", "weights", "tasks", "engine", "data", "models"},
     "build": {"weights", "config", "tasks", "engine", "data", "models"},
-    "recognizer": {"figures", "build", "weights", "config", "engine", "data", "models"},
+    "export": {"config", "engine"},
+    "recognizer": {"export", "figures", "build", "weights", "config", "engine", "data", "models"},
     "resume": {"config", "engine"},
     "bench": {"figures", "files", "bench", "build", "config", "tasks", "engine", "data", "models"},
     "cli": {
@@ -35,6 +36,8 @@ ALLOWED = {
             "figures",
             "bench",
             "recognizer",
+            "export",
+            "files",
             "resume",
             "build",
             "weights",
@@ -167,7 +170,7 @@ def test_every_test_that_the_documents_name_exists():
 
 
 @pytest.mark.parametrize(
-    "tool", ["train_net", "test_net", "predict", "check_data", "draw_curves", "make_shards"]
+    "tool", ["train_net", "test_net", "predict", "check_data", "draw_curves", "make_shards", "export_model"]
 )
 def test_every_tool_runs(tool):
     done = subprocess.run(

@@ -10,6 +10,7 @@ _HOMES = {
     "shards": "lists",
     "curves": "pictures",
     "bench": "measuring",
+    "export": "exporting",
     "command": "common",
 }
 
