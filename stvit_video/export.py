@@ -1,7 +1,7 @@
 """A model in one file that recognises videos without its checkpoint: ONNX, or torch.export's `.pt2`.
 
-In: uint8 clips (B, 3, T, S, S), as `TestViews` cuts them. Out: float32 probabilities (B, K). Normalisation and
-softmax (or sigmoid) are in the file; its metadata has the class names and what chooses frames and pixels.
+In: uint8 clips (B, 3, T, S, S), as `TestViews` cuts them. Out: float32 probabilities (B, K). Normalisation
+and softmax (or sigmoid) are in the file; its metadata has the class names and what chooses frames and pixels.
 """
 
 import contextlib
@@ -40,15 +40,12 @@ class ExportError(InputError):
 
 
 class Deployed(nn.Module):
-    """uint8 clips (B, 3, T, H, W) -> probabilities (B, K), float32: all that stands between pixels and scores."""
+    """All between pixels and scores: uint8 clips (B, 3, T, S, S) -> probabilities (B, K), float32."""
 
     def __init__(self, model: nn.Module, task: Task, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.model, self.activation, self.dtype = (
-            copy.deepcopy(model).to("cpu", dtype),
-            task.activation,
-            dtype,
-        )
+        self.model, self.dtype = copy.deepcopy(model).to("cpu", dtype), dtype
+        self.activation = task.activation
         self.register_buffer("mean", task.normalise.mean.cpu())
         self.register_buffer("std", task.normalise.std.cpu())
 
@@ -71,12 +68,13 @@ def write(
     config: Config,
     *,
     precision: Precision = "fp32",
-    kind: str = "",
+    kind: str | None = None,
 ) -> None:
     """Export `model` to `path`, in the format of its suffix, or of `kind` (".onnx", ".pt2").
 
-    precision: "bf16": weights in bfloat16 (ONNX: computed in float32, as onnxruntime has no kernels on the CPU);
-        "int8": of ONNX, weights of matrix products in int8, their inputs as they come (dynamic quantisation).
+    precision: "bf16": weights in bfloat16; .pt2 computes in it, ONNX in float32, as onnxruntime has no
+        bfloat16 products on the CPU. "int8", ONNX only: matrix products of int8 weights and of inputs
+        that are rounded to 8 bits as they come (dynamic quantisation).
     Raises ExportError where torch cannot export it.
     """
     kind = kind or path.suffix
@@ -134,10 +132,8 @@ class Difference(NamedTuple):
 @torch.no_grad()
 def compare(expected: Scores, actual: Scores, clips: Tensor) -> Difference:
     """Both models' scores of uint8 clips (N, 3, T, S, S): the first clip alone, then three at a time."""
-    parts = [clips[:1], *clips[1:].split(TRACED + 1)]
-    ours, theirs = (
-        torch.cat([scores(part).cpu() for part in parts if len(part)]) for scores in (expected, actual)
-    )
+    parts = [part for part in (clips[:1], *clips[1:].split(TRACED + 1)) if len(part)]
+    ours, theirs = (torch.cat([scores(part).cpu() for part in parts]) for scores in (expected, actual))
     same = ours.argmax(1) == theirs.argmax(1)
     return Difference((ours - theirs).abs().max().item(), int(same.sum()), len(clips))
 
@@ -201,9 +197,7 @@ def _read_onnx(path: Path, device: torch.device) -> tuple[Scores, dict[str, Any]
 
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device.type)
     if provider not in onnxruntime.get_available_providers():
-        raise ExportError(
-            f"device={device}: this onnxruntime has no {device.type}; device=cpu, or a .pt2 file"
-        )
+        raise ExportError(f"device={device}: not one of this onnxruntime's; device=cpu, or a .pt2 file")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -224,7 +218,7 @@ def _read_onnx(path: Path, device: torch.device) -> tuple[Scores, dict[str, Any]
 
 
 def _cells(size: int, cells: int) -> Tensor:
-    """Places along an axis that adaptive pooling puts into each cell: (cells, most), the last one repeated."""
+    """Places along an axis that adaptive pooling puts into each cell, (cells, most); the last is repeated."""
     i = torch.arange(cells)
     first, end = i * size // cells, -(-(i + 1) * size // cells)
     most = max(-(-(j + 1) * size // cells) - j * size // cells for j in range(cells))
