@@ -1,7 +1,7 @@
 """A model in one file that recognises videos without its checkpoint: ONNX, or torch.export's `.pt2`.
 
 In: uint8 clips (B, 3, T, S, S), as `TestViews` cuts them. Out: float32 probabilities (B, K). Normalisation
-and softmax (or sigmoid) are in the file; its metadata has the class names and what chooses frames and pixels.
+and softmax (or sigmoid) are in the file; its metadata has class names and what chooses frames and pixels.
 """
 
 import contextlib
@@ -94,9 +94,8 @@ def write(
                 path.write_bytes(buffer.getbuffer())
             else:
                 _write_onnx(path, program, details)
-    except (RuntimeError, AssertionError, torch._dynamo.exc.TorchDynamoException) as error:
-        cause = str(error).strip().partition("\n")[0]
-        raise ExportError(f"{config.model.name} cannot be exported to {kind}: {cause}") from error
+    except Exception as error:  # of an exporter's many kinds
+        raise ExportError(f"{config.model.name} cannot be exported to {kind}: {_line(error)}") from error
 
 
 def _trace(deployed: Deployed, num_frames: int, size: int) -> torch.export.ExportedProgram:
@@ -212,13 +211,13 @@ def _read_onnx(path: Path, device: torch.device) -> tuple[Scores, dict[str, Any]
         (values,) = session.run(None, {"clips": clips.cpu().numpy()})
         return torch.from_numpy(values).to(device)
 
-    if "format" not in properties:
+    if properties.get("format") != json.dumps(FORMAT):
         return scores, {}
     return scores, {key: json.loads(value) for key, value in properties.items()}
 
 
 def _cells(size: int, cells: int) -> Tensor:
-    """Places along an axis that adaptive pooling puts into each cell, (cells, most); the last is repeated."""
+    """Places along an axis that adaptive pooling puts into each cell: (cells, most), the last repeated."""
     i = torch.arange(cells)
     first, end = i * size // cells, -(-(i + 1) * size // cells)
     most = max(-(-(j + 1) * size // cells) - j * size // cells for j in range(cells))
@@ -245,7 +244,13 @@ def _adaptive_avg_pool3d(x: Tensor, output_size: Sequence[int]) -> Tensor:
     return x
 
 
+def _view(x: Tensor, size: Sequence[int]) -> Tensor:
+    """A copy: fused attention, which was traced, has another layout than plain attention, as ONNX has it."""
+    return torch.ops.aten._unsafe_view(x.clone(memory_format=torch.contiguous_format), size)
+
+
 DECOMPOSITIONS = {
+    torch.ops.aten.view.default: _view,
     torch.ops.aten.adaptive_max_pool3d.default: _adaptive_max_pool3d,
     torch.ops.aten._adaptive_avg_pool3d.default: _adaptive_avg_pool3d,
     torch.ops.aten.adaptive_avg_pool3d.default: _adaptive_avg_pool3d,
