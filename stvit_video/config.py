@@ -259,7 +259,12 @@ def make_parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(
         description=description, exit_on_error=False, allow_abbrev=False, default_meta=False
     )
-    parser.add_argument("--cfg", action="config", metavar="FILE", help="Settings in YAML: a file, or a recipe's name, as demo_stvit.")
+    parser.add_argument(
+        "--cfg",
+        action="config",
+        metavar="FILE",
+        help="Settings in YAML: a file, or a recipe's name, as demo_stvit.",
+    )
     parser.add_class_arguments(Config, instantiate=False)
     for action in parser._actions:
         if hint := getattr(action, "_typehint", None):  # help shows plain types: bounds are checked later
@@ -301,7 +306,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespac
 
 
 def _recipe(name: str) -> str:
-    """A file, or the name of a packaged recipe: "k400_stvit" -> its path. A file of that name comes first."""
+    """A file as it is; else of a packaged recipe's name, as "k400_stvit", its path. Raises ConfigError."""
     if not name or Path(name).is_file() or Path(name).name != name:
         return name
     recipes = {path.stem: str(path) for path in CONFIGS.glob("*.yaml")}

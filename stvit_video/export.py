@@ -245,7 +245,7 @@ def _adaptive_avg_pool3d(x: Tensor, output_size: Sequence[int]) -> Tensor:
 
 
 def _view(x: Tensor, size: Sequence[int]) -> Tensor:
-    """A copy: fused attention, which was traced, has another layout than plain attention, as ONNX has it."""
+    """Of a copy: what was traced, fused attention, has another layout than ONNX's plain attention."""
     return torch.ops.aten._unsafe_view(x.clone(memory_format=torch.contiguous_format), size)
 
 

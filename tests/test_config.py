@@ -232,3 +232,15 @@ def test_own_clips_may_use_the_demo_preset(tmp_path):
     data = DataConfig(preset="demo", test=str(tmp_path / "test"))
     assert len(build.read_split(resolve(Config(data=data)), "test")[0]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["test"]
+
+
+def test_a_recipe_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("k400_stvit", "k400_stvit.yaml"):
+        assert parse(make_parser(""), ["--cfg", name])[0].data.preset == "kinetics"
+    (tmp_path / "k400_stvit").write_text("seed: 7")
+    assert parse(make_parser(""), ["--cfg", "k400_stvit"])[0].seed == 7, "the file here comes first"
+    with pytest.raises(ConfigError, match=r"--cfg k400_stvti: no file here, and no recipe .*'k400_stvit'"):
+        parse(make_parser(""), ["--cfg", "k400_stvti"])
+    with pytest.raises(ConfigError, match="not a readable YAML file"):
+        parse(make_parser(""), ["--cfg", "./k400_stvit_swin.yaml"])
