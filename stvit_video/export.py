@@ -165,15 +165,16 @@ def _write_onnx(path: Path, program: torch.export.ExportedProgram, details: dict
     del model.graph.value_info[:]  # torch's sizes contradict those that quantisation infers
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in details.items()})
+    if details["precision"] == "bf16":
+        _store_bfloat16(model.graph)
     if details["precision"] == "int8":
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         products = {"op_types_to_quantize": ["MatMul"], "per_channel": True}
         quantize_dynamic(model, path, weight_type=QuantType.QInt8, **products)
-        return
-    if details["precision"] == "bf16":
-        _store_bfloat16(model.graph)
+        model = onnx.load(path)
+    # last: the quantiser adds a property of its own, which is no JSON
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in details.items()})
     onnx.save(model, path)
 
 

@@ -82,7 +82,7 @@ def difference(path, name, precision="fp32", **sizes):
 
 
 FAST = [
-    ("stvit_tiny_patch16_224", ".onnx"),
+    ("stvit_tiny_patch16_224", ".pt2"),  # its .onnx is `deployed`
     ("stvit_swin_tiny", ".pt2"),
     ("tome_vit_tiny_patch16_224", ".onnx"),
     ("random_vit_tiny_patch16_224", ".pt2"),
@@ -218,7 +218,7 @@ def test_absent_onnxruntime_is_one_line(deployed, monkeypatch):
         Recognizer(deployed / "model.onnx", device="cpu")
 
 
-@pytest.mark.parametrize("precision", ["int8", "bf16"])
+@pytest.mark.parametrize("precision", ["int8", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_lower_precision_is_smaller_and_near(precision, deployed, tmp_path, capsys):
     path = tmp_path / "x.onnx"
     assert run("--checkpoint", deployed / "best.pt", "--to", path, "--precision", precision) == 0
