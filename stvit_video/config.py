@@ -7,6 +7,7 @@ An unknown key stops with its place and the nearest known one. A preset carries 
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
@@ -21,6 +22,7 @@ from .models.sizes import Sizes
 from .tasks import TASKS
 from .weights import Inflate
 
+CONFIGS = Path(__file__).with_name("configs")  # a link to the repository's folder; a wheel has a copy
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(1e-6)]
 Colour = tuple[float, float, float]
@@ -267,7 +269,12 @@ def make_parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(
         description=description, exit_on_error=False, allow_abbrev=False, default_meta=False
     )
-    parser.add_argument("--cfg", action="config", metavar="FILE", help="Settings in YAML.")
+    parser.add_argument(
+        "--cfg",
+        action="config",
+        metavar="FILE",
+        help="Settings in YAML: a file, or a recipe's name, as demo_stvit.",
+    )
     parser.add_class_arguments(Config, instantiate=False)
     for action in parser._actions:
         if hint := getattr(action, "_typehint", None):  # help shows plain types: bounds are checked later
@@ -297,6 +304,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespac
                     f"command line: {key} is given twice; quote a pattern, or the shell expands its braces"
                 )
             flags.append(word)
+    files = [_recipe(file) for file in files]
     for file in files:
         _check_file(file)
     try:  # files first: a flag wins over them wherever it stands
@@ -305,6 +313,16 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Config, Namespac
         raise ConfigError(f"command line: {_one_line(error)}") from None
     namespace.asked = asked
     return _instantiate(namespace), namespace
+
+
+def _recipe(name: str) -> str:
+    """A file as it is; else of a packaged recipe's name, as "k400_stvit", its path. Raises ConfigError."""
+    if not name or Path(name).is_file() or Path(name).name != name:
+        return name
+    recipes = {path.stem: str(path) for path in CONFIGS.glob("*.yaml")}
+    if name.removesuffix(".yaml") not in recipes:
+        raise ConfigError(f"--cfg {name}: no file here, and no recipe{nearest(name, recipes)}")
+    return recipes[name.removesuffix(".yaml")]
 
 
 def _check_file(path: str) -> None:

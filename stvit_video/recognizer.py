@@ -1,4 +1,4 @@
-"""A checkpoint and a video -> names and scores."""
+"""A checkpoint, or a file exported from it, and a video -> names and scores."""
 
 import contextlib
 import itertools
@@ -19,6 +19,8 @@ from .data.views import TestViews
 from .engine import checkpoint
 from .engine.device import autocast, pick_device, pick_precision
 from .errors import InputError
+from .export import FORMATS
+from .export import read as read_exported
 from .figures import draw_maps
 from .timeline import Moment
 from .weights import rebuild
@@ -56,7 +58,8 @@ class Recognizer:
     >>> recognize("video.mp4")[0]
     Guess(name='move_left', score=0.98)
 
-    checkpoint: alone says which model, sampling, views, normalisation and class names.
+    checkpoint: alone says which model, sampling, views, normalisation and class names; or a file that
+        stvit-export made of one (.onnx, .pt2), which gives scores, but no features and maps.
     clips, crops: other views than the checkpoint's.
     device: "cpu", "cuda", ...; by default CUDA where there is one.
     timeout: seconds after which a video is given up, read in a child process; None: read here, unguarded.
@@ -71,11 +74,16 @@ class Recognizer:
         device: str | None = None,
         timeout: float | None = None,
     ):
-        self.config, self.class_names, self.model = load_model(checkpoint)
-        device = pick_device(device or "auto")
-        self.device, self.precision = device, pick_precision(self.config.train.precision, device)
-        self.model.to(device)
-        self.task = build_task(self.config, self.class_names).to(device)
+        self.path, self.device = Path(checkpoint), pick_device(device or "auto")
+        self.exported = self.path.suffix in FORMATS
+        if self.exported:
+            self.config, self.class_names, self.model = read_exported(self.path, self.device)
+            self.precision = None  # the file's
+        else:
+            self.config, self.class_names, self.model = load_model(checkpoint)
+            self.precision = pick_precision(self.config.train.precision, self.device)
+            self.model.to(self.device)
+            self.task = build_task(self.config, self.class_names).to(self.device)
         settings = self.config.eval
         self.views = build_test_views(self.config, clips or settings.clips, crops or settings.crops)
         self._timeline_views = build_test_views(self.config, 1, crops or 1)
@@ -167,22 +175,26 @@ class Recognizer:
 
     def _score_windows(self, windows: list[Window]) -> list[Moment]:
         clips = torch.from_numpy(np.stack([window.clips for window in windows]))
-        scores = self._scores(clips).float().cpu().numpy()
+        scores = self._scores(clips).double().mean(1).float().cpu().numpy()
         return [Moment(w.start, w.end, s, self.class_names) for w, s in zip(windows, scores, strict=True)]
 
-    def _scores(self, clips: Tensor) -> Tensor:
-        """uint8 (B, V, 3, T, H, W) -> scores, averaged over the views: float64 (B, K)."""
-        with autocast(self.device, self.precision):
-            return self.task.view_scores(self.model, clips.to(self.device)).double().mean(1)
-
     def _guesses(self, clips: Tensor, top: int) -> list[Guess]:
-        scores = self._scores(clips)[0]
+        scores = self._scores(clips)[0].double().mean(0)
         order = scores.argsort(descending=True, stable=True)[:top].tolist()
         return [Guess(self.class_names[i], scores[i].item()) for i in order]
+
+    def _scores(self, clips: Tensor) -> Tensor:
+        """uint8 (B, V, 3, T, H, W) -> probabilities of each view, float32 (B, V, K), on the device."""
+        if self.exported:  # normalisation and softmax are in the file
+            parts = clips.flatten(0, 1).split(self.config.eval.view_batch)
+            return torch.cat([self.model(part) for part in parts]).unflatten(0, clips.shape[:2])
+        with autocast(self.device, self.precision):
+            return self.task.view_scores(self.model, clips.to(self.device))
 
     @torch.no_grad()
     def features(self, path: str | Path) -> Tensor:
         """What the head sees, averaged over the views: float32 (C,). Raises DecodeError."""
+        self._need_checkpoint("features")
         if not hasattr(self.model, "pooled_features"):
             raise InputError(f"{self.config.model.name} has no pooled_features")
         parts = self._clips(path)[0].to(self.device).split(self.config.eval.view_batch)
@@ -192,6 +204,7 @@ class Recognizer:
     @torch.no_grad()
     def draw_semantic_maps(self, path: str | Path, picture: str | Path) -> None:
         """Draw what the semantic tokens took from the central view of one video. Raises DecodeError."""
+        self._need_checkpoint("maps of semantic tokens")
         (frames,), maps = self.semantic_maps(path)
         if maps is None:
             raise InputError(f"{self.config.model.name} has no semantic tokens to draw")
@@ -217,6 +230,10 @@ class Recognizer:
     def seconds(self, path: str | Path) -> float:
         """How long one video lasts; 0: of unknown rate. Raises DecodeError."""
         return self._clips(path, _seconds).item()
+
+    def _need_checkpoint(self, what: str) -> None:
+        if self.exported:
+            raise InputError(f"{self.path}: an exported file gives scores only; {what} need the checkpoint")
 
     def _clips(self, path: str | Path, views: Callable | None = None) -> Tensor:
         """-> uint8 (1, V, 3, T, H, W), or what `views` make of the video."""

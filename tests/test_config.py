@@ -256,3 +256,15 @@ def test_class_names_may_be_numbered(tmp_path):
     assert build.read_names(str(path)) == ["grow", "move left", "turn"]
     path.write_text("1 move left\n1 grow\n")
     assert build.read_names(str(path)) == ["1 move left", "1 grow"]
+
+
+def test_a_recipe_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("k400_stvit", "k400_stvit.yaml"):
+        assert parse(make_parser(""), ["--cfg", name])[0].data.preset == "kinetics"
+    (tmp_path / "k400_stvit").write_text("seed: 7")
+    assert parse(make_parser(""), ["--cfg", "k400_stvit"])[0].seed == 7, "the file here comes first"
+    with pytest.raises(ConfigError, match=r"--cfg k400_stvti: no file here, and no recipe .*'k400_stvit'"):
+        parse(make_parser(""), ["--cfg", "k400_stvti"])
+    with pytest.raises(ConfigError, match="not a readable YAML file"):
+        parse(make_parser(""), ["--cfg", "./k400_stvit_swin.yaml"])

@@ -12,6 +12,7 @@ _HOMES = {
     "compare": "pictures",
     "bench": "measuring",
     "page": "serving",
+    "export": "exporting",
     "command": "common",
 }
 

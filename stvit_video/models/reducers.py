@@ -147,13 +147,13 @@ def merge_similar(
         gone = torch.minimum((number - goal).clamp(min=0), number // 2)
         order = similarity.argsort(1, descending=True)  # padding comes last
         stays = order.argsort(1) >= gone
-        place = torch.empty_like(index)
+        place = torch.zeros_like(index)
         place[:, ::2] = torch.where(stays, stays.cumsum(1) - 1, partner + (number + 1) // 2 - gone)
         place[:, 1::2] = (number + 1) // 2 - gone + index[:, : sums.shape[1] // 2]
         place = torch.where(gone > 0, place, index)  # a clip that is done keeps its order
         place = place.clamp(max=width - 1)  # of padding, which adds nothing
         order = torch.cat([index[:, 1::2], 2 * order], 1)  # the most similar are added first
-        sums = sums.new_zeros(len(x), width, sums.shape[-1]).scatter_add(
+        sums = sums.new_zeros(x.shape[0], width, sums.shape[-1]).scatter_add(
             1, place.gather(1, order)[..., None].expand(-1, -1, sums.shape[-1]), select(sums, order)
         )
         number, joined = number - gone, place.gather(1, joined)

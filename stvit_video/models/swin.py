@@ -47,8 +47,9 @@ class WindowAttention(Attention):
         x = windows.pad(x, window)
         if not any(shift):
             x = self._in_windows(x, window, bias)
-        else:  # many small calls are what a GPU is slow at, a copy of the mask what a CPU is slow at
-            x = (self._rolled if x.is_cuda else self._in_slabs)(x, window, shift, bias)
+        else:  # many small calls are what GPUs and exporters are slow at, copies of the mask what CPUs are
+            rolled = x.is_cuda or torch.compiler.is_exporting()
+            x = (self._rolled if rolled else self._in_slabs)(x, window, shift, bias)
         return x[:, : size[0], : size[1], : size[2]]
 
     def _in_slabs(self, x: Tensor, window: Size3, shift: Size3, bias: Tensor) -> Tensor:

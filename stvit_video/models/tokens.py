@@ -40,7 +40,7 @@ class Tokens(NamedTuple):
         token = (
             torch.arange(self.x.shape[1], device=self.x.device)[None] if self.token is None else self.token
         )
-        return token.expand(len(self.x), -1)
+        return token.expand(self.x.shape[0], -1)
 
     def sizes(self) -> Tensor:
         """How many patches each token stands for: (B, N) float32; 0: padding."""
@@ -157,4 +157,4 @@ def flat_index(axes: Sequence[Tensor], grid: Size3) -> Tensor:
 
 def select(x: Tensor, places: Tensor) -> Tensor:
     """(B, N, C), (B or 1, n) -> (B, n, C)."""
-    return x.gather(1, places[..., None].expand(len(x), -1, x.shape[-1]))
+    return x.gather(1, places[..., None].expand(x.shape[0], -1, x.shape[-1]))

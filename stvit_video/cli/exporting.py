@@ -1,0 +1,134 @@
+"""The command export: a checkpoint as one file to deploy."""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import build
+from ..config import Config
+from ..data.decode import VIDEO_SUFFIXES
+from ..data.rows import Row
+from ..errors import InputError
+from ..export import FORMATS, TOLERANCE, Scores, compare, read, write
+from ..files import written_whole
+from ..recognizer import load_model
+from .common import command, make_folder, videos_of
+
+CPU = torch.device("cpu")
+
+
+@command
+def export(args: Sequence[str]) -> None:
+    """Write a checkpoint's model as one ONNX or .pt2 file, and compare the scores of both on real clips.
+
+    Exit code 0: they agree; 1: they do not, and nothing is written; 2: it cannot be exported or read.
+    """
+    parser = argparse.ArgumentParser(description=export.__doc__, allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="which model")
+    parser.add_argument("--to", required=True, metavar="FILE", help="where to: NAME.onnx or NAME.pt2")
+    parser.add_argument("--precision", choices=TOLERANCE, default="fp32", help="of the weights (fp32)")
+    parser.add_argument("--videos", nargs="+", metavar="VIDEO", help="compare on these, not on its list")
+    parser.add_argument("--clips", type=int, default=16, help="clips to compare at most (16)")
+    bounds = ", ".join(f"{name} {bound:g}" for name, bound in TOLERANCE.items())
+    parser.add_argument("--tolerance", type=float, help=f"largest difference of a probability ({bounds})")
+    parser.add_argument("--time", type=int, default=0, metavar="N", help="also time N clips, one by one")
+    flags = parser.parse_args(args)
+    path = Path(flags.to)
+    if path.suffix not in FORMATS:
+        raise InputError(f"--to {path}: must end in {' or '.join(FORMATS)}")
+    if flags.clips < 1:
+        raise InputError(f"--clips {flags.clips}: must be 1 or more")
+    config, class_names, model = load_model(flags.checkpoint)
+    task = build.build_task(config, class_names)
+    clips = _clips(config, class_names, flags.videos, flags.clips)
+    tolerance = TOLERANCE[flags.precision] if flags.tolerance is None else flags.tolerance
+
+    def scores(part: Tensor) -> Tensor:
+        return task.view_scores(model, part[None])[0]
+
+    make_folder(path.parent)
+    with written_whole(path) as part:
+        write(part, model, task, config, precision=flags.precision, kind=path.suffix)
+        exported = read(part, CPU)[2]
+        difference = compare(scores, exported, clips)
+        print(
+            f"largest difference of a probability: {difference.largest:.2g} ({flags.precision}, at most "
+            f"{tolerance:g}); best class the same in {difference.agreeing} of {difference.clips} clips"
+        )
+        if not difference.largest <= tolerance:
+            print(f"error: they differ by more: {path} is not written", file=sys.stderr)
+            sys.exit(1)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    if flags.time:
+        print(_latency(scores, exported, clips, flags.time))
+
+
+def _clips(config: Config, class_names: Sequence[str], videos: Sequence[str] | None, most: int) -> Tensor:
+    """The central view of each video, uint8 (N, 3, T, S, S).
+
+    Of `videos`, else of the checkpoint's list, else noise.
+    """
+    if videos is not None:
+        rows = [Row(str(path), None) for name in videos for path in videos_of(Path(name), VIDEO_SUFFIXES)]
+        clips = _read(config, class_names, rows[:most])
+        if not len(clips):
+            raise InputError(f"--videos {' '.join(videos)}: none of them can be read")
+        print(f"comparing on {len(clips)} of the {len(rows)} videos")
+        return clips
+    cause = "the checkpoint names no list"
+    for split in ("test", "val", "train"):
+        source = getattr(config.data, split)
+        if source is None:
+            continue
+        try:  # as custom data: the demo set is not rendered for this
+            custom = replace(config, data=replace(config.data, preset="custom"))
+            rows, _ = build.read_split(custom, split, class_names)
+        except InputError as error:
+            cause = str(error)
+            continue
+        step = max(len(rows) // most, 1)
+        clips = _read(config, class_names, [rows[i] for i in range(0, len(rows), step)][:most])
+        if len(clips):
+            print(f"comparing on {len(clips)} videos of {source}")
+            return clips
+        cause = f"no video of {source} can be read"
+    print(f"comparing on {most} clips of noise (seed 0), no real ones: {cause}")
+    shape = (most, 3, config.data.num_frames, config.data.image_size, config.data.image_size)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def _read(config: Config, class_names: Sequence[str], rows: Sequence[Row]) -> Tensor:
+    """Clips of the rows that can be read, the others warned of."""
+    data = replace(config.data, workers=0, keep=False)
+    task = build.build_task(config, class_names)
+    loader = build.build_test_loader(replace(config, data=data), task, rows, CPU, clips=1, crops=1)
+    clips = []
+    for batch in loader:
+        clips += [] if batch.clips is None else [batch.clips.flatten(0, 1)]
+        for _, cause in batch.failures:
+            print(f"warning: {cause}", file=sys.stderr)
+    return torch.cat(clips) if clips else torch.empty(0)
+
+
+def _latency(expected: Scores, actual: Scores, clips: Tensor, calls: int) -> str:
+    """Both on one clip at a time, in turns, so that what disturbs the machine disturbs both alike."""
+    seconds: dict[str, list[float]] = {"torch": [], "exported": []}
+    for i in range(calls + 1):
+        clip = clips[i % len(clips)][None]
+        for name, scores in (("torch", expected), ("exported", actual)):
+            started = time.perf_counter()
+            scores(clip)
+            seconds[name].append(time.perf_counter() - started)
+    own, exported = (statistics.median(times[1:]) for times in seconds.values())  # the first call allocates
+    ratio = statistics.median(b / a for a, b in list(zip(*seconds.values(), strict=True))[1:])
+    return (
+        f"one clip, median of {calls}: torch {own * 1000:.1f} ms, exported {exported * 1000:.1f} ms, "
+        f"{ratio:.2f} times as long ({torch.get_num_threads()} threads)"
+    )
