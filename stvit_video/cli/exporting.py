@@ -118,7 +118,7 @@ def _read(config: Config, class_names: Sequence[str], rows: Sequence[Row]) -> Te
 
 
 def _latency(expected: Scores, actual: Scores, clips: Tensor, calls: int) -> str:
-    """Both on one clip at a time, in turns; the ratio is of CPU seconds, which other programs disturb least."""
+    """Both on one clip, in turns; the ratio is of CPU seconds, which other programs disturb least."""
     wall, cpu = ([[], []] for _ in range(2))
     for i in range(calls + 1):
         clip = clips[i % len(clips)][None]
