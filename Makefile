@@ -36,7 +36,7 @@ gpu:
 	PYTHONPATH=. $(PYTHON) tools/gpu.py --device $(DEVICE)
 
 # Builds the wheel and proves it in a fresh environment outside this folder: each command, recipes by name, a model
-# trained for one epoch, exported, and a demo video recognised by checkpoint and exported file.
+# trained for one epoch, exported, and one demo video scored by checkpoint and file.
 wheel: $(VENV)/installed
 	rm -rf dist build
 	$(RUN) -m build --wheel --outdir dist

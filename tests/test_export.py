@@ -154,7 +154,7 @@ def test_the_command_compares_on_the_checkpoints_list(deployed, tmp_path, capsys
     told = capsys.readouterr().out
     assert "comparing on 4 videos of" in told
     assert "best class the same in 4 of 4 clips" in told
-    assert "times as long" in told
+    assert "times as many" in told
 
 
 def test_a_difference_fails_and_leaves_what_was_there(deployed, tmp_path, capsys, monkeypatch):

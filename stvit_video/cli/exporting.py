@@ -118,17 +118,19 @@ def _read(config: Config, class_names: Sequence[str], rows: Sequence[Row]) -> Te
 
 
 def _latency(expected: Scores, actual: Scores, clips: Tensor, calls: int) -> str:
-    """Both on one clip at a time, in turns, so that what disturbs the machine disturbs both alike."""
-    seconds: dict[str, list[float]] = {"torch": [], "exported": []}
+    """Both on one clip, in turns; the ratio is of CPU seconds, which other programs disturb least."""
+    wall, cpu = ([[], []] for _ in range(2))
     for i in range(calls + 1):
         clip = clips[i % len(clips)][None]
-        for name, scores in (("torch", expected), ("exported", actual)):
-            started = time.perf_counter()
+        for j, scores in enumerate((expected, actual)):
+            started = time.perf_counter(), time.process_time()
             scores(clip)
-            seconds[name].append(time.perf_counter() - started)
-    own, exported = (statistics.median(times[1:]) for times in seconds.values())  # the first call allocates
-    ratio = statistics.median(b / a for a, b in list(zip(*seconds.values(), strict=True))[1:])
+            wall[j].append(time.perf_counter() - started[0])
+            cpu[j].append(time.process_time() - started[1])
+    median = statistics.median  # of all but the first call, which allocates
+    own, exported = (median(seconds[1:]) * 1000 for seconds in wall)
+    ratio = median(b / a for a, b in zip(cpu[0][1:], cpu[1][1:], strict=True))
     return (
-        f"one clip, median of {calls}: torch {own * 1000:.1f} ms, exported {exported * 1000:.1f} ms, "
-        f"{ratio:.2f} times as long ({torch.get_num_threads()} threads)"
+        f"one clip, median of {calls}: torch {own:.1f} ms, exported {exported:.1f} ms; CPU seconds: "
+        f"{ratio:.2f} times as many ({torch.get_num_threads()} threads)"
     )
