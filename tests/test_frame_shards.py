@@ -298,6 +298,26 @@ def test_frames_beside_a_damaged_one_are_read(shards, tmp_path):
                 video.read([0, index])
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("offset", 2**63 + 5), ("offset", 2**40), ("size", 2**32 - 1)]
+)
+def test_frames_outside_their_video_are_refused(shards, tmp_path, field, value):
+    """Before memory is asked for, or a place that no file has."""
+    row, path = read_rows(shards / "2")[0], tmp_path / "out.tar"
+    with opened(row) as video:
+        index, frames = video.index, video.index.frames.copy()
+    frames[field][3] = value
+    with tarfile.open(path, "w") as tar:
+        for suffix, data in (("frames", index._replace(frames=frames).to_bytes()), ("mov", member(row))):
+            info = tarfile.TarInfo(f"a.{suffix}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(
+        DecodeError, match=r"out\.tar/a\.mov: the shard is damaged there \(its index makes no"
+    ):
+        opened(read_rows(path)[0])
+
+
 @pytest.mark.parametrize("change", [{"every": 0}, {"every": 3}, {"num_frames": 0}, {"num_frames": 42}])
 def test_an_index_that_makes_no_sense_is_refused(shards, change):
     """Whoever wrote it, and checksum and all."""
