@@ -325,3 +325,16 @@ def test_what_is_asked_for_wrongly_is_no_unreadable_file(rows):
     data = train_set(rows, timeout=30, decoder="gstreamer")
     with pytest.raises(InputError, match="unknown decoder"):
         data[0, 1]
+
+
+def elsewhere(video, target, make):
+    """Views that do not put their clips where they are told to."""
+    return torch.full((1, 3, 2, 4, 4), target, dtype=torch.uint8), [target]
+
+
+@pytest.mark.parametrize("timeout", [None, 20])
+def test_clips_may_lie_elsewhere(rows, timeout):
+    dataset = VideoDataset(rows, elsewhere, timeout=timeout)
+    sampler = TrainSampler(len(rows), batch_size=2, seed=0)
+    for batch in make_loader(dataset, sampler, batch_size=2, workers=1, pin_memory=False):
+        assert batch.clips[:, 0, 0, 0, 0, 0].tolist() == batch.targets[:, 0].tolist()
