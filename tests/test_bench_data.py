@@ -99,8 +99,10 @@ def test_a_decode_of_every_frame_is_what_is_compared_with(clip):
         assert bench.decode_all(clip) == video.num_frames
 
 
-def test_stages_sum_up_and_change_nothing(clip):
+@pytest.mark.parametrize("where", ["worker", "device"])
+def test_stages_sum_up_and_change_nothing(clip, where):
     config = small(clip)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, augment_on=where))
     for what in ("train", "test"):
         dataset = bench._loader(config, what, [Row(str(clip), 0)] * 2, 0).dataset
         before, state = dataset[3, 1].clips, torch.get_rng_state()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -223,6 +224,11 @@ def test_a_video_in_a_shard_is_opened_by_its_name(source, shards, tmp_path):
         with open_video(rows[0].path) as video, opened(rows[0]) as same:
             assert type(video) is type(same)
             assert torch.equal(video.read([3, 30]), same.read([3, 30]))
+    with tarfile.open(tmp_path / "dot.tar", "w") as tar:  # as `tar -cf dot.tar .` names them
+        tar.add(source / "b_frames.mp4", "./a/b.mp4")
+    [row] = read_rows(tmp_path / "dot.tar")
+    with open_video(row.path) as video:
+        assert numbers(video.read([3])) == [3]
     for path in (f"{shards}/1/00000.tar/none.mov", f"{shards}/1/00001.tar/a.mov", f"{source}/uneven.mkv/a"):
         with pytest.raises(DecodeError, match=f"{path}: no such file"):
             open_video(path)
@@ -290,6 +296,26 @@ def test_frames_beside_a_damaged_one_are_read(shards, tmp_path):
                 DecodeError, match=r"frame 6 of 40: the shard is damaged there \(the checksum"
             ):
                 video.read([0, index])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("offset", 2**63 + 5), ("offset", 2**40), ("size", 2**32 - 1)]
+)
+def test_frames_outside_their_video_are_refused(shards, tmp_path, field, value):
+    """Before memory is asked for, or a place that no file has."""
+    row, path = read_rows(shards / "2")[0], tmp_path / "out.tar"
+    with opened(row) as video:
+        index, frames = video.index, video.index.frames.copy()
+    frames[field][3] = value
+    with tarfile.open(path, "w") as tar:
+        for suffix, data in (("frames", index._replace(frames=frames).to_bytes()), ("mov", member(row))):
+            info = tarfile.TarInfo(f"a.{suffix}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(
+        DecodeError, match=r"out\.tar/a\.mov: the shard is damaged there \(its index makes no"
+    ):
+        opened(read_rows(path)[0])
 
 
 @pytest.mark.parametrize("change", [{"every": 0}, {"every": 3}, {"num_frames": 0}, {"num_frames": 42}])
@@ -511,6 +537,60 @@ def test_what_hangs_is_given_up(source, tmp_path):
     written, _ = write_shards(rows, tmp_path / "a", encode=Hanging(), timeout=1.5, workers=2)
     assert written.unreadable == [(rows[1].path, f"{rows[1].path}: took longer than 1.5 s (data.timeout)")]
     assert [row.target for row in read_rows(tmp_path / "a")] == [0, 2]
+
+
+def test_what_cannot_be_encoded_is_listed(source, tmp_path):
+    """Larger than JPEG and H.264 allow; nothing is said about a picture that is made smaller."""
+    (tmp_path / "long").mkdir()
+    Image.new("RGB", (66_000, 16)).save(tmp_path / "long" / "0.png")
+    rows = [Row(str(tmp_path / "long"), 0), *rows_of(source, ["folder"])]
+    for encode in (Jpeg(48), H264(48)):
+        written, _ = write_shards(rows, tmp_path / type(encode).__name__, encode=encode)
+        [(path, cause)] = written.unreadable
+        assert (written.videos, path) == (1, rows[0].path)
+        assert cause.startswith(f"{path}: cannot be encoded (")
+        assert "\n" not in cause
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Jpeg(48)(rows[1]).frames == 11
+
+
+def test_two_processes_do_not_write_one_folder(source, tmp_path):
+    """The second would cut off what the first has written, which calls its folder complete before."""
+    part = tmp_path / "a.part"
+    part.mkdir()
+    lock = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    command = [sys.executable, "-c", lock, str(part / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match=r"a\.part: another process is writing it"):
+            write_shards(rows_of(source), tmp_path / "a", encode=Jpeg(48))
+        assert files(part) == {"lock": b""}
+        other.communicate(b"\n")
+    write_shards(rows_of(source), tmp_path / "a", encode=Jpeg(48))
+    assert set(files(tmp_path / "a")) == {"00000.tar", "shards.jsonl"}
+
+
+def test_a_folder_that_is_no_longer_as_it_was_written_is_not_called_done(source, tmp_path):
+    args = (rows_of(source, ["folder"] * 3), tmp_path / "a")
+    written, _ = write_shards(*args, encode=Jpeg(48), videos=1)
+    assert write_shards(*args, encode=Jpeg(48), videos=1) == (written, 0)
+    expected = files(tmp_path / "a")
+    (tmp_path / "a" / "00001.tar").write_bytes(expected["00001.tar"][:-512])
+    with pytest.raises(InputError, match=r"a/00001\.tar: not there, or not as it was written$"):
+        write_shards(*args, encode=Jpeg(48), videos=1)
+    (tmp_path / "a").rename(tmp_path / "a.part")  # before the last step, it goes on from there
+    written, size = write_shards(*args, encode=Jpeg(48), videos=1)
+    assert files(tmp_path / "a") == expected
+    assert size == len(expected["00001.tar"]) + len(expected["00002.tar"])
+    for text in ("{", "[1]\n", "\0\n", '{"shards": 1}\n{"what": 1}\n'):
+        (tmp_path / "a" / "shards.jsonl").write_text(text)
+        with pytest.raises(InputError, match=r"a/shards\.jsonl: damaged|a exists, of other shards"):
+            write_shards(*args, encode=Jpeg(48), videos=1)
+    listed = [row.__class__(row.path, row.target, 11) for row in args[0]]  # the list now says how many
+    (tmp_path / "a" / "shards.jsonl").write_bytes(expected["shards.jsonl"])
+    with pytest.raises(InputError, match="another list"):
+        write_shards(listed, tmp_path / "a", encode=Jpeg(48), videos=1)
 
 
 def test_images_stay_as_they_are(source, tmp_path):

@@ -1,5 +1,6 @@
 """What hangs or crashes is given up, the rest comes as without a guard, and nobody is left behind."""
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from stvit_video.data import views
 from stvit_video.data.annotations import Row, read_rows
 from stvit_video.data.dataset import TrainSampler, VideoDataset, make_loader
 from stvit_video.data.decode import DecodeError
-from stvit_video.data.guard import GivenUp, Guard, guarded_map
+from stvit_video.data.guard import GivenUp, Guard, SharedMemory, guarded_map
 from stvit_video.data.transforms import TestTransform as CropTransform
 from stvit_video.data.transforms import TrainTransform
 from stvit_video.errors import InputError
@@ -88,6 +89,35 @@ def test_a_lost_child_is_replaced(what, cause):
     assert not alive(before)
     after, *_ = guard("go", 1)
     assert after != before
+
+
+def memories():
+    """Those that this process holds."""
+    held = set()
+    for file in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the listing
+            if "clips" in os.readlink(f"/proc/self/fd/{file}"):
+                held.add(os.fstat(int(file)).st_ino)
+    return held
+
+
+def fill(value, size, memory):
+    return memory.empty([size]).fill_(value).numpy(), memories()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed from /proc")
+def test_a_batch_of_many_samples_holds_few_files_and_no_batch_before_it():
+    """A process may have 1,024 open files; a child keeps no memory that was there when it was forked."""
+    guard, before, others = Guard(fill, 20), len(os.listdir("/proc/self/fd")), memories()
+    for _ in range(3):
+        memory = SharedMemory()
+        parts = [guard(i % 256, 5000, memory) for i in range(300)]
+        assert len(os.listdir("/proc/self/fd")) - before < 20
+        assert {len(held - others) for _, held in parts} == {1}
+        flat = memory.tensor()
+        assert flat.view(300, 5000).equal((torch.arange(300) % 256).byte()[:, None].expand(-1, 5000))
+        assert [memory.place(values) for values, _ in parts] == list(range(0, flat.numel(), 5000))
+    guard.close()
 
 
 def test_errors_pass_and_keep_the_child():
@@ -295,3 +325,16 @@ def test_what_is_asked_for_wrongly_is_no_unreadable_file(rows):
     data = train_set(rows, timeout=30, decoder="gstreamer")
     with pytest.raises(InputError, match="unknown decoder"):
         data[0, 1]
+
+
+def elsewhere(video, target, make):
+    """Views that do not put their clips where they are told to."""
+    return torch.full((1, 3, 2, 4, 4), target, dtype=torch.uint8), [target]
+
+
+@pytest.mark.parametrize("timeout", [None, 20])
+def test_clips_may_lie_elsewhere(rows, timeout):
+    dataset = VideoDataset(rows, elsewhere, timeout=timeout)
+    sampler = TrainSampler(len(rows), batch_size=2, seed=0)
+    for batch in make_loader(dataset, sampler, batch_size=2, workers=1, pin_memory=False):
+        assert batch.clips[:, 0, 0, 0, 0, 0].tolist() == batch.targets[:, 0].tolist()

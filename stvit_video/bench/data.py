@@ -154,9 +154,9 @@ def time_stages(dataset: VideoDataset, epoch: int, index: int) -> dict[str, floa
         start = perf_counter()
         with open_video(row.path, dataset.decoder, threads=1, contents=row.contents()) as video:
             opened, timed = perf_counter(), _TimedVideo(video)
-            clips, targets = dataset.views(timed, row.target)
+            clips, targets, *extra = dataset.views(timed, row.target)
         made = perf_counter()
-        collate([Sample(index, clips, targets, [])])
+        collate([Sample(index, clips, targets, [], *extra)])
         end = perf_counter()
     read = opened - start + timed.seconds
     seconds = (read, made - start - read, end - made, end - start)

@@ -67,8 +67,9 @@ class VideoDataset(Dataset):
         samples = [self._sample(item, memory) for item in items]
         flat = memory.tensor()  # all of it at once: torch hands it on without a copy
         for i, sample in enumerate(samples):
-            if sample.clips is not None:
-                start, size = memory.place(sample.clips.numpy()), sample.clips.numel()
+            start = None if sample.clips is None else memory.place(sample.clips.numpy())
+            if start is not None:
+                size = sample.clips.numel()
                 samples[i] = sample._replace(clips=flat[start : start + size].view(sample.clips.shape))
         return samples
 

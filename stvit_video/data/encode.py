@@ -1,10 +1,13 @@
 """What a video becomes in a shard: the file it is, JPEG frames, or H.264 with a key frame now and then.
 
-Each is called with a row and gives its `Members`. Raises DecodeError for a video that cannot all be read.
+Each is called with a row and gives its `Members`. Raises DecodeError for a video that cannot all be read,
+or cannot be encoded.
 """
 
+import contextlib
 import io
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +65,7 @@ class Jpeg:
     def __call__(self, row: Row) -> Members:
         if is_image(row.path):
             return Copy()(row)
-        with open_video(row.path, threads=1, contents=row.contents()) as video:
+        with _source(row) as video:
             kept = range(0, video.num_frames, self.every)
             jpegs = {
                 index: simplejpeg.encode_jpeg(frame, self.quality, "RGB", "420")
@@ -91,7 +94,7 @@ class H264:
         options = {"crf": str(self.crf), "g": str(self.gop)}
         options |= {} if self.tune == "none" else {"tune": self.tune}
         file, stream = io.BytesIO(), None
-        with open_video(row.path, threads=1, contents=row.contents()) as video:
+        with _source(row) as video:
             times, unit = frame_times(video)
             with av.open(file, "w", format="mp4", container_options={"fflags": "bitexact"}) as container:
                 frames = _frames(row, video, range(video.num_frames), self.short_side, 2)
@@ -120,6 +123,17 @@ def is_image(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
+@contextlib.contextmanager
+def _source(row: Row) -> Iterator[Frames]:
+    with open_video(row.path, threads=1, contents=row.contents()) as video:
+        try:
+            yield video
+        except (av.FFmpegError, struct.error, ValueError) as error:
+            if isinstance(error, DecodeError):
+                raise
+            raise DecodeError(f"{row.path}: cannot be encoded ({error})") from error  # too large, too fast
+
+
 def _frames(
     row: Row, video: Frames, wanted: range, short_side: int | None, multiple: int
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -138,6 +152,6 @@ def _frames(
         size = [side * min(short_side or short, short) // short for side in (height, width)]
         size = [max(side // multiple, 1) * multiple for side in size]
         if size != [height, width]:
-            pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+            pixels = torch.from_numpy(np.require(frame, requirements="CW")).permute(2, 0, 1)
             frame = resize(pixels, size, antialias=True).permute(1, 2, 0).numpy()
         yield index, np.ascontiguousarray(frame)

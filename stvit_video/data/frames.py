@@ -101,6 +101,8 @@ class FrameVideo(Frames):
                 raise ValueError("a header of the tar")
             self.data = head[first.offset_data :][: first.size]
             self.index = Index.of(self.data)
+            if max(self.index.frames["offset"].max(), self.index.frames["size"].max()) > second.size:
+                raise ValueError("its index makes no sense")
         except (tarfile.TarError, ValueError) as error:
             raise self._damaged(str(error)) from error
         if f"{self.place.shard}/{second.name}" != self.name:

@@ -5,6 +5,7 @@ is a fork, made when it is first needed; results come back through shared memory
 """
 
 import ctypes
+import functools
 import gc
 import math
 import mmap
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -237,11 +238,16 @@ class SharedMemory:
     """Nameless memory that processes share; it grows at its end. Each maps the parts that it uses."""
 
     def __init__(self, file: int | None = None):
-        # not in /dev/shm, which containers keep small
-        if file is None and hasattr(os, "memfd_create"):
-            file = os.memfd_create("clips")
-        self.file = tempfile.TemporaryFile() if file is None else os.fdopen(file, "r+b")  # noqa: SIM115
+        if file is not None:
+            self.file = os.fdopen(file, "r+b")
         self.begin(0)
+
+    @functools.cached_property
+    def file(self) -> BinaryIO:
+        """Made when it is needed: a child that is forked before that does not keep it from being freed."""
+        if hasattr(os, "memfd_create"):  # not in /dev/shm, which containers keep small
+            return os.fdopen(os.memfd_create("clips"), "r+b")
+        return tempfile.TemporaryFile()
 
     def begin(self, end: int) -> None:
         """What lies behind `end` is to be written over."""
@@ -249,20 +255,23 @@ class SharedMemory:
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:
         """uint8, behind what is there."""
-        start, size = self.end, math.prod(shape)
-        os.ftruncate(self.file.fileno(), start + size)
-        return torch.from_numpy(self.map(start, size)).view(*shape)
+        return torch.from_numpy(self.map(self.end, math.prod(shape))).view(*shape)
 
     def map(self, start: int, size: int) -> np.ndarray:
         """uint8 (size,) from this place on."""
+        self.end = max(self.end, start + size)
         if not size:
             return np.empty(0, np.uint8)
-        offset = start % mmap.ALLOCATIONGRANULARITY
-        mapped = mmap.mmap(self.file.fileno(), offset + size, offset=start - offset)
-        part = np.frombuffer(mapped, np.uint8, offset=offset)
-        self.parts.append((start, part))
-        self.end = max(self.end, start + size)
-        return part
+        first, part = self.parts[-1] if self.parts else (0, np.empty(0, np.uint8))
+        if not first <= start <= first + part.nbytes - size:
+            first = start - start % mmap.ALLOCATIONGRANULARITY
+            # each part costs a file descriptor: as large as all before it, so that they are few
+            length = max(start + size - first, first)
+            if os.fstat(self.file.fileno()).st_size < first + length:
+                os.ftruncate(self.file.fileno(), first + length)
+            part = np.frombuffer(mmap.mmap(self.file.fileno(), length, offset=first), np.uint8)
+            self.parts.append((first, part))
+        return part[start - first :][:size]
 
     def place(self, array: np.ndarray) -> int | None:
         """Where a contiguous array lies that was made in it; None: it was not."""

@@ -128,8 +128,8 @@ def find_member(path: str) -> bytes | FrameVideo:
     shard, within, _ = path.partition(".tar/")
     if within and os.path.isfile(f"{shard}.tar"):
         for sample in index_shards([f"{shard}.tar"]):
-            if sample.path == path:
-                return sample.place.contents(path)
+            if os.path.normpath(sample.path) == os.path.normpath(path):  # tar's own names begin with ./
+                return sample.place.contents(sample.path)
     raise DecodeError(f"{path}: no such file")
 
 

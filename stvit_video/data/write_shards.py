@@ -6,6 +6,7 @@ line of LOG in it stands for a finished shard; the first one says what is being 
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import os
 import shutil
 import stat
 import tarfile
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +30,7 @@ from .frames import INDEX
 from .guard import Child, GivenUp, Raised, finished
 from .rows import Row
 
-LOG, UNREADABLE = "shards.jsonl", "unreadable.csv"
+LOG, UNREADABLE, LOCK = "shards.jsonl", "unreadable.csv", "lock"
 AHEAD = 4  # videos of each worker that may wait until those before them are written
 
 
@@ -68,8 +69,8 @@ def write_shards(
     encode: what becomes of a video, in one of `workers` child processes, with `timeout` seconds for each.
         One that cannot be read is left out, and listed in `folder`/unreadable.csv.
     -> what is in `folder`, and how many bytes of it this call has written. Raises InputError for a folder
-    with something else in it, if no video can be read and, before anything is written, for rows that have
-    several classes or are no videos.
+    with something else in it or that another process is writing, if no video can be read and, before
+    anything is written, for rows that have several classes or are no videos.
     """
     folder, rows = Path(folder), list(rows)
     part = folder.with_name(f"{folder.name}.part")
@@ -81,40 +82,58 @@ def write_shards(
     }
     try:
         if folder.exists():
-            return sum(_done(folder, job), Written()), 0
-        done = _done(part, job) if (part / LOG).exists() else []
+            done = _done(folder, job)
+            if len(done) < len(plan):
+                raise InputError(f"{folder}/{len(done):05d}.tar: not there, or not as it was written")
+            return sum(done, Written()), 0
         part.mkdir(parents=True, exist_ok=True)
-        with written_whole(part / LOG) as log:
-            log.write_text("".join(map(_line, (job, *map(vars, done)))), encoding="utf-8")
-        left, old = plan[len(done) :], sum(shard.bytes for shard in done)
-        numbers = range(left[0].start if left else len(rows), len(rows))
-        bar = tqdm(total=len(rows), initial=numbers.start, desc=f"writing {folder}", unit="video")
-        results = _in_order(encode, [rows[number] for number in numbers], workers, timeout)
-        with bar, contextlib.closing(results), open(part / LOG, "a", encoding="utf-8") as log:
-            for shard in left:
-                members = ((number, rows[number], next(results), bar.update()) for number in shard)
-                done.append(_write(part / f"{len(done):05d}.tar", members))
-                log.write(_line(vars(done[-1])))
-                log.flush()
-                os.fsync(log.fileno())
-        written = sum(done, Written())
-        if rows and not written.videos:
-            shutil.rmtree(part)
-            raise InputError(
-                f"of {len(rows)} videos none can be read, the first: {written.unreadable[0][1]}"
-            )
-        if class_names is not None:
-            names = "".join(f"{name}\n" for name in class_names)
-            (part / SHARDS_NAMES).write_text(names, encoding="utf-8")
-        if written.unreadable:
-            with open(
-                part / UNREADABLE, "w", newline="", encoding="utf-8", errors="surrogateescape"
-            ) as file:
-                csv.writer(file).writerows([("path", "cause"), *written.unreadable])
-        part.rename(folder)
+        with _alone(part):
+            done = _done(part, job) if (part / LOG).exists() else []
+            with written_whole(part / LOG) as log:
+                log.write_text("".join(map(_line, (job, *map(vars, done)))), encoding="utf-8")
+            left, old = plan[len(done) :], sum(shard.bytes for shard in done)
+            numbers = range(left[0].start if left else len(rows), len(rows))
+            bar = tqdm(total=len(rows), initial=numbers.start, desc=f"writing {folder}", unit="video")
+            results = _in_order(encode, [rows[number] for number in numbers], workers, timeout)
+            with bar, contextlib.closing(results), open(part / LOG, "a", encoding="utf-8") as log:
+                for shard in left:
+                    members = ((number, rows[number], next(results), bar.update()) for number in shard)
+                    done.append(_write(part / f"{len(done):05d}.tar", members))
+                    log.write(_line(vars(done[-1])))
+                    log.flush()
+                    os.fsync(log.fileno())
+            written = sum(done, Written())
+            if rows and not written.videos:
+                shutil.rmtree(part)
+                raise InputError(
+                    f"of {len(rows)} videos none can be read, the first: {written.unreadable[0][1]}"
+                )
+            if class_names is not None:
+                names = "".join(f"{name}\n" for name in class_names)
+                (part / SHARDS_NAMES).write_text(names, encoding="utf-8")
+            if written.unreadable:
+                with open(
+                    part / UNREADABLE, "w", newline="", encoding="utf-8", errors="surrogateescape"
+                ) as file:
+                    csv.writer(file).writerows([("path", "cause"), *written.unreadable])
+            part.rename(folder)
+            (folder / LOCK).unlink()
     except OSError as error:
         raise InputError(f"{error.filename or folder}: {error.strerror}") from error
     return written, written.bytes - old
+
+
+@contextlib.contextmanager
+def _alone(part: Path) -> Iterator[None]:
+    """Raises InputError where another process is writing into the folder: the shards would be of both."""
+    with open(part / LOCK, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"{part}: another process is writing it, expected one at a time") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def _sizes(rows: Sequence[Row], encode: Encoding) -> list[int]:
@@ -167,26 +186,35 @@ def _plan(sizes: Sequence[int], videos: int, size: int) -> list[range]:
 
 def _digest(rows: Sequence[Row], sizes: Sequence[int], class_names: Sequence[str] | None) -> str:
     """Stands for a list, wherever it lies."""
-    names = [os.path.basename(row.path) for row in rows]
-    text = json.dumps([names, [row.target for row in rows], sizes, class_names and list(class_names)])
+    lines = [(os.path.basename(row.path), row.target, row.num_frames) for row in rows]
+    text = json.dumps([lines, sizes, class_names and list(class_names)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _done(folder: Path, job: dict[str, Any]) -> list[Written]:
-    """The shards that `folder` has, of this job. Raises InputError for a folder of another one."""
+    """The shards that `folder` has, of this job, up to one that is not as it was written.
+
+    Raises InputError for a folder of another job.
+    """
     log = folder / LOG
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-    began, *shards = [json.loads(line) for line in lines if line.endswith("\n")] or [{}]
+    try:
+        began, *shards = [json.loads(line) for line in lines if line.endswith("\n")] or [{}]
+        done, was = [Written(**shard) for shard in shards], began.get("settings", {})
+    except (ValueError, TypeError, AttributeError):
+        raise InputError(f"{log}: damaged, expected lines as stvit-shards writes them") from None
     if began != job:
-        was, now = began.get("settings", {}), job["settings"]
+        now = job["settings"]
         changed = [f"{name}={was[name]}, not {now.get(name)}" for name in was if was[name] != now.get(name)]
         cause = changed[0] if changed else "another list" if was else f"no {LOG} in it"
         raise InputError(
             f"{folder} exists, of other shards ({cause}): shards are written into a new folder"
         )
-    done = [Written(**shard) for shard in shards]
-    sizes = [(folder / f"{number:05d}.tar").stat().st_size for number in range(len(done))]
-    return done if sizes == [shard.bytes for shard in done] else []
+    for number, shard in enumerate(done):
+        path = folder / f"{number:05d}.tar"
+        if not path.exists() or path.stat().st_size != shard.bytes:
+            return done[:number]
+    return done
 
 
 def _write(path: Path, members: Iterable[tuple[int, Row, Members | Exception, Any]]) -> Written:
