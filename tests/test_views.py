@@ -31,8 +31,9 @@ class Counter:
     def __init__(self, num_frames, height=20, width=30):
         self.num_frames, self.size, self.reads = num_frames, (height, width), []
 
-    def read(self, indices):
+    def read(self, indices, short_side=None):
         self.reads.append(list(indices))
+        self.short_side = short_side
         frames = torch.tensor(indices, dtype=torch.uint8).view(-1, 1, 1, 1)
         return frames.expand(-1, 3, *self.size).contiguous()
 
@@ -408,3 +409,9 @@ def test_a_frame_list_that_says_more_than_there_is(tmp_path):
     sample = VideoDataset([Row(str(tmp_path), 0, 4)], make)[0, 0]
     assert sample.clips is None
     assert "4 frames, there are 3" in sample.failures[0][1]
+
+
+def test_scoring_asks_for_no_larger_frames_than_it_needs():
+    video = Counter(10)
+    views.TestViews(Sampling("dense", 2, 1), CropTransform(16, crop_ratio=0.8))(video, 0)
+    assert video.short_side == 20

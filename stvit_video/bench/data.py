@@ -169,9 +169,9 @@ class _TimedVideo(Video):
     def __init__(self, video: Video):
         self.video, self.num_frames, self.fps, self.seconds = video, video.num_frames, video.fps, 0.0
 
-    def read(self, indices: Sequence[int]) -> Tensor:
+    def read(self, indices: Sequence[int], short_side: int | None = None) -> Tensor:
         start = perf_counter()
-        frames = self.video.read(indices)
+        frames = self.video.read(indices, short_side)
         self.seconds += perf_counter() - start
         return frames
 

@@ -98,7 +98,8 @@ class TestTransform:
 
     def __init__(self, size: int, *, crops: int = 1, crop_ratio: float = 1.0):
         self.size, self.crops = size, crops
-        self.resize = v2.Resize(round(size / crop_ratio), antialias=True)
+        self.short_side = round(size / crop_ratio)
+        self.resize = v2.Resize(self.short_side, antialias=True)
 
     def __call__(self, clip: Clip) -> list[Clip]:
         clip = self.resize(clip).contiguous()  # channels first: here once, not in each crop

@@ -105,18 +105,23 @@ class TestViews:
     ) -> tuple[Tensor, list] | tuple[Tensor, list, None, bytes]:
         """-> clips uint8 (V, 3, T, H, W), V times the target as it is; no draws; the preview, if any."""
         indices = [self.sampling.test(video, at) for at in self.sampling.spread(self.clips)]
-        frames, clips = read_once(video, indices)
+        frames, clips = read_once(video, indices, self.transform.short_side)
         crops = self.transform(frames)
         views = [[crop[place] for place in clip] for clip in clips for crop in crops]
         extra = () if self.preview is None else (None, self.preview(frames))
         return _stack(views, make), [target] * len(views), *extra
 
 
-def read_once(video: Video, clips: Sequence[list[int]]) -> tuple[Tensor, list[list[int]]]:
-    """Every frame that some clip needs, read once (N, 3, H, W), and each clip's places among them."""
+def read_once(
+    video: Video, clips: Sequence[list[int]], short_side: int | None = None
+) -> tuple[Tensor, list[list[int]]]:
+    """Every frame that some clip needs, read once (N, 3, H, W), and each clip's places among them.
+
+    short_side: what a frame may be made smaller to while it is decoded, where that is less work.
+    """
     needed = sorted(set().union(*clips))
     place = {frame: i for i, frame in enumerate(needed)}
-    return video.read(needed), [[place[frame] for frame in clip] for clip in clips]
+    return video.read(needed, short_side), [[place[frame] for frame in clip] for clip in clips]
 
 
 def _stack(views: Sequence[Sequence[Tensor]], make: Make) -> Tensor:
