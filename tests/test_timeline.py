@@ -98,6 +98,17 @@ def test_windows_are_cut_like_clips(counted):
     assert [w[2] for w in overlapping[:2]] == [[0, 3, 6, 9], [1, 4, 7, 10]]
 
 
+@pytest.mark.parametrize(("n", "fps"), [(4, 75), (4, 100), (8, 100), (8, 1000)])
+def test_a_window_of_a_slow_video_has_all_its_frames(counted, n, fps):
+    """Its frames repeat, where the checkpoint counts more frames a second than there are."""
+    sampling = Sampling("dense", n, 1, fps)
+    with open_video(counted) as video:
+        clip = sampling.test(video, 0.0)
+    for k, (start, end, frames) in enumerate(places(counted, sampling, every=1.0)):
+        assert frames == [25 * k + place for place in clip]
+        assert (start, end) == pytest.approx((k, k + 0.04 * (clip[-1] + 1)), abs=0.04)
+
+
 def test_the_last_window_is_filled_up_or_left_out(counted):
     assert places(counted, Sampling("dense", 4, 10), every=3.0)[-1] == (3.0, 4.0, [75, 85, 95, 99])
     assert len(places(counted, Sampling("dense", 5, 20), every=3.0)) == 1  # 75, 95 of five
@@ -189,10 +200,12 @@ def test_segments_of_several_labels_overlap():
     assert [s[:3] for s in got] == [(0.0, 4.0, "a"), (2.0, 6.0, "b")]
 
 
-def test_what_cannot_be_read_ends_the_timeline_and_loses_nothing(tmp_path, checkpoint):  # noqa: F811
+@pytest.mark.parametrize("batch", [1, 5, 16])
+def test_what_cannot_be_read_ends_the_timeline_and_loses_nothing(tmp_path, checkpoint, batch):  # noqa: F811
     whole = render(tmp_path / "whole.mp4", n=100)
     broken = spoil(whole, tmp_path / "broken.mp4", 60)
     recognize = Recognizer(checkpoint, device="cpu", timeout=30)
+    recognize.config.eval.view_batch = batch
     moments, good = [], list(recognize.timeline(whole, every=0.5))
     with pytest.raises(DecodeError, match=r"broken\.mp4: after 2\.\d+ s: ") as caught:
         moments.extend(recognize.timeline(broken, every=0.5))
