@@ -248,6 +248,11 @@ def test_many_gives_the_same_in_order_with_errors_as_values(tmp_path, demo_root,
     assert [g for _, g in recognize.many(paths[:2], top=1)] == [recognize(p, top=1) for p in paths[:2]]
 
 
+def test_many_needs_a_worker(checkpoint):  # noqa: F811
+    with pytest.raises(ValueError, match="workers=0: must be 1 or more"):
+        Recognizer(checkpoint, device="cpu").many(["a.mp4"], workers=0)
+
+
 def test_many_ends_its_workers_and_reads_no_further_than_they_do(demo_root, checkpoint):  # noqa: F811
     asked = []
 
@@ -404,6 +409,42 @@ def test_broken_off_at_any_moment_it_ends_with_the_same_files(
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".json", ".csv", ".moments"])
+def test_files_that_no_timeline_wrote_stay_as_they_are(tmp_path, checkpoint, capsys, suffix):  # noqa: F811
+    """First of all the video itself, where its folder is named."""
+    video = render(tmp_path / "x.mp4") if suffix == ".mp4" else render(tmp_path / "x.mkv")
+    if suffix != ".mp4":
+        video.with_suffix(suffix).write_text('{"label": 3}\n')
+    before = contents(tmp_path)
+    assert predict(checkpoint, tmp_path, video) == 2
+    assert f"error: {tmp_path / 'x'}{suffix}: not of a timeline" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_two_commands_at_once_do_not_share_files(tmp_path, checkpoint, monkeypatch, capsys):  # noqa: F811
+    video, codes, score = render(tmp_path / "x.mp4"), [], Recognizer._score_windows
+
+    def meanwhile(self, windows):
+        codes.append(predict(checkpoint, tmp_path / "out", video) if not codes else None)
+        return score(self, windows)
+
+    monkeypatch.setattr(Recognizer, "_score_windows", meanwhile)
+    assert predict(checkpoint, tmp_path / "out", video) == 0
+    assert codes == [2]
+    assert "x.moments: another process is writing this timeline" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out/x.json").read_text())["moments"] == 1
+
+
+def test_what_is_no_video_leaves_nothing(tmp_path, checkpoint, capsys):  # noqa: F811
+    (tmp_path / "x.mp4").write_text("text")
+    assert predict(checkpoint, tmp_path / "out", tmp_path / "x.mp4") == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'x.mp4'}: ")
+    assert contents(tmp_path / "out") == {}
+    (tmp_path / "out/x.moments").mkdir()  # as good as a full disk
+    assert predict(checkpoint, tmp_path / "out", tmp_path / "x.mp4") == 2
+    assert "x.moments: cannot be written (Is a directory)" in capsys.readouterr().err
+
+
 def test_a_damaged_video_keeps_its_timeline_and_is_tried_again(tmp_path, checkpoint, capsys):  # noqa: F811
     whole = render(tmp_path / "whole.mp4", n=100)
     broken = spoil(whole, tmp_path / "broken.mp4", 60)
@@ -416,7 +457,17 @@ def test_a_damaged_video_keeps_its_timeline_and_is_tried_again(tmp_path, checkpo
 
 
 @pytest.mark.parametrize(
-    "flags", [["--every=0"], ["--window=-1"], ["--enter=0.2"], ["--workers=0"], ["--draw"]]
+    "flags",
+    [
+        ["--every=0"],
+        ["--window=-1"],
+        ["--enter=0.2"],
+        ["--workers=0"],
+        ["--draw"],
+        ["--timeline=t", "--json"],
+        ["--timeline=t", "--maps=m"],
+        ["--timeline=t", "--features=f.npz"],
+    ],
 )
 def test_settings_that_make_no_sense_are_one_line(flags, capsys):
     assert run(cli.predict, "--checkpoint=a.pt", *flags, "a.mp4") == 2

@@ -74,8 +74,8 @@ def predict(args: Sequence[str]) -> None:
                 print(json.dumps({"path": str(path), "error": str(error)}))
             continue
         if options.json:
-            found = [{"name": g.name, "score": round(g.score, 6)} for g in guesses]
-            print(json.dumps({"path": str(path), "predictions": found}))
+            predictions = [{"name": g.name, "score": round(g.score, 6)} for g in guesses]
+            print(json.dumps({"path": str(path), "predictions": predictions}))
         else:
             print(path)
             for guess in guesses:
@@ -96,3 +96,6 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"--enter {options.enter} --leave {options.leave}: must be 0 <= leave <= enter <= 1")
     if options.draw and not options.timeline:
         parser.error("--draw needs --timeline FOLDER")
+    for name in ("json", "features", "maps"):
+        if options.timeline and getattr(options, name):
+            parser.error(f"--{name} is not written with --timeline FOLDER: two commands")
