@@ -98,7 +98,9 @@ class Recognizer:
             raise ValueError(f"workers={workers}: must be 1 or more")
         return self._many(paths, workers, top)
 
-    def _many(self, paths, workers: int, top: int) -> Iterator[tuple[str | Path, list[Guess] | DecodeError]]:
+    def _many(
+        self, paths, workers: int, top: int
+    ) -> Iterator[tuple[str | Path, list[Guess] | DecodeError]]:
         jobs = ((path, self.views) for path in paths)
         results = guarded_in_order(self._read_job, jobs, workers=workers, timeout=self.timeout)
         with contextlib.closing(results):

@@ -45,7 +45,9 @@ def write_timelines(
         except DecodeError as unreadable:
             error = str(unreadable)
         except OSError as problem:
-            raise InputError(f"{problem.filename or folder}: cannot be written ({problem.strerror})") from None
+            raise InputError(
+                f"{problem.filename or folder}: cannot be written ({problem.strerror})"
+            ) from None
         if error is not None:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
@@ -115,7 +117,9 @@ class Files:
                 )
         for suffix in (*SUFFIXES, ".mp4"):
             if not marks and self._file(suffix).exists():
-                raise InputError(f"{self._file(suffix)}: not of a timeline; to write one needs another folder")
+                raise InputError(
+                    f"{self._file(suffix)}: not of a timeline; to write one needs another folder"
+                )
 
     def _score(self) -> str | None:
         """Bring `NAME.moments` to the end of the video; -> why that was not possible."""
