@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_decode import numbers, render, spoil
 from test_end_to_end import run
 from test_unreadable import PLAIN, checkpoint  # noqa: F401
@@ -293,6 +294,25 @@ def test_maps_of_videos_with_one_name(tmp_path, demo_root, checkpoint):  # noqa:
         path.write_bytes(source)
     assert run(cli.predict, f"--checkpoint={checkpoint}", f"--maps={tmp_path}/maps", *names) == 0
     assert len(list((tmp_path / "maps").glob("*.png"))) == 3
+
+
+def test_maps_never_take_the_place_of_a_picture(tmp_path, demo_root, capsys):
+    from test_page import make_checkpoint
+
+    checkpoint = make_checkpoint(
+        tmp_path / "a.pt", demo_root, "--data.num_frames=1", "--model.patch_size=[1,8,8]",
+        "--model.semantic_tokens=[1,2,2]",
+    )  # fmt: skip
+    picture = tmp_path / "x.png"
+    Image.new("RGB", (32, 24)).save(picture)
+    before = picture.read_bytes()
+    assert run(cli.predict, f"--checkpoint={checkpoint}", f"--maps={tmp_path}", picture) == 2
+    assert (
+        capsys.readouterr().err == f"error: {picture}: is to be recognised; --maps needs another folder\n"
+    )
+    assert picture.read_bytes() == before
+    assert run(cli.predict, f"--checkpoint={checkpoint}", f"--maps={tmp_path}/maps", picture) == 0
+    assert (tmp_path / "maps/x.png").is_file()
 
 
 def test_subtitles():
