@@ -299,19 +299,19 @@ def test_maps_of_videos_with_one_name(tmp_path, demo_root, checkpoint):  # noqa:
 def test_maps_never_take_the_place_of_a_picture(tmp_path, demo_root, capsys):
     from test_page import make_checkpoint
 
-    checkpoint = make_checkpoint(
+    images = make_checkpoint(
         tmp_path / "a.pt", demo_root, "--data.num_frames=1", "--model.patch_size=[1,8,8]",
         "--model.semantic_tokens=[1,2,2]",
     )  # fmt: skip
     picture = tmp_path / "x.png"
     Image.new("RGB", (32, 24)).save(picture)
     before = picture.read_bytes()
-    assert run(cli.predict, f"--checkpoint={checkpoint}", f"--maps={tmp_path}", picture) == 2
+    assert run(cli.predict, f"--checkpoint={images}", f"--maps={tmp_path}", picture) == 2
     assert (
         capsys.readouterr().err == f"error: {picture}: is to be recognised; --maps needs another folder\n"
     )
     assert picture.read_bytes() == before
-    assert run(cli.predict, f"--checkpoint={checkpoint}", f"--maps={tmp_path}/maps", picture) == 0
+    assert run(cli.predict, f"--checkpoint={images}", f"--maps={tmp_path}/maps", picture) == 0
     assert (tmp_path / "maps/x.png").is_file()
 
 
@@ -439,6 +439,10 @@ def test_files_that_no_timeline_wrote_stay_as_they_are(tmp_path, checkpoint, cap
     assert predict(checkpoint, tmp_path, video) == 2
     assert f"error: {tmp_path / 'x'}{suffix}: not of a timeline" in capsys.readouterr().err
     assert contents(tmp_path) == before
+    if suffix == ".mp4":  # also where something that a timeline left says otherwise
+        (tmp_path / "x.moments").touch()
+        assert predict(checkpoint, tmp_path, video) == 2
+        assert video.read_bytes() == before["x.mp4"]
 
 
 def test_two_commands_at_once_do_not_share_files(tmp_path, checkpoint, monkeypatch, capsys):  # noqa: F811

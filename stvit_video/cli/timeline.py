@@ -115,11 +115,9 @@ class Files:
                     f"{self.base.parent}: {self.base.name} is the timeline of {path} there; "
                     f"that of {self.path} needs another folder"
                 )
-        for suffix in (*SUFFIXES, ".mp4"):
-            if not marks and self._file(suffix).exists():
-                raise InputError(
-                    f"{self._file(suffix)}: not of a timeline; to write one needs another folder"
-                )
+        for path in (self._file(suffix) for suffix in (*SUFFIXES, ".mp4")):
+            if path.exists() and (not marks or path.samefile(self.path)):
+                raise InputError(f"{path}: not of a timeline; to write one needs another folder")
 
     def _score(self) -> str | None:
         """Bring `NAME.moments` to the end of the video; -> why that was not possible."""
