@@ -25,6 +25,7 @@ from ..timeline import Moment, Segment, segments
 from .common import output_names
 
 PICTURES = 12  # below the scores
+HEADER = ("from", "to", "class", "score")  # of NAME.csv
 SUFFIXES = (".csv", ".npz", ".png", ".vtt", ".json")
 
 
@@ -166,13 +167,11 @@ class Files:
 
     def _segments(self) -> list[Segment]:
         names = self.recognize.class_names
-        moments = (Moment(float(s), float(e), scores, names) for s, e, scores in self._loaded())
+        with np.load(self._file(".npz")) as file:
+            columns = [file[key] for key in ("start", "end", "scores")]
+        moments = (Moment(float(s), float(e), scores, names) for s, e, scores in zip(*columns, strict=True))
         thresholds = {key: self.settings[key] for key in ("enter", "leave")}
         return segments(moments, names, overlap=self.recognize.config.task == "multilabel", **thresholds)
-
-    def _loaded(self):
-        with np.load(self._file(".npz")) as file:
-            return list(zip(file["start"], file["end"], file["scores"], strict=True))
 
     def _write_all(self, error: str | None) -> None:
         """Each file at once; the one that says that all are there comes last."""
@@ -181,13 +180,12 @@ class Files:
             columns = {key: known[key] for key in ("start", "end", "scores")}
             np.savez_compressed(file, class_names=np.array(names), **columns)
         lasting = self._segments()
+        rows = [(round(s.start, 3), round(s.end, 3), s.name, round(s.score, 4)) for s in lasting]
         with (
             written_whole(self._file(".csv")) as part,
             open(part, "w", newline="", encoding="utf-8") as file,
         ):
-            writer = csv.writer(file)
-            writer.writerow(["from", "to", "class", "score"])
-            writer.writerows((f"{s.start:.3f}", f"{s.end:.3f}", s.name, f"{s.score:.4f}") for s in lasting)
+            csv.writer(file).writerows([HEADER, *rows])
         with written_whole(self._file(".vtt")) as part:
             part.write_text(subtitles(lasting), encoding="utf-8")
         with written_whole(self._file(".png")) as part:
@@ -195,15 +193,7 @@ class Files:
         report = self.source | {
             "moments": known.size,
             "scores": self._file(".npz").name,
-            "segments": [
-                {
-                    "from": round(s.start, 3),
-                    "to": round(s.end, 3),
-                    "class": s.name,
-                    "score": round(s.score, 4),
-                }
-                for s in lasting
-            ],
+            "segments": [dict(zip(HEADER, row, strict=True)) for row in rows],
             "error": error,
         }
         with written_whole(self._file(".json")) as part:
