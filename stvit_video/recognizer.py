@@ -100,7 +100,15 @@ class Recognizer:
         """(path, what `recognize(path)` gives, or the DecodeError) of each video, in order.
 
         workers: processes that decode, each one video ahead; closing the generator ends them.
+        Raises ValueError for less than one.
         """
+        if workers < 1:
+            raise ValueError(f"workers={workers}: must be 1 or more")
+        return self._many(paths, workers, top)
+
+    def _many(
+        self, paths, workers: int, top: int
+    ) -> Iterator[tuple[str | Path, list[Guess] | DecodeError]]:
         jobs = ((path, self.views) for path in paths)
         results = guarded_in_order(self._read_job, jobs, workers=workers, timeout=self.timeout)
         with contextlib.closing(results):

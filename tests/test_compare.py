@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 from test_end_to_end import run
-from test_report import Page, browser, made, multilabel, no_picture, opened, three_classes  # noqa: F401
+from test_report import NORMALISE, Page, browser, made, multilabel, no_picture, opened, three_classes  # noqa: F401
 
 from stvit_video import cli
 from stvit_video.reports import statistics
 from stvit_video.reports.compare import Verdict, read_scoring
+from stvit_video.tasks.multilabel import MultiLabel
 
 
 def resampled(videos, count, seed=0):
@@ -203,12 +204,26 @@ def test_wrong_runs_end_in_one_line(tmp_path, capsys):
     (tmp_path / "cut" / "report.json").write_text("{")
     scored(tmp_path / "text", [True] * 4)
     (tmp_path / "text" / "predictions.csv").write_text("not,a\ntable,!\n")
+    for name in ("old", "torn", "list"):
+        scored(tmp_path / name, [True] * 4)
+    table = (tmp_path / "old" / "predictions.csv").read_text()
+    (tmp_path / "old" / "predictions.csv").write_text(table.replace("top1_name", "name"))
+    (tmp_path / "torn" / "predictions.csv").write_text(table[:-20])
+    (tmp_path / "list" / "report.json").write_text("[]")
+    (tmp_path / "zip").mkdir()
+    made(tmp_path / "zip", multilabel(), [(0,)] * 4, np.eye(4))
+    arrays = (tmp_path / "zip" / "scores.npz").read_bytes()
+    (tmp_path / "zip" / "scores.npz").write_bytes(arrays[:-30])
     for args, cause in (
         (["a"], "to compare takes two or more"),
         (["a", "empty"], "holds no scoring (no report.json)"),
         (["a", "missing"], "holds no scoring (no report.json)"),
         (["a", "cut"], "not a scoring that can be read"),
         (["a", "text"], "not a scoring that can be read"),
+        (["a", "old"], "not a scoring that can be read (no top1_name)"),
+        (["a", "torn"], "not a scoring that can be read (no failure)"),
+        (["a", "list"], "holds no report"),
+        (["a", "zip"], "not a scoring that can be read"),
         (["a", "b"], "no video in common"),
         (["a", "a"], "another run is named a, too"),
     ):
@@ -217,6 +232,28 @@ def test_wrong_runs_end_in_one_line(tmp_path, capsys):
         assert (code, error.count("\n")) == (2, 0)
         assert error.startswith("error: ")
         assert cause in error
+
+
+def test_several_labels_by_classes_in_another_order(tmp_path, capsys):
+    names, generator = ["a", "b", "c"], np.random.default_rng(0)
+    scores, targets = generator.random((6, 3)), [(0, 2), (1,), (0, 1), (2,), (0,), (1, 2)]
+    for name, order in (("one", [0, 1, 2]), ("two", [2, 0, 1])):
+        (tmp_path / name).mkdir()
+        task = MultiLabel([names[i] for i in order], normalise=NORMALISE)
+        moved = [tuple(sorted(order.index(c) for c in target)) for target in targets]
+        made(tmp_path / name, task, moved, scores[:, order])
+    code, lines, _ = compared(capsys, tmp_path / "one", tmp_path / "two", "--to", tmp_path / "page.html")
+    assert code == 0
+    assert lines[1].startswith("no difference shown between one and two: +0.0 points of mAP")
+
+
+def test_scores_that_are_no_numbers_have_a_page(tmp_path, capsys):
+    for name, value in (("a", np.nan), ("b", 0.5)):
+        (tmp_path / name).mkdir()
+        made(tmp_path / name, three_classes(), [1, 1], [[value] * 3, [0.1, 0.8, 0.1]])
+    assert Page(tmp_path / "a" / "report.html").data["scores"][0] == [0, 0, 0]
+    code, lines, _ = compared(capsys, tmp_path / "a", tmp_path / "b", "--to", tmp_path / "page.html")
+    assert (code, lines[0][:12]) == (0, "top-1: a 50.")
 
 
 def test_names_and_paths_that_are_no_text_come_through(tmp_path, capsys):

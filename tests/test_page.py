@@ -350,7 +350,9 @@ def test_no_file_is_given_out(site, recognize, videos, tmp_path):
     shutil.rmtree(Path(uploaded).parents[1])
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", "http://192.0.2.1/a.mp4", "{folder}/../x", ["a"], None])
+@pytest.mark.parametrize(
+    "path", ["/etc/hostname", "http://192.0.2.1/a.mp4", "{folder}/../x", "{folder}", ["a"], None]
+)
 def test_only_what_was_uploaded_is_recognised(site, path):
     """gradio itself would copy or fetch the others, and hand them on."""
     path = path.format(folder=site.temporary.name) if isinstance(path, str) else path
@@ -422,6 +424,14 @@ def test_the_command_says_what_is_missing(tmp_path, demo_root, capsys, monkeypat
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert "pip install stvit_video[page]" in line
+
+
+@pytest.mark.parametrize(
+    "flag", ["--max-megabytes=nan", "--max-seconds=-1", "--timeout=0", "--port=99999", "--port=0"]
+)
+def test_limits_that_make_no_sense_are_one_line(flag, capsys):
+    assert run(cli.page, "--checkpoint=a.pt", flag) == 2
+    assert f"error: {flag.replace('=', ' ')}" in capsys.readouterr().err
 
 
 def test_examples_are_of_the_validation_list(tmp_path, demo_root):

@@ -23,9 +23,11 @@ from stvit_video.data.views import Sampling
 from stvit_video.data.views import TestViews as SpreadViews
 from stvit_video.engine.evaluate import Shares, score, write_report
 from stvit_video.engine.job import Outcome
+from stvit_video.errors import InputError
 from stvit_video.reports.page import as_json, read_previews, write_report_page
 from stvit_video.tasks import classification
 from stvit_video.tasks.classification import Classification
+from stvit_video.tasks.multilabel import MultiLabel
 
 HOSTILE = "</script><img src=x onerror=document.title='got'>"
 CPU = torch.device("cpu")
@@ -131,6 +133,19 @@ def test_of_several_labels_the_page_has_their_precisions(tmp_path):
         np.testing.assert_array_equal(arrays["scores"], scores.astype(np.float32))
         assert arrays["labels"].tolist()[1] == [1, 0, 1, 0]
         assert (arrays["labels"][5] == -1).all()
+
+
+@pytest.mark.parametrize(("on_failure", "videos"), [("wrong", 2), ("exclude", 1)])
+def test_of_several_labels_what_is_left_out_does_not_count(tmp_path, on_failure, videos):
+    task = MultiLabel(["a", "b"], normalise=NORMALISE, on_failure=on_failure)
+    made(tmp_path, task, [(0,), (0,), (1,)], [[0.9, 0.1]] * 3, failures={1: "gone"})
+    assert Page(tmp_path / "report.html").data["videos_of"] == [videos, 1]
+    assert f"a,{videos}," in (tmp_path / "classes.csv").read_text()
+
+
+def test_of_several_labels_scores_that_are_no_numbers_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="the model's scores are no numbers"):
+        made(tmp_path, multilabel(), [(0,)], [[np.nan] * 4])
 
 
 def test_a_list_without_labels_has_a_page(tmp_path):

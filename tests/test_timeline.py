@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_decode import numbers, render, spoil
 from test_end_to_end import run
 from test_unreadable import PLAIN, checkpoint  # noqa: F401
@@ -96,6 +97,17 @@ def test_windows_are_cut_like_clips(counted):
     assert places(counted, Sampling("dense", 3, 2, 12.5), every=3.0)[1][2] == [75, 79, 83]
     overlapping = places(counted, Sampling("dense", 4, 3), every=0.04)
     assert [w[2] for w in overlapping[:2]] == [[0, 3, 6, 9], [1, 4, 7, 10]]
+
+
+@pytest.mark.parametrize(("n", "fps"), [(4, 75), (4, 100), (8, 100), (8, 1000)])
+def test_a_window_of_a_slow_video_has_all_its_frames(counted, n, fps):
+    """Its frames repeat, where the checkpoint counts more frames a second than there are."""
+    sampling = Sampling("dense", n, 1, fps)
+    with open_video(counted) as video:
+        clip = sampling.test(video, 0.0)
+    for k, (start, end, frames) in enumerate(places(counted, sampling, every=1.0)):
+        assert frames == [25 * k + place for place in clip]
+        assert (start, end) == pytest.approx((k, k + 0.04 * (clip[-1] + 1)), abs=0.04)
 
 
 def test_the_last_window_is_filled_up_or_left_out(counted):
@@ -189,10 +201,12 @@ def test_segments_of_several_labels_overlap():
     assert [s[:3] for s in got] == [(0.0, 4.0, "a"), (2.0, 6.0, "b")]
 
 
-def test_what_cannot_be_read_ends_the_timeline_and_loses_nothing(tmp_path, checkpoint):  # noqa: F811
+@pytest.mark.parametrize("batch", [1, 5, 16])
+def test_what_cannot_be_read_ends_the_timeline_and_loses_nothing(tmp_path, checkpoint, batch):  # noqa: F811
     whole = render(tmp_path / "whole.mp4", n=100)
     broken = spoil(whole, tmp_path / "broken.mp4", 60)
     recognize = Recognizer(checkpoint, device="cpu", timeout=30)
+    recognize.config.eval.view_batch = batch
     moments, good = [], list(recognize.timeline(whole, every=0.5))
     with pytest.raises(DecodeError, match=r"broken\.mp4: after 2\.\d+ s: ") as caught:
         moments.extend(recognize.timeline(broken, every=0.5))
@@ -235,6 +249,11 @@ def test_many_gives_the_same_in_order_with_errors_as_values(tmp_path, demo_root,
     assert [g for _, g in recognize.many(paths[:2], top=1)] == [recognize(p, top=1) for p in paths[:2]]
 
 
+def test_many_needs_a_worker(checkpoint):  # noqa: F811
+    with pytest.raises(ValueError, match="workers=0: must be 1 or more"):
+        Recognizer(checkpoint, device="cpu").many(["a.mp4"], workers=0)
+
+
 def test_many_ends_its_workers_and_reads_no_further_than_they_do(demo_root, checkpoint):  # noqa: F811
     asked = []
 
@@ -275,6 +294,25 @@ def test_maps_of_videos_with_one_name(tmp_path, demo_root, checkpoint):  # noqa:
         path.write_bytes(source)
     assert run(cli.predict, f"--checkpoint={checkpoint}", f"--maps={tmp_path}/maps", *names) == 0
     assert len(list((tmp_path / "maps").glob("*.png"))) == 3
+
+
+def test_maps_never_take_the_place_of_a_picture(tmp_path, demo_root, capsys):
+    from test_page import make_checkpoint
+
+    images = make_checkpoint(
+        tmp_path / "a.pt", demo_root, "--data.num_frames=1", "--model.patch_size=[1,8,8]",
+        "--model.semantic_tokens=[1,2,2]",
+    )  # fmt: skip
+    picture = tmp_path / "x.png"
+    Image.new("RGB", (32, 24)).save(picture)
+    before = picture.read_bytes()
+    assert run(cli.predict, f"--checkpoint={images}", f"--maps={tmp_path}", picture) == 2
+    assert (
+        capsys.readouterr().err == f"error: {picture}: is to be recognised; --maps needs another folder\n"
+    )
+    assert picture.read_bytes() == before
+    assert run(cli.predict, f"--checkpoint={images}", f"--maps={tmp_path}/maps", picture) == 0
+    assert (tmp_path / "maps/x.png").is_file()
 
 
 def test_subtitles():
@@ -391,6 +429,46 @@ def test_broken_off_at_any_moment_it_ends_with_the_same_files(
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".json", ".csv", ".moments"])
+def test_files_that_no_timeline_wrote_stay_as_they_are(tmp_path, checkpoint, capsys, suffix):  # noqa: F811
+    """First of all the video itself, where its folder is named."""
+    video = render(tmp_path / "x.mp4") if suffix == ".mp4" else render(tmp_path / "x.mkv")
+    if suffix != ".mp4":
+        video.with_suffix(suffix).write_text('{"label": 3}\n')
+    before = contents(tmp_path)
+    assert predict(checkpoint, tmp_path, video) == 2
+    assert f"error: {tmp_path / 'x'}{suffix}: not of a timeline" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    if suffix == ".mp4":  # also where something that a timeline left says otherwise
+        (tmp_path / "x.moments").touch()
+        assert predict(checkpoint, tmp_path, video) == 2
+        assert video.read_bytes() == before["x.mp4"]
+
+
+def test_two_commands_at_once_do_not_share_files(tmp_path, checkpoint, monkeypatch, capsys):  # noqa: F811
+    video, codes, score = render(tmp_path / "x.mp4"), [], Recognizer._score_windows
+
+    def meanwhile(self, windows):
+        codes.append(predict(checkpoint, tmp_path / "out", video) if not codes else None)
+        return score(self, windows)
+
+    monkeypatch.setattr(Recognizer, "_score_windows", meanwhile)
+    assert predict(checkpoint, tmp_path / "out", video) == 0
+    assert codes == [2]
+    assert "x.moments: another process is writing this timeline" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out/x.json").read_text())["moments"] == 1
+
+
+def test_what_is_no_video_leaves_nothing(tmp_path, checkpoint, capsys):  # noqa: F811
+    (tmp_path / "x.mp4").write_text("text")
+    assert predict(checkpoint, tmp_path / "out", tmp_path / "x.mp4") == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'x.mp4'}: ")
+    assert contents(tmp_path / "out") == {}
+    (tmp_path / "out/x.moments").mkdir()  # as good as a full disk
+    assert predict(checkpoint, tmp_path / "out", tmp_path / "x.mp4") == 2
+    assert "x.moments: cannot be written (Is a directory)" in capsys.readouterr().err
+
+
 def test_a_damaged_video_keeps_its_timeline_and_is_tried_again(tmp_path, checkpoint, capsys):  # noqa: F811
     whole = render(tmp_path / "whole.mp4", n=100)
     broken = spoil(whole, tmp_path / "broken.mp4", 60)
@@ -403,7 +481,17 @@ def test_a_damaged_video_keeps_its_timeline_and_is_tried_again(tmp_path, checkpo
 
 
 @pytest.mark.parametrize(
-    "flags", [["--every=0"], ["--window=-1"], ["--enter=0.2"], ["--workers=0"], ["--draw"]]
+    "flags",
+    [
+        ["--every=0"],
+        ["--window=-1"],
+        ["--enter=0.2"],
+        ["--workers=0"],
+        ["--draw"],
+        ["--timeline=t", "--json"],
+        ["--timeline=t", "--maps=m"],
+        ["--timeline=t", "--features=f.npz"],
+    ],
 )
 def test_settings_that_make_no_sense_are_one_line(flags, capsys):
     assert run(cli.predict, "--checkpoint=a.pt", *flags, "a.mp4") == 2

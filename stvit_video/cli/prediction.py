@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
 from ..data.stream import EVERY
+from ..errors import InputError
 from ..recognizer import Recognizer
 from ..timeline import ENTER, LEAVE
 from .common import command, make_folder, output_names, videos_of
@@ -56,7 +57,11 @@ def predict(args: Sequence[str]) -> None:
             sys.exit(1)
         return
     names = output_names(list(dict.fromkeys(paths)))
-    pictures = dict(zip(dict.fromkeys(paths), names, strict=True))
+    maps = [Path(options.maps, f"{name}.png") for name in names] if options.maps else [None] * len(names)
+    inputs = {path.resolve() for path in paths}
+    if overwritten := [path for path in filter(None, maps) if path.resolve() in inputs]:
+        raise InputError(f"{overwritten[0]}: is to be recognised; --maps needs another folder")
+    pictures = dict(zip(dict.fromkeys(paths), maps, strict=True))
     features, failed = {}, 0
     results = recognize.many(paths, options.workers)
     for path, guesses in tqdm(results, total=len(paths), unit="video", disable=len(paths) < 10):
@@ -66,7 +71,7 @@ def predict(args: Sequence[str]) -> None:
             if options.features:
                 features[str(path)] = recognize.features(path).cpu().numpy()
             if options.maps:
-                recognize.draw_semantic_maps(path, Path(options.maps, f"{pictures[path]}.png"))
+                recognize.draw_semantic_maps(path, pictures[path])
         except DecodeError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
@@ -74,8 +79,8 @@ def predict(args: Sequence[str]) -> None:
                 print(json.dumps({"path": str(path), "error": str(error)}))
             continue
         if options.json:
-            found = [{"name": g.name, "score": round(g.score, 6)} for g in guesses]
-            print(json.dumps({"path": str(path), "predictions": found}))
+            predictions = [{"name": g.name, "score": round(g.score, 6)} for g in guesses]
+            print(json.dumps({"path": str(path), "predictions": predictions}))
         else:
             print(path)
             for guess in guesses:
@@ -96,3 +101,6 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"--enter {options.enter} --leave {options.leave}: must be 0 <= leave <= enter <= 1")
     if options.draw and not options.timeline:
         parser.error("--draw needs --timeline FOLDER")
+    for name in ("json", "features", "maps"):
+        if options.timeline and getattr(options, name):
+            parser.error(f"--{name} is not written with --timeline FOLDER: two commands")

@@ -27,6 +27,11 @@ def page(args: Sequence[str]) -> None:
     parser.add_argument("--max-seconds", type=float, default=600, help="that a video may last (600)")
     parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for a video (60)")
     options = parser.parse_args(args)
+    for name in ("max_megabytes", "max_seconds", "timeout"):
+        if not 0 < getattr(options, name) < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be more than 0")
+    if not 0 < options.port < 1 << 16:
+        parser.error(f"--port {options.port}: must be from 1 to 65535")
     from ..page import build  # gradio takes seconds to import, and may be absent
     from ..recognizer import Recognizer
 

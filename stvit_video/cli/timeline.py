@@ -1,12 +1,13 @@
 """What `stvit-predict --timeline` writes of each video; killed at any moment, it goes on where it was."""
 
+import contextlib
 import csv
 import hashlib
 import html
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ..timeline import Moment, Segment, segments
 from .common import output_names
 
 PICTURES = 12  # below the scores
+HEADER = ("from", "to", "class", "score")  # of NAME.csv
 SUFFIXES = (".csv", ".npz", ".png", ".vtt", ".json")
 
 
@@ -43,6 +45,10 @@ def write_timelines(
             error = Files(recognize, path, folder / name, settings).write(draw)
         except DecodeError as unreadable:
             error = str(unreadable)
+        except OSError as problem:
+            raise InputError(
+                f"{problem.filename or folder}: cannot be written ({problem.strerror})"
+            ) from None
         if error is not None:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
@@ -64,48 +70,62 @@ class Files:
         self.record = np.dtype([("start", "<f8"), ("end", "<f8"), scores])
 
     def write(self, draw: bool) -> str | None:
-        """-> why the video could not be read to its end; None: it was. Raises DecodeError: nothing was."""
-        if not self._complete():
-            self._file(".json").unlink(missing_ok=True)
-            self._file(".mp4").unlink(missing_ok=True)
-            error = self._score()
-            if error is None or self._known().size:
-                self._write_all(error)
-            else:
-                return error
-        else:
+        """-> why the video could not be read to its end; None: it was.
+
+        Raises DecodeError; InputError where other files are in the place of these.
+        """
+        self._check_place()
+        with _locked(self._file(".moments")):  # it also says that what is here is a timeline's
             error = None
-        if draw and not self._file(".mp4").exists():
-            self._draw()
-        if error is None:
-            self._file(".moments").unlink(missing_ok=True)
+            if not self._complete():
+                self._file(".json").unlink(missing_ok=True)
+                self._file(".mp4").unlink(missing_ok=True)
+                error = self._score()
+                if error is None or self._known().size:
+                    self._write_all(error)
+            if draw and self._file(".json").exists() and not self._file(".mp4").exists():
+                self._draw()
+            if error is None or not self._known().size:
+                self._file(".moments").unlink(missing_ok=True)
         return error
 
     def _file(self, suffix: str) -> Path:
         return self.base.with_name(self.base.name + suffix)
 
     def _complete(self) -> bool:
-        """Whether all files are there, of this video and settings. Raises InputError: of another video."""
-        try:
-            written = json.loads(self._file(".json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+        """Whether all files are there, of this video and settings."""
+        if not self._file(".json").exists():
             return False
-        self._check_path(written)
+        written = json.loads(self._file(".json").read_text())
         same = {key: written.get(key) for key in self.source} == self.source
         return same and written["error"] is None and all(self._file(s).exists() for s in SUFFIXES)
 
-    def _check_path(self, source: dict) -> None:
-        if source["video"]["path"] != str(self.path):
-            raise InputError(
-                f"{self.base.parent}: {self.base.name} is the timeline of {source['video']['path']} there; "
-                f"that of {self.path} needs another folder"
-            )
+    def _check_place(self) -> None:
+        """Raises InputError where files here are another video's timeline, or no timeline's."""
+        json_file, moments = self._file(".json"), self._file(".moments")
+        marks = [path for path in (json_file, moments) if path.exists()]
+        for mark in marks:
+            lines = mark.read_bytes()
+            head = lines if mark is json_file else lines.partition(b"\n")[0]
+            try:
+                path = json.loads(head)["video"]["path"] if head else str(self.path)
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{mark}: not of a timeline; to write one needs another folder") from None
+            if path != str(self.path):
+                raise InputError(
+                    f"{self.base.parent}: {self.base.name} is the timeline of {path} there; "
+                    f"that of {self.path} needs another folder"
+                )
+        for path in (self._file(suffix) for suffix in (*SUFFIXES, ".mp4")):
+            if path.exists() and (not marks or path.samefile(self.path)):
+                raise InputError(f"{path}: not of a timeline; to write one needs another folder")
 
     def _score(self) -> str | None:
         """Bring `NAME.moments` to the end of the video; -> why that was not possible."""
         known, header = self._known(), self._header()
-        with open(self._file(".moments"), "r+b" if known.size else "wb", buffering=0) as file:
+        with open(self._file(".moments"), "r+b", buffering=0) as file:
             if not known.size:
+                file.truncate(0)
                 file.write(header)
             file.truncate(len(header) + known.nbytes)  # half a moment, written when it was killed
             file.seek(0, 2)
@@ -125,14 +145,9 @@ class Files:
 
     def _known(self) -> np.ndarray:
         """The moments that were scored, (n,) with start, end, scores; none of another video or settings."""
-        file, header = self._file(".moments"), self._header()
-        content = file.read_bytes() if file.exists() else b""
-        if content.startswith(header):
-            content = content[len(header) :]
-            return np.frombuffer(content, self.record, len(content) // self.record.itemsize)
-        if b"\n" in content:
-            self._check_path(json.loads(content.partition(b"\n")[0]))
-        return np.empty(0, self.record)
+        header, content = self._header(), self._file(".moments").read_bytes()
+        content = content.removeprefix(header) if content.startswith(header) else b""
+        return np.frombuffer(content, self.record, len(content) // self.record.itemsize)
 
     def _bar(self, known: np.ndarray) -> tqdm:
         """Seconds of video, with the time that is left."""
@@ -152,13 +167,11 @@ class Files:
 
     def _segments(self) -> list[Segment]:
         names = self.recognize.class_names
-        moments = (Moment(float(s), float(e), scores, names) for s, e, scores in self._loaded())
+        with np.load(self._file(".npz")) as file:
+            columns = [file[key] for key in ("start", "end", "scores")]
+        moments = (Moment(float(s), float(e), scores, names) for s, e, scores in zip(*columns, strict=True))
         thresholds = {key: self.settings[key] for key in ("enter", "leave")}
         return segments(moments, names, overlap=self.recognize.config.task == "multilabel", **thresholds)
-
-    def _loaded(self):
-        with np.load(self._file(".npz")) as file:
-            return list(zip(file["start"], file["end"], file["scores"], strict=True))
 
     def _write_all(self, error: str | None) -> None:
         """Each file at once; the one that says that all are there comes last."""
@@ -167,13 +180,12 @@ class Files:
             columns = {key: known[key] for key in ("start", "end", "scores")}
             np.savez_compressed(file, class_names=np.array(names), **columns)
         lasting = self._segments()
+        rows = [(round(s.start, 3), round(s.end, 3), s.name, round(s.score, 4)) for s in lasting]
         with (
             written_whole(self._file(".csv")) as part,
             open(part, "w", newline="", encoding="utf-8") as file,
         ):
-            writer = csv.writer(file)
-            writer.writerow(["from", "to", "class", "score"])
-            writer.writerows((f"{s.start:.3f}", f"{s.end:.3f}", s.name, f"{s.score:.4f}") for s in lasting)
+            csv.writer(file).writerows([HEADER, *rows])
         with written_whole(self._file(".vtt")) as part:
             part.write_text(subtitles(lasting), encoding="utf-8")
         with written_whole(self._file(".png")) as part:
@@ -181,15 +193,7 @@ class Files:
         report = self.source | {
             "moments": known.size,
             "scores": self._file(".npz").name,
-            "segments": [
-                {
-                    "from": round(s.start, 3),
-                    "to": round(s.end, 3),
-                    "class": s.name,
-                    "score": round(s.score, 4),
-                }
-                for s in lasting
-            ],
+            "segments": [dict(zip(HEADER, row, strict=True)) for row in rows],
             "error": error,
         }
         with written_whole(self._file(".json")) as part:
@@ -221,6 +225,21 @@ class Files:
                     if isinstance(time, Exception):
                         raise DecodeError(f"{self.path}: not drawn: {time}")
                     bar.update(time - bar.n)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """While this process alone writes; raises InputError where another one does."""
+    import fcntl  # not on every system
+
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another process is writing this timeline") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def subtitles(lasting: Sequence[Segment]) -> str:

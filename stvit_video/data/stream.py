@@ -150,8 +150,8 @@ class Layout(NamedTuple):
             return cls(every, offsets, window, True)
         clip = sampling.test(SimpleNamespace(num_frames=1 << 40, fps=fps), 0.0)
         offsets = [index - clip[0] for index in clip]
-        length = round(offsets[-1] * frames / (frames - 1)) if frames > 1 else 1
-        return cls(every, offsets, length, False)
+        length = round(offsets[-1] * frames / max(frames - 1, 1))
+        return cls(every, offsets, max(length, offsets[-1] + 1), False)  # frames of slow videos repeat
 
 
 class WindowReader:
@@ -178,9 +178,8 @@ class WindowReader:
     ):
         self.path, self.sampling, self.transform = path, sampling, transform
         self.every, self.window, self.skip, self.batch = every, window, skip, batch
-        self._windows: Iterator[Window | None] | None = (
-            None  # made at the first call, in the process that reads
-        )
+        self._windows: Iterator[Window | None] | None = None  # made in the process that reads
+        self._broken = False
 
     def __call__(self, _: object = None) -> list[Window] | None:
         """-> the next windows, perhaps none yet; None: there are no more. Raises DecodeError."""
@@ -189,7 +188,7 @@ class WindowReader:
         for window in self._windows:
             if window is not None:
                 windows.append(window)
-            if len(windows) == self.batch or time.monotonic() > until:
+            if len(windows) == self.batch or self._broken or time.monotonic() > until:
                 return windows
         return windows or None
 
@@ -223,6 +222,8 @@ class WindowReader:
                     window.take(float("inf"), last)
                     yield window.closed(end)
             if error is not None:
+                self._broken = True
+                yield None  # the windows before it are handed over first
                 raise error
 
 

@@ -70,7 +70,9 @@ class Gate:
 
     def _check(self, entry: dict) -> dict:
         if "path" in entry:
-            Path(str(entry["path"])).resolve().relative_to(self.folder)  # else a ValueError
+            path = Path(str(entry["path"])).resolve().relative_to(self.folder)  # else a ValueError
+            if len(path.parts) < 2:
+                raise ValueError(path)
         return entry
 
     async def _upload(self, request: Request) -> Response:

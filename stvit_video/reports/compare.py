@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from .page import below, read_previews, write_page
 
 Key = tuple[str, int]  # path, and the how many-th time that it stands in the list
 SURE = 0.05
+COLUMNS = ("path", "top1_name", "top1_score", "failure")  # of predictions.csv
+ONE, SEVERAL = ("label", "label_name", "prediction"), ("labels", "label_names")
 
 
 @dataclass
@@ -80,11 +83,17 @@ def read_scoring(name: str, folder: Path) -> Scoring:
     try:
         with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
             lines, seen = list(csv.DictReader(file)), Counter()
+        of_labels = SEVERAL if lines and "labels" in lines[0] else ONE
+        if missing := [name for line in lines for name in (*COLUMNS, *of_labels) if line.get(name) is None]:
+            raise InputError(f"{table}: not a scoring that can be read (no {missing[0]}): score it again")
         rows = {}
         for line in lines:
             rows[line["path"], seen[line["path"]]] = line
             seen[line["path"]] += 1
-        scoring = Scoring(name, folder, json.loads(report.read_text()), rows)
+        values = json.loads(report.read_text())
+        if not isinstance(values, dict):
+            raise InputError(f"{report}: holds no report")
+        scoring = Scoring(name, folder, values, rows)
         if lines and "labels" in lines[0]:
             if not (folder / "scores.npz").is_file():
                 raise InputError(f"{folder}: has no scores.npz, by which mAP is compared: score it again")
@@ -94,7 +103,7 @@ def read_scoring(name: str, folder: Path) -> Scoring:
                 raise InputError(
                     f"{folder}: {len(lines)} videos in {table.name}, {len(scoring.scores)} in scores.npz"
                 )
-    except (OSError, ValueError, KeyError, csv.Error) as error:
+    except (OSError, ValueError, KeyError, csv.Error, zipfile.BadZipFile) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder}: not a scoring that can be read ({error})") from None
@@ -165,7 +174,9 @@ def _common(scorings: Sequence[Scoring]) -> list[Key]:
         raise InputError(f"the runs have no video in common (they begin with {paths})")
     for key in keys:
         labels = {_label(scoring, key) for scoring in scorings}
-        if len(labels) > 1:
+        if (
+            len({tuple(sorted(label.split(","))) for label in labels}) > 1
+        ):  # classes may be in another order
             raise InputError(f"{key[0]}: its label is {' in one run, '.join(sorted(labels))} in another")
     if "exclude" in {scoring.report.get("on_failure") for scoring in scorings}:
         keys = [key for key in keys if not any(scoring.rows[key]["failure"] for scoring in scorings)]
@@ -244,6 +255,11 @@ def _guess(scoring: Scoring, key: Key) -> str:
     return scoring.rows[key]["top1_name"]
 
 
+def _score(row: dict[str, str]) -> float:
+    score = float(row["top1_score"] or 0)
+    return score if math.isfinite(score) else 0.0  # a page's JSON has no others
+
+
 def _in_five(row: dict[str, str]) -> bool:
     names = [row[f"top{i}_name"] for i in range(1, 6) if f"top{i}_name" in row]
     return not row["failure"] and row["label_name"] in names
@@ -255,8 +271,8 @@ def _right(scoring: Scoring, keys: Sequence[Key]) -> np.ndarray:
     if scoring.several:
         scores, labels = _matrices(scoring, keys)
         hits = labels[np.arange(len(keys)), scores.argmax(1)] == 1
-        return hits & np.array([not row["failure"] for row in rows])
-    return np.array([not row["failure"] and row["prediction"] == row["label"] for row in rows])
+        return hits & np.array([not row["failure"] for row in rows], bool)
+    return np.array([not row["failure"] and row["prediction"] == row["label"] for row in rows], bool)
 
 
 def _matrices(scoring: Scoring, keys: Sequence[Key]) -> tuple[np.ndarray, np.ndarray]:
@@ -269,7 +285,7 @@ def _data(scorings: Sequence[Scoring], keys: Sequence[Key]) -> dict[str, Any]:
     """What the page's script lists: by run and video the best class, its score, whether right."""
     right = [_right(scoring, keys).tolist() for scoring in scorings]
     said = [
-        [[row["top1_name"], float(row["top1_score"] or 0), hit, row["failure"]] for row, hit in pairs]
+        [[row["top1_name"], _score(row), hit, row["failure"]] for row, hit in pairs]
         for pairs in (
             zip([scoring.rows[key] for key in keys], hits, strict=True)
             for scoring, hits in zip(scorings, right, strict=True)

@@ -85,7 +85,9 @@ def write_report_page(
         "paths": names,
         "labels": [list(labels) for _, labels in rows],
         "best": [[] if i in failures else line for i, line in enumerate(best.tolist())],
-        "scores": [[round(value, 5) for value in line] for line in scores.astype(float).tolist()],
+        "scores": [
+            [round(value, 5) for value in line] for line in np.nan_to_num(scores.astype(float)).tolist()
+        ],
         "failures": failures,
     }
     return write_page(

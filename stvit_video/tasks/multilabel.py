@@ -56,16 +56,26 @@ class MultiLabel(Classification):
         """Of each class, over the labelled videos; None for a class without a positive one."""
         from sklearn.metrics import average_precision_score  # takes a second to import
 
-        counts = [row.target is not None for row in outcome.rows]
-        if self.on_failure == "exclude":
-            counts = [known and i not in outcome.failures for i, known in enumerate(counts)]
-        scores = mean_scores(outcome.records, self.outputs)[counts]
-        rows = [row for row, known in zip(outcome.rows, counts, strict=True) if known]
-        chosen = np.array([self.encode(row.target).numpy() for row in rows]).reshape(-1, self.outputs)
+        counts = self._counted(outcome)
+        scores, chosen = mean_scores(outcome.records, self.outputs)[counts], self._chosen(outcome)[counts]
+        if not np.isfinite(scores).all():
+            raise InputError(
+                "the model's scores are no numbers: it diverged, or train.precision is too low"
+            )
         return [
             float(average_precision_score(chosen[:, c], scores[:, c])) if chosen[:, c].any() else None
             for c in range(self.outputs)
         ]
+
+    def _counted(self, outcome) -> list[bool]:
+        """Whether a video counts: it has labels, and is not left out as unreadable."""
+        exclude = outcome.failures if self.on_failure == "exclude" else {}
+        return [row.target is not None and i not in exclude for i, row in enumerate(outcome.rows)]
+
+    def _chosen(self, outcome) -> np.ndarray:
+        """(N, K) of zeros and ones."""
+        rows = [self.encode(row.target).numpy() for row in outcome.rows]
+        return np.array(rows).reshape(-1, self.outputs)
 
     def report(self, output: Path, outcome, report: Mapping[str, Any]) -> list[str]:
         """`predictions.csv`, `classes.csv` (average precisions), `scores.npz` (all), `report.html`."""
@@ -76,8 +86,8 @@ class MultiLabel(Classification):
             title, value = headlines[0]
             lines.append(f"  {title:<24} {value:7.2%}  ({counted} of {self.outputs} classes)")
         written = [output / "predictions.csv", output / "classes.csv", output / "scores.npz"]
-        chosen = np.array([self.encode(row.target).numpy() for row in outcome.rows])
-        scores, videos = mean_scores(outcome.records, self.outputs), chosen.sum(0).astype(int).tolist()
+        chosen, scores = self._chosen(outcome), mean_scores(outcome.records, self.outputs)
+        videos = chosen[self._counted(outcome)].sum(0).astype(int).tolist()
         self._write_predictions(written[0], scores, outcome)
         with open(written[1], "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
