@@ -102,7 +102,7 @@ class TestTransform:
         self.resize = v2.Resize(self.short_side, antialias=True)
 
     def __call__(self, clip: Clip) -> list[Clip]:
-        clip = self.resize(clip).contiguous()  # channels first: here once, not in each crop
+        clip = self._resized(clip)
         rows, columns = (length - self.size for length in clip.shape[-2:])
         places = [0.5] if self.crops == 1 else [i / (self.crops - 1) for i in range(self.crops)]
         out = []
@@ -110,6 +110,15 @@ class TestTransform:
             down, right = (place, 0.5) if rows > columns else (0.5, place)
             top, left = int(down * rows + 0.5), int(right * columns + 0.5)
             out.append(clip[..., top : top + self.size, left : left + self.size])
+        return out
+
+    def _resized(self, clip: Clip) -> Clip:
+        """Channels first; frame by frame, as what is made of one is still in the cache when it is copied."""
+        first = self.resize(clip[:1])
+        out = empty((len(clip), *first.shape[1:]))
+        out[:1] = first
+        for frame, place in zip(clip[1:], out[1:], strict=True):
+            place.copy_(self.resize(frame[None])[0])
         return out
 
 
