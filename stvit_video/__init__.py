@@ -7,7 +7,7 @@
 
 import importlib
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 _HOMES = {  # imported when they are first asked for: each command and each notebook pays for what it uses
     "LoadReport": "weights",
     "Recognizer": "recognizer",

@@ -14,6 +14,7 @@ from .augment import Draw, augment, cut
 from .batch import empty
 
 Clip = Tensor  # uint8 (T, 3, H, W)
+CACHE = 1 << 20  # bytes
 
 
 class TrainTransform:
@@ -113,12 +114,12 @@ class TestTransform:
         return out
 
     def _resized(self, clip: Clip) -> Clip:
-        """Channels first; frame by frame, as what is made of one is still in the cache when it is copied."""
-        first = self.resize(clip[:1])
-        out = empty((len(clip), *first.shape[1:]))
-        out[:1] = first
-        for frame, place in zip(clip[1:], out[1:], strict=True):
-            place.copy_(self.resize(frame[None])[0])
+        """Channels first; a few frames at a time, which are still in the cache when they are copied."""
+        out, few = None, max(CACHE // clip[0].numel(), 1)
+        for start in range(0, len(clip), few):
+            frames = self.resize(clip[start : start + few])
+            out = empty((len(clip), *frames.shape[1:])) if out is None else out
+            out[start : start + few] = frames
         return out
 
 
