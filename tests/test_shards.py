@@ -314,6 +314,11 @@ def test_training_order_of_shards():
     resumed = TrainSampler(120, **options)
     resumed.batches_done = 4
     assert [index for _, index in resumed] == epoch(0)[20:]
+    single = TrainSampler(120, batch_size=50, seed=3, shards=[range(120)])
+    seen = set()
+    for single.epoch in range(9):
+        seen |= {index for _, index in single}
+    assert seen == set(range(120)), "nothing is left out of every epoch"
     tiny = TrainSampler(3, batch_size=2, seed=0, rank=1, world=2, shards=[range(3)])
     assert len(list(tiny)) == 2
 

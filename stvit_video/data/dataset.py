@@ -171,7 +171,10 @@ class TrainSampler(Sampler):
             return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
 
         if self.shards:
-            order = [index for shard in shuffled(self.shards) for index in shard]
+            *shards, last = shuffled(self.shards)
+            # what an epoch leaves out are the last rows: in another epoch not the same ones of that shard
+            first = torch.randint(len(last), (), generator=generator).item()
+            order = [index for shard in (*shards, last[first:], last[:first]) for index in shard]
         else:
             order = shuffled(range(self.length))
         order = [order[i % self.length] for i in range(len(self) * self.world)]
