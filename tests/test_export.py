@@ -5,10 +5,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from test_end_to_end import run as run_command
 
 from stvit_video import Recognizer, build, export, list_models
 from stvit_video.cli import export as command
@@ -120,13 +122,7 @@ def test_pooling_for_onnx_is_torchs(size, cells):
     torch.testing.assert_close(export._adaptive_avg_pool3d(x, cells), averages)
 
 
-def run(*args):
-    """-> exit code of the command."""
-    try:
-        command([str(arg) for arg in args])
-    except SystemExit as stop:
-        return stop.code
-    return 0
+run = partial(run_command, command)  # -> exit code
 
 
 @pytest.fixture(scope="module")

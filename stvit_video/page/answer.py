@@ -66,14 +66,15 @@ def timeline_html(moments: Sequence[Moment], *, overlap: bool = False) -> str:
     lasting = segments(moments, names, overlap=overlap)
     scores = np.stack([moment.scores for moment in moments])
     highest = scores.max(0)
-    shown = np.argsort(-highest, kind="stable")[: len(COLOURS)].tolist()
-    colours = {names[i]: colour for i, colour in zip(shown, COLOURS, strict=False) if highest[i] >= LOWEST}
+    best = np.argsort(-highest, kind="stable")[: len(COLOURS)].tolist()
+    shown = [i for i in best if highest[i] >= LOWEST]
+    colours = {names[i]: colour for i, colour in zip(shown, COLOURS[: len(shown)], strict=True)}
     middles = [100 * (moment.start + moment.end) / 2 / end for moment in moments]
     lines = []
-    for i, colour in zip(shown, colours.values(), strict=False):
+    for i in shown:
         row = scores[[0, *range(len(moments)), -1], i]  # level out to both ends
         points = " ".join(f"{x:.2f},{1 - y:.4f}" for x, y in zip([0, *middles, 100], row, strict=True))
-        lines.append(f'<polyline points="{points}" stroke="{colour}"/>')
+        lines.append(f'<polyline points="{points}" stroke="{colours[names[i]]}"/>')
     strip = "".join(
         f'<i title="{html.escape(s.name)}" style="left: {100 * s.start / end:.2f}%; '
         f'width: {100 * (s.end - s.start) / end:.2f}%; background: {colours.get(s.name, "#888")}"></i>'
