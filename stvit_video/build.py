@@ -20,10 +20,10 @@ from .data.demo import is_demo, prepare_demo
 from .data.preview import make_preview
 from .data.rows import class_ids
 from .data.shards import find_shards
-from .data.transforms import Normalise, TestTransform, TrainTransform
-from .data.views import Sampling, TestViews, TrainViews
+from .data.transforms import Normalise
+from .data.views import Sampling
 from .engine import distributed
-from .engine.job import Job, Task
+from .engine.job import Job, Task, Views
 from .models.zoo import create_model
 from .tasks import TASKS
 from .weights import LoadReport, Pixels, load_weights
@@ -31,12 +31,18 @@ from .weights import LoadReport, Pixels, load_weights
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """The model with random weights. Raises ConfigError where sizes do not fit."""
+    heads = TASKS[config.task].heads
+    head = heads[0] if config.model.head == "auto" else config.model.head
+    if head not in heads:
+        known = ", ".join(str(name or "null") for name in heads)
+        raise ConfigError(f"model.head={head}: task={config.task} has {known}")
     try:
         return create_model(
             config.model.name,
             num_classes=num_classes,
             num_frames=config.data.num_frames,
             image_size=config.data.image_size,
+            head=head,
             **config.model.sizes(),
         )
     except (TypeError, ValueError) as error:
@@ -245,24 +251,16 @@ def build_sampling(data: DataConfig) -> Sampling:
     return Sampling(data.sampling, data.num_frames, data.stride, data.target_fps)
 
 
-def build_test_views(config: Config, clips: int, crops: int) -> TestViews:
-    transform = TestTransform(config.data.image_size, crops=crops, crop_ratio=config.eval.crop_ratio)
-    return TestViews(build_sampling(config.data), transform, clips)
+def build_test_views(config: Config, task: Task, clips: int, crops: int) -> Views:
+    sampling, ratio = build_sampling(config.data), config.eval.crop_ratio
+    return task.test_views(sampling, config.data, clips=clips, crops=crops, crop_ratio=ratio)
 
 
 def build_train_loader(config: Config, task: Task, rows: Sequence[Row], device: torch.device) -> DataLoader:
     """Raises InputError for rows that the task cannot be trained on."""
     data = config.data
     task.check(rows, f"data.train={data.train}")
-    transform = TrainTransform(
-        data.image_size,
-        scale=data.scale,
-        ratio=data.ratio,
-        rand_augment=data.rand_augment,
-        flip=data.flip != "none",
-        mirror=task.mirror,
-    )
-    views = TrainViews(build_sampling(data), transform, data.repeats, data.augment_on == "device")
+    views = task.train_views(build_sampling(data), data)
     sampler = TrainSampler(
         len(rows),
         batch_size=config.train.batch_size,
@@ -289,14 +287,16 @@ def build_test_loader(
 ) -> DataLoader:
     """previews: samples bring one of their video."""
     task.check([row for row in rows if row.target is not None], "the list to score")
-    views = replace(build_test_views(config, clips, crops), preview=make_preview if previews else None)
+    views = build_test_views(config, task, clips, crops)
+    if previews:
+        views = replace(views, preview=make_preview)
     dataset = _dataset(config, task, rows, views, substitute=False)
     sampler = TestSampler(len(rows), rank=distributed.rank(), world=distributed.world())
     return _loader(config, dataset, sampler, config.eval.batch_size, device, persistent=config.data.keep)
 
 
 def _dataset(
-    config: Config, task: Task, rows: Sequence[Row], views: TrainViews | TestViews, *, substitute: bool
+    config: Config, task: Task, rows: Sequence[Row], views: Views, *, substitute: bool
 ) -> VideoDataset:
     data = config.data
     return VideoDataset(

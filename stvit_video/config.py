@@ -38,6 +38,8 @@ class ModelConfig(Sizes):
 
     name: str = "stvit_small_patch16_224"
     """Which model."""
+    head: str | None = "auto"
+    """What stands on the model: one of the task's heads, by name; auto: its first; null: a classifier."""
     weights: str | None = None
     """Checkpoint to start from, of any origin: a file, or timm:NAME."""
     inflate: Inflate = "average"

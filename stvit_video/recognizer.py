@@ -83,10 +83,14 @@ class Recognizer:
             self.config, self.class_names, self.model = load_model(checkpoint)
             self.precision = pick_precision(self.config.train.precision, self.device)
             self.model.to(self.device)
-            self.task = build_task(self.config, self.class_names).to(self.device)
+        self.task = build_task(self.config, self.class_names).to(self.device)
+        if self.task.heads != (None,):
+            raise InputError(
+                f"{self.path}: was trained for task={self.config.task}, which names no classes"
+            )
         settings = self.config.eval
-        self.views = build_test_views(self.config, clips or settings.clips, crops or settings.crops)
-        self._timeline_views = build_test_views(self.config, 1, crops or 1)
+        self.views = self._test_views(clips or settings.clips, crops or settings.crops)
+        self._timeline_views = self._test_views(1, crops or 1)
         self.timeout = timeout
         self._decode = self._read if timeout is None else Guard(self._read, timeout)
 
@@ -228,7 +232,7 @@ class Recognizer:
         -> uint8 (clips, T, H, W, 3); (clips, n, T', H', W'), each of the n maps summing to 1, or None for a
         model without semantic tokens. Raises DecodeError.
         """
-        views = self._clips(path, build_test_views(self.config, clips, 1))[0]  # (clips, 3, T, H, W)
+        views = self._clips(path, self._test_views(clips, 1))[0]  # (clips, 3, T, H, W)
         frames, maps = views.permute(0, 2, 3, 4, 1).numpy(), None
         if hasattr(getattr(self.model, "semantic", None), "maps"):
             parts = views.to(self.device).split(self.config.eval.view_batch)
@@ -249,6 +253,9 @@ class Recognizer:
             return torch.from_numpy(self._decode(path, views or self.views)).unsqueeze(0)
         except GivenUp as error:
             raise DecodeError(f"{path}: {error}") from None
+
+    def _test_views(self, clips: int, crops: int) -> TestViews:
+        return build_test_views(self.config, self.task, clips, crops)
 
     def _read_job(self, job: tuple[str | Path, TestViews]) -> np.ndarray:
         return self._read(*job)

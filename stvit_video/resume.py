@@ -90,8 +90,9 @@ def _check_updates(
         raise ConfigError(
             f"{path}: began with {sizes[0]} videos an update ({was}), cannot go on with {sizes[1]} ({now})"
         )
-    planned = state["schedule"]["t_initial"] + state["schedule"]["warmup_t"]
     updates = config.train.epochs * (len(job.train_loader) // config.train.accumulate)
+    schedule = state["schedule"]  # "steps" does not know its end
+    planned = schedule["t_initial"] + schedule["warmup_t"] if "t_initial" in schedule else updates
     if planned != updates:  # version 0.2.0 made an update of an epoch's last batches, however few
         raise ConfigError(f"{path}: began a run of {planned} updates, cannot go on with one of {updates}")
     if shapes[0] == shapes[1]:

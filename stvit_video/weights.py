@@ -23,6 +23,7 @@ from .adapters import ADAPTERS, DETECTOR, DROPS, RECOMPUTED, Adapter, Pixels, St
 from .errors import InputError, nearest
 from .files import FileError, read_torch
 from .models.embed import Size3, resize_grid, sincos_table
+from .models.heads import WithHead
 from .models.windows import table_rows
 from .models.zoo import MODELS, create_model
 
@@ -87,6 +88,8 @@ def load_weights(
 ) -> LoadReport:
     """Load a checkpoint of any known origin into `model`; nothing is changed unless all of it is right.
 
+    A model with a head (`WithHead`) takes a backbone's checkpoint, too: its head is fresh then.
+
     source: a file (.pth, .pt, .bin, .safetensors), its contents, a state dict, or "timm:NAME".
     inflate: of a two-dimensional patch embedding, over the frames of a tubelet: "average" (repeated and
         divided) or "centre" (the middle frame, others zero). A still clip gets the image's tokens by both.
@@ -100,6 +103,23 @@ def load_weights(
     contents = _parse(*_read(source))
     if str(source).startswith("timm:"):
         contents.pixels = _pixels_of_timm(str(source).removeprefix("timm:"))
+    of_backbone = not any(name.startswith("backbone.") for name in contents.state)
+    if isinstance(model, WithHead) and of_backbone:
+        if not _within("head", fresh):
+            raise WeightsError(
+                f"{contents.name}: a backbone, without what {type(model).__name__} has for a head"
+            )
+        return _fit_into(model.backbone, contents, inflate, fresh, None)
+    return _fit_into(model, contents, inflate, fresh, class_names)
+
+
+def _fit_into(
+    model: nn.Module,
+    contents: "_Contents",
+    inflate: Inflate,
+    fresh: Sequence[str],
+    class_names: Sequence[str] | None,
+) -> LoadReport:
     report = LoadReport(contents.name, contents.adapter.origin, pixels=contents.pixels)
     state = contents.adapter.convert(contents.state)
     report.dropped = _dropped(contents.state, state)
@@ -261,7 +281,7 @@ def rebuild(values: Mapping[str, Any], name: str, *, more_classes: int = 0) -> n
     Raises WeightsError where the checkpoint does not say what its model was built with.
     """
     try:
-        built = {"num_classes": len(values["class_names"])}
+        built: dict[str, Any] = {"num_classes": len(values["class_names"])}
         if "built" in values:
             built |= values["built"]
         else:  # older ones: what their settings say

@@ -170,3 +170,31 @@ def test_a_share_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     (tmp_path / "shares").write_text("in the way")
     Shares(tmp_path / "shares", []).write({0: 1}, now=True)
     assert "warning: what was scored so far is not kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [("poly", {10: 1.0, 60: 0.01 + 0.99 * 0.5**0.9, 110: 0.01}), ("steps", {39: 1.0, 40: 0.1, 80: 0.01})],
+)
+def test_other_schedules(kind, rates):
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+    options = {"updates": 110, "warmup_updates": 10, "warmup_lr": 0.1, "min_lr": 0.01}
+    schedule = make_schedule(optimizer, **options, kind=kind, steps=(40, 80))
+    for update in range(1, 111):
+        schedule.step_update(update)
+        if update in rates:
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[update])
+
+
+def test_a_head_has_a_rate_of_its_own_beside_layer_decay():
+    model = tiny()
+    options = {"lr": 1.0, "betas": (0.9, 0.99), "weight_decay": 0.1, "layer_decay": 0.5}
+    plain, faster = (make_optimizer(model, **options, head_lr=factor) for factor in (1.0, 10.0))
+    names = {id(p): name for name, p in model.named_parameters()}
+    scales = [
+        {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in (plain, faster)
+    ]
+    assert scales[0].keys() == scales[1].keys() == set(names.values())
+    changed = {name: scales[1][name] / scale for name, scale in scales[0].items()}
+    assert changed == {name: 10.0 if name.startswith("head.") else 1.0 for name in changed}

@@ -100,8 +100,8 @@ def test_every_recipe_builds_its_model_and_data(path):
     config, _ = parse(make_parser(""), ["--cfg", str(path)])
     config = resolve(config)
     build.build_model(config, config.data.num_classes or 8)
-    build.build_task(config, [str(i) for i in range(config.data.num_classes or 8)])
-    build.build_test_views(config, config.eval.clips, config.eval.crops)
+    task = build.build_task(config, [str(i) for i in range(config.data.num_classes or 8)])
+    build.build_test_views(config, task, config.eval.clips, config.eval.crops)
     assert path.read_text().startswith("#"), "a recipe begins with its command, cost and result"
 
 

@@ -64,11 +64,13 @@ def introduce(
 ) -> None:
     """What computes, what is computed, and where its weights come from."""
     print(distributed.describe(device, pick_precision(config.train.precision, device)))
-    cost = multiply_adds(model, num_frames=config.data.num_frames, image_size=config.data.image_size)
+    backbone = getattr(model, "backbone", model)  # what a head costs depends on what it finds
+    cost = multiply_adds(backbone, num_frames=config.data.num_frames, image_size=config.data.image_size)
     parameters = sum(p.numel() for p in model.parameters())
+    of_what, side = "" if backbone is model else "of the backbone ", config.data.image_size
     print(
         f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
-        f"a view of {config.data.num_frames}x{config.data.image_size}x{config.data.image_size}, "
+        f"{of_what}a view of {config.data.num_frames}x{side}x{side}, "
         f"{outputs} classes"
     )
     if weights is not None:

@@ -56,7 +56,7 @@ def test(args: Sequence[str]) -> None:
     source = str(flags.checkpoint or config.model.weights)
     if distributed.is_main():
         introduce(config, model, task.outputs, device, weights)
-        print(f"scoring {len(rows)} videos x {views['clips']} clips x {views['crops']} crops")
+        print(f"scoring {len(rows)} {task.items} x {views['clips']} clips x {views['crops']} crops")
     precision, settings = pick_precision(config.train.precision, device), to_dict(config)
     for key in ("workers", "timeout", "keep"):  # change no score
         del settings["data"][key]
@@ -88,7 +88,7 @@ def test(args: Sequence[str]) -> None:
     shares.discard()
     failed, rule = len(outcome.failures), {"wrong": "counted as wrong", "exclude": "left out"}
     note = f" ({rule[config.eval.on_failure]})" if failed else ""
-    print(f"{len(rows)} videos x {views['clips']}x{views['crops']} views, {failed} unreadable{note}")
+    print(f"{len(rows)} {task.items} x {views['clips']}x{views['crops']} views, {failed} unreadable{note}")
     print("\n".join(lines))
 
 

@@ -39,7 +39,10 @@ def train(args: Sequence[str]) -> None:
             discard_run(output)
         (output / "config.yaml").write_text(yaml.safe_dump(job.details["config"], sort_keys=False))
         introduce(config, job.model, job.task.outputs, device, weights)
-        print(f"training on {len(job.train_loader.dataset)} videos x {config.data.repeats} clips", end="")
+        print(
+            f"training on {len(job.train_loader.dataset)} {job.task.items} x {config.data.repeats} clips",
+            end="",
+        )
         print("" if job.val_loader is None else f", validating on {len(job.val_loader.dataset)}")
     distributed.barrier()  # every rank has read its checkpoint
     if distributed.is_main():

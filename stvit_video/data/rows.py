@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Row:
     """A video, an image or a folder of frames.
 
-    target: what is to be learnt of it: a class id, several in rising order (multi-label); None: not known.
+    target: what is to be learnt of it: a class id, several in rising order (multi-label), or what a task's
+        list format says, with `classes`, the ids in it, and a repr that says all of it; None: not known.
     num_frames: None where the list does not say.
     place: where it lies in a shard; `path` is then its name, shard/member.
     """
@@ -43,7 +44,9 @@ class Row:
 
 
 def class_ids(target: Any) -> tuple[int, ...]:
-    """A target of classification as the classes in it: of one class, several, or none."""
+    """The classes in a target: of one class, several, or none."""
+    if hasattr(target, "classes"):
+        return tuple(target.classes)
     return () if target is None else (target,) if isinstance(target, int) else tuple(target)
 
 

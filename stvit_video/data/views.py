@@ -112,6 +112,27 @@ class TestViews:
         return _stack(views, make), [target] * len(views), *extra
 
 
+@dataclass(frozen=True)
+class WholeView:
+    """One clip of a video with all its pixels, and the target that belongs to them.
+
+    transform: frames uint8 (T, 3, H, W), the row's target -> frames (T, 3, H', W'), what batches carry;
+        what is random about it is drawn by torch's global generator.
+    random: whether the clip lies anywhere, or in the middle.
+    """
+
+    sampling: Sampling
+    transform: Callable[[Tensor, Any], tuple[Tensor, Any]]
+    random: bool = False
+
+    def __call__(self, video: Video, target: Any, make: Make = empty) -> tuple[Tensor, list]:
+        """-> clip uint8 (1, 3, T, H', W'), whose size may differ from sample to sample; one target."""
+        clip = self.sampling.train(video) if self.random else self.sampling.test(video, 0.5)
+        frames, (places,) = read_once(video, [clip])
+        frames, target = self.transform(frames[places], target)
+        return _stack([frames], make), [target]
+
+
 def read_once(
     video: Video, clips: Sequence[list[int]], short_side: int | None = None
 ) -> tuple[Tensor, list[list[int]]]:

@@ -1,6 +1,6 @@
 """What a run is made of: a task, and the job that gives it a model and data. Tasks live in `tasks/`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data.batch import Batch
+from ..data.views import Sampling
+
+Views = Callable[..., tuple]  # as `data.views.TrainViews`
 
 Figures = dict[str, float | None]
 
@@ -20,18 +23,30 @@ class Task(Protocol):
     Settings: a dataclass of the settings that only this task has; they are read as `train.*`.
     watched: the figures that a validation logs and draws; the highest of the first picks `best.pt`.
     outputs: how many outputs the model has for it (`num_classes`).
+    heads: names in `models.zoo.HEADS` that give such outputs, the default first; (None,): the classifier's.
+    items: what a row of its lists is, in the plural.
     twins: what mirroring does to the classes; None: nothing (it is asked for with `data.flip: swap`).
     """
 
     Settings: type
     watched: tuple[str, ...]
     outputs: int
+    heads: tuple[str | None, ...]
+    items: str
     twins: Sequence[int] | None
 
     def to(self, device: torch.device) -> "Task": ...
 
     def check(self, rows: Sequence, source: str) -> None:
         """Raises InputError where rows of the list `source` cannot be trained on."""
+
+    def train_views(self, sampling: Sampling, data: Any) -> Views:
+        """What a loader process makes of one video to train on. data: the settings `data.*`."""
+
+    def test_views(
+        self, sampling: Sampling, data: Any, *, clips: int, crops: int, crop_ratio: float
+    ) -> Views:
+        """The same to score."""
 
     def encode(self, target: Any) -> Any:
         """A row's target, as the views carry it and batches stack it."""

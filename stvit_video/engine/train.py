@@ -22,7 +22,7 @@ from .device import MatmulPrecision, Precision, pick_precision
 from .evaluate import score
 from .job import Figures, Job, Outcome
 from .logs import RunLog, progress, read_log
-from .optim import make_optimizer, make_schedule, scaled_lr
+from .optim import Schedule, make_optimizer, make_schedule, scaled_lr
 from .parallel import Parallel
 from .preemption import EXIT_CODE, Preemption
 from .run import EpochSoFar, Run, Update
@@ -36,7 +36,7 @@ SCALINGS = 16  # halvings until fp16's first scale of the loss, 65536, is 1
 
 @dataclass
 class LoopConfig:
-    """Training: AdamW, cosine with warm-up."""
+    """Training: AdamW, a warm-up, and a rate that falls."""
 
     epochs: Count = 30
     """Passes over the training list."""
@@ -53,7 +53,13 @@ class LoopConfig:
     warmup_lr: NotNegative = 1e-6
     """Where the warm-up starts."""
     min_lr: NotNegative = 1e-6
-    """Where the cosine ends."""
+    """Where the rate ends."""
+    schedule: Schedule = "cosine"
+    """How lr falls after the warm-up: cosine, poly (linear to the power 0.9), steps."""
+    steps: tuple[Count, ...] = ()
+    """Epochs after which "steps" takes a tenth of the rate."""
+    head_lr: NotNegative = 1.0
+    """Factor on the learning rate of the head."""
     betas: tuple[Annotated[float, Range(0, 0.999999)], Annotated[float, Range(0, 0.999999)]] = (0.9, 0.999)
     """AdamW's averages."""
     weight_decay: NotNegative = 0.05
@@ -122,6 +128,7 @@ def start_run(job: Job, config: LoopConfig, *, updates_an_epoch: int, scale: flo
         betas=config.betas,
         weight_decay=config.weight_decay,
         layer_decay=config.layer_decay,
+        head_lr=config.head_lr,
     )
     schedule = make_schedule(
         optimizer,
@@ -129,6 +136,8 @@ def start_run(job: Job, config: LoopConfig, *, updates_an_epoch: int, scale: flo
         warmup_updates=round(config.warmup() * updates_an_epoch),
         warmup_lr=scale * config.warmup_lr,
         min_lr=scale * config.min_lr,
+        kind=config.schedule,
+        steps=[epoch * updates_an_epoch for epoch in config.steps],
     )
     return Run(wrapped, model, ema, optimizer, schedule, plain, device, precision, config.clip_grad)
 

@@ -14,6 +14,7 @@ from ..bounds import Range, check
 from ..errors import nearest
 from . import baselines
 from .embed import clip_size
+from .heads import WithHead
 from .reducers import REDUCERS
 from .semantic import SemanticWindows
 from .sizes import Sizes
@@ -104,6 +105,8 @@ def _swin_family() -> dict[str, Entry]:
     return models
 
 
+# What makes a `WithHead` of (backbone, num_classes); keyword arguments are its sizes.
+HEADS: dict[str, Callable[..., WithHead]] = {}
 BASELINES = (baselines.ptv_mvit_base_16x4, baselines.ptv_slowfast_r50, baselines.ptv_x3d_m)
 MODELS: dict[str, Entry] = (
     _vit_family() | _swin_family() | {build.__name__: Entry(build, _sizes(build)) for build in BASELINES}
@@ -121,6 +124,7 @@ def create_model(
     num_classes: Annotated[int, Range(0)],
     num_frames: Annotated[int, Range(1)] | None = None,
     image_size: Annotated[int | tuple[int, int], Range(1)] = 224,
+    head: str | None = None,
     **sizes,
 ) -> nn.Module:
     """A model with random weights that takes (B, 3, T, H, W) and gives logits (B, num_classes).
@@ -129,7 +133,9 @@ def create_model(
     num_frames: None: 16 for a ViT, 32 for a Video Swin, 1 for an image Swin. 1 is image mode: (B, 3, H, W)
         is taken too, and default tubelets, windows and semantic tokens span one frame, as in patch_size
         (1, 16, 16) and semantic_tokens (1, 4, 4).
-    sizes: what else to change: the fields of `Sizes` that the name takes (`embed_dim`, `depth`,
+    head: a name in `HEADS`: what stands on the model's grids in place of its classifier. The model is a
+        `WithHead` then, whose head says what comes out.
+    sizes: what else to change: the fields of `Sizes` that the name or the head takes (`embed_dim`, `depth`,
         `semantic_tokens`, ...); "auto": what the name says. `semantic_tokens=None` makes an STViT its
         dense backbone.
     `model.built` holds all that the model was built with, in plain values: `create_model(**model.built)`
@@ -139,10 +145,13 @@ def create_model(
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}{nearest(name, MODELS)}")
+    if head is not None and head not in HEADS:
+        raise ValueError(f"unknown head {head!r}{nearest(head, HEADS)}")
     build, defaults, frames = MODELS[name]
+    of_head = _sizes(HEADS[head]) if head else {}
     for size in sizes:
-        if size not in defaults:
-            raise TypeError(f"{name} takes no size {size!r}{nearest(size, defaults)}")
+        if size not in defaults | of_head:
+            raise TypeError(f"{name} takes no size {size!r}{nearest(size, defaults | of_head)}")
     num_frames = frames if num_frames is None else num_frames
     sizes = {name: value for name, value in sizes.items() if value != "auto"}
     clip = {"num_classes": num_classes, "num_frames": num_frames, "image_size": image_size}
@@ -150,8 +159,13 @@ def create_model(
     check(Sizes, sizes)
     if num_frames == 1:
         defaults = {k: (1, *v[1:]) if isinstance(v, tuple) else v for k, v in defaults.items()}
-    model = build(**clip, **defaults | sizes)
-    model.built = {"name": name} | {k: _plain(v) for k, v in (clip | defaults | sizes).items()}
+    values = defaults | {key: value for key, value in sizes.items() if key in defaults}
+    model = build(**clip | ({"num_classes": 0} if head else {}), **values)
+    if head:
+        of_head = of_head | {key: value for key, value in sizes.items() if key in of_head}
+        model = HEADS[head](model, num_classes, **of_head)
+        values = values | of_head | {"head": head}
+    model.built = {"name": name} | {k: _plain(v) for k, v in (clip | values).items()}
     return model
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..bounds import Range
 from ..data.rows import class_ids
-from ..data.transforms import Mix, Normalise
+from ..data.transforms import Mix, Normalise, TestTransform, TrainTransform
+from ..data.views import Sampling, TestViews, TrainViews
 from ..errors import InputError
 from ..figures import draw_confusion
 from ..reports.page import write_report_page
@@ -43,6 +44,7 @@ class Classification:
 
     Settings = Settings
     watched = ("top1", "top5")
+    heads, items = (None,), "videos"
 
     def __init__(
         self,
@@ -75,6 +77,23 @@ class Classification:
             if not isinstance(row.target, int):
                 cause = "has no label" if row.target is None else f"has several labels {row.target}"
                 raise InputError(f"{source}: {row.path} {cause}, one class a video is to be learnt")
+
+    def train_views(self, sampling: Sampling, data) -> TrainViews:
+        transform = TrainTransform(
+            data.image_size,
+            scale=data.scale,
+            ratio=data.ratio,
+            rand_augment=data.rand_augment,
+            flip=data.flip != "none",
+            mirror=self.mirror,
+        )
+        return TrainViews(sampling, transform, data.repeats, data.augment_on == "device")
+
+    def test_views(
+        self, sampling: Sampling, data, *, clips: int, crops: int, crop_ratio: float
+    ) -> TestViews:
+        transform = TestTransform(data.image_size, crops=crops, crop_ratio=crop_ratio)
+        return TestViews(sampling, transform, clips)
 
     def encode(self, target: int | None) -> int:
         return -1 if target is None else target
