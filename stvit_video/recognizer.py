@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from .build import build_sampling, build_task, build_test_views
 from .config import Config, from_dict
 from .data.decode import DecodeError, Video, open_video
 from .data.guard import GivenUp, Guard, guarded_in_order
+from .data.live import Chunk, LiveReader
 from .data.stream import EVERY, Window, WindowReader
 from .data.views import TestViews
 from .engine import checkpoint
@@ -185,6 +188,66 @@ class Recognizer:
         if error is not None:
             raise error
 
+    def stream(self, source: str | Path, *, every: int | None = None) -> Iterator[Moment]:
+        """What happens now, in frames as they come: a moment for each `every` frames, of the last clip.
+
+        For models with chunks (`model.base_window`): each chunk's semantic tokens are computed once and
+        kept, so that a moment costs a chunk's base layers and the layers on semantic tokens. It is what the
+        model gives for the clip of the same frames. The first comes when a whole clip is there; frames are
+        taken as the checkpoint's sampling says, every stride-th, with one centre crop.
+
+        source: a video file; a folder whose images come as others write them; or an address that FFmpeg
+            opens (rtsp://, http://, /dev/video0), whose frames are dropped where the model is too slow.
+        every: frames of a clip, whole chunks of them; None: one chunk's.
+        Raises DecodeError where the source cannot be read, ValueError, InputError for other models.
+        """
+        self._need_checkpoint("a stream's scores")
+        if getattr(self.model, "chunk_embed", None) is None:
+            raise InputError(
+                f"{self.path}: a stream needs a model with chunks (model.base_window), which "
+                f"{self.config.model.name} has not here; for files there is `timeline`"
+            )
+        frames = self.config.data.num_frames // self.model.chunks
+        every = frames if every is None else every
+        if every < frames or every % frames:
+            raise ValueError(f"every={every}: must be whole chunks of {frames} frames")
+        transform = self._test_views(1, 1).transform
+        reader = LiveReader(source, build_sampling(self.config.data), transform, frames)
+        return self._live_moments(reader, every // frames)
+
+    def _live_moments(self, reader: LiveReader, each: int) -> Iterator[Moment]:
+        kept: deque[tuple[Chunk, Tensor]] = deque(maxlen=self.model.chunks)
+        dropped, since = 0, 0
+        calls = guarded_in_order(reader, itertools.repeat(None), workers=1, timeout=self.timeout)
+        with contextlib.closing(calls):
+            for _, chunks in calls:
+                if chunks is None:
+                    return
+                if isinstance(chunks, GivenUp):
+                    raise DecodeError(f"{reader.source}: {chunks}")
+                if isinstance(chunks, Exception):
+                    raise chunks
+                for chunk in chunks:
+                    kept.append((chunk, self._chunk_tokens(chunk)))
+                    dropped, since = dropped + chunk.dropped, since + 1
+                    if len(kept) < self.model.chunks or since < each:
+                        continue
+                    scores = self._join(torch.stack([tokens for _, tokens in kept], 1))
+                    latency = time.monotonic() - chunk.arrived
+                    yield Moment(kept[0][0].start, chunk.end, scores, self.class_names, latency, dropped)
+                    dropped, since = 0, 0
+
+    @torch.no_grad()
+    def _chunk_tokens(self, chunk: Chunk) -> Tensor:
+        with autocast(self.device, self.precision):
+            pixels = torch.from_numpy(chunk.pixels).to(self.device)
+            return self.model.chunk_tokens(self.task.normalise(pixels[None]))
+
+    @torch.no_grad()
+    def _join(self, chunks: Tensor) -> np.ndarray:
+        with autocast(self.device, self.precision):
+            return self.task.activation(self.model.join(chunks).float())[0].cpu().numpy()
+
     def _score_windows(self, windows: list[Window]) -> list[Moment]:
         clips = torch.from_numpy(np.stack([window.clips for window in windows]))
         scores = self._scores(clips).double().mean(1).float().cpu().numpy()
@@ -222,7 +285,9 @@ class Recognizer:
             raise InputError(f"{self.config.model.name} has no semantic tokens to draw")
         step = -(-len(frames) // maps.shape[2])
         draw_maps(
-            frames[::step], maps[0].reshape(*self.model.semantic.tokens, *maps.shape[2:]), Path(picture)
+            frames[::step],
+            maps[0].reshape(-1, *self.model.semantic.tokens[1:], *maps.shape[2:]),
+            Path(picture),
         )
 
     @torch.no_grad()

@@ -9,12 +9,18 @@ ENTER, LEAVE = 0.5, 0.3  # scores
 
 
 class Moment(NamedTuple):
-    """A window of a video, from `start` to `end` (seconds), and its scores by class: float32 (K,)."""
+    """A window of a video, from `start` to `end` (seconds), and its scores by class: float32 (K,).
+
+    Of a stream, latency: seconds from the arrival of the window's last frame to its scores; dropped: frames
+    of the source that came since the moment before and were not looked at.
+    """
 
     start: float
     end: float
     scores: np.ndarray
     class_names: Sequence[str]
+    latency: float | None = None
+    dropped: int = 0
 
     @property
     def name(self) -> str:

@@ -37,6 +37,8 @@ class Sizes:
     """What makes them (ViT): attention, or a control: pooling alone, random patches, token merging."""
     base_depth: Annotated[int, Range(0)] | Auto = "auto"
     """Layers on all patches, before the semantic ones (Swin: of stage 3)."""
+    base_window: Count | None | Auto = "auto"
+    """Tubelets of a chunk that base and semantic layers stay within (ViT), for streams; null: no chunks."""
     semantic_layers: Count | Auto = "auto"
     """Layers that make the semantic tokens."""
     pool: Literal["max", "avg"] | Auto = "auto"

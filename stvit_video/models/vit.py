@@ -6,9 +6,9 @@ import torch
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
-from .embed import PatchEmbed, Size3, clip_size, sincos_table
+from .embed import PatchEmbed, Size3, as_clip, clip_size, sincos_table
 from .layers import Block, init_weights
-from .tokens import Tokens
+from .tokens import Tokens, regions
 
 MakeReducer = Callable[[Size3, int], nn.Module]  # (grid of patches, width) -> a reducer
 
@@ -23,6 +23,9 @@ class VideoViT(nn.Module):
         uses layers out of `depth`: none is added. The first that makes semantic tokens is `semantic`.
     pos_embed: "learned", or "sincos" (VideoMAE's fixed table).
     layer_scale: initial value, in the layers from the first reducer on (all layers of a dense model).
+    base_window: tubelets of a chunk of the clip. Layers up to the reducer's last stay within chunks, which
+        are all alike to them; then the chunks' tokens are joined, with a learned vector for each chunk's
+        place: a stream computes its chunks once (`chunk_tokens`, `join`). None: no chunks.
     Raises ValueError, naming value and rule, where sizes do not fit each other.
     """
 
@@ -42,11 +45,14 @@ class VideoViT(nn.Module):
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         checkpointing: bool = False,
+        base_window: int | None = None,
     ):
         super().__init__()
         if pos_embed not in ("learned", "sincos"):
             raise ValueError(f"pos_embed={pos_embed!r} is none of ['learned', 'sincos']")
-        self.patch_embed = PatchEmbed(clip_size(num_frames, image_size), tuple(patch_size), embed_dim)
+        self.chunks = count_chunks(num_frames, patch_size, base_window)
+        size = clip_size(num_frames // self.chunks, image_size)
+        self.patch_embed = PatchEmbed(size, tuple(patch_size), embed_dim)
         grid = self.patch_embed.grid
         if pos_embed == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, *grid, embed_dim))
@@ -59,6 +65,15 @@ class VideoViT(nn.Module):
         )  # reducer's name, its first layer, the next after it
         for first, make in sorted((reducers or {}).items()):
             self._add_reducer(first, make(grid, embed_dim), depth)
+        self.chunk_embed = None
+        if base_window is not None:
+            joined = [getattr(self, name) for name, *_ in self._plan[1:]]
+            if len(joined) != 1 or joined[0].tokens is None:
+                raise ValueError(
+                    f"base_window={base_window}: chunks are joined by one reducer whose tokens lie on a "
+                    "grid (semantic, pool), which this model has not"
+                )
+            self.chunk_embed = nn.Parameter(torch.zeros(1, self.chunks, 1, embed_dim))
         scaled_from = min(reducers or [0])
         self.blocks = nn.ModuleList(
             Block(
@@ -113,7 +128,7 @@ class VideoViT(nn.Module):
         "tome"), that of the patches, each with its token's features."""
         tokens, (reducer, _, _) = self.tokens(x), self.segments[-1]
         size = None if reducer is None else reducer.tokens
-        return tokens.to_grid() if size is None else tokens.x.unflatten(1, size)
+        return tokens.to_grid() if size is None else tokens.x.unflatten(1, self._joined_size(size))
 
     def tokens(self, x: Tensor) -> Tokens:
         """(B, 3, T, H, W) -> the last layer's tokens."""
@@ -147,19 +162,70 @@ class VideoViT(nn.Module):
         if self.semantic is None:
             raise ValueError("no semantic maps: the model is dense or its reducer another")
         first, rest = next((first, rest) for name, first, rest in self._plan if name == "semantic")
-        tokens = next(tokens for layer, tokens in self._layers(x) if layer == first)
-        return self.semantic.maps(tokens, self.blocks[first:rest])
+        tokens = next(tokens for layer, tokens in self._chunk_layers(x) if layer == first)
+        maps = self.semantic.maps(tokens, self.blocks[first:rest]).unflatten(0, (-1, self.chunks))
+        if self.chunks == 1:
+            return maps[:, 0]
+        every = maps.new_zeros(*maps.shape[:3], self.chunks, *maps.shape[3:])
+        for chunk in range(self.chunks):  # its tokens took nothing from other chunks
+            every[:, chunk, :, chunk] = maps[:, chunk]
+        return every.flatten(3, 4).flatten(1, 2)
+
+    def chunk_tokens(self, x: Tensor) -> Tensor:
+        """Chunks of clips (B, 3, T / chunks, H, W) -> their tokens (B, n / chunks, C), for `join`.
+
+        Raises ValueError for a model without chunks (base_window=None).
+        """
+        if self.chunk_embed is None:
+            raise ValueError("base_window=None: this model's clips have no chunks")
+        *_, (_, tokens) = self._chunk_layers(x)
+        return tokens.x
+
+    def join(self, chunks: Tensor) -> Tensor:
+        """Tokens of a clip's chunks in order, (B, chunks, n / chunks, C) -> what `forward` gives."""
+        *_, (_, last) = self._joined_layers(chunks)
+        return self.head(self.fc_norm(last.pooled()))
 
     def _layers(self, x: Tensor) -> Iterator[tuple[int, Tokens]]:
         """After the embedding, every layer and every reducer: how many layers were used, and the tokens.
 
         A reducer that uses none comes without a number of its own: it belongs to the layer after it.
         """
-        tokens, layer = Tokens.of(self.patch_embed(x) + self.pos_embed), 0
-        yield layer, tokens
-        for reducer, used, rest in self.segments:
+        if self.chunk_embed is None:
+            yield from self._chunk_layers(x)
+            return
+        for layer, tokens in self._chunk_layers(x):
+            chunks = tokens.x.unflatten(0, (-1, self.chunks))
+            if tokens.token is None:
+                yield layer, Tokens(chunks.flatten(1, 2), self._joined_size(tokens.grid))
+        yield from self._joined_layers(chunks)
+
+    def _chunk_layers(self, x: Tensor) -> Iterator[tuple[int, Tokens]]:
+        """`_layers` of every chunk as a clip of its own, up to the tokens to be joined; else all layers."""
+        segments = self.segments
+        if self.chunk_embed is not None:
+            (base, (reducer, used, _)), x = segments, _cut(as_clip(x), self.patch_embed.clip_size[0])
+            segments = [base, (reducer, used, [])]
+        tokens = Tokens.of(self.patch_embed(x) + self.pos_embed)
+        yield 0, tokens
+        yield from self._run(tokens, 0, segments, x)
+
+    def _joined_layers(self, chunks: Tensor) -> Iterator[tuple[int, Tokens]]:
+        """`_layers` from the tokens of chunks (B, chunks, n, C) on."""
+        _, (reducer, used, rest) = self.segments
+        x, layer = (chunks + self.chunk_embed).flatten(1, 2), self._plan[1][2]
+        grid, size = (self._joined_size(n) for n in (self.patch_embed.grid, reducer.tokens))
+        tokens = Tokens(x, grid, regions(grid, size).to(x.device))
+        if used or not rest:
+            yield layer, tokens
+        yield from self._run(tokens, layer, [(None, [], rest)], None)
+
+    def _run(
+        self, tokens: Tokens, layer: int, segments: Sequence[tuple], clip: Tensor | None
+    ) -> Iterator[tuple[int, Tokens]]:
+        for reducer, used, rest in segments:
             if reducer is not None:
-                tokens, layer = reducer(tokens, used, x), layer + len(used)
+                tokens, layer = reducer(tokens, used, clip), layer + len(used)
                 if used or not rest:
                     yield layer, tokens
             bias = tokens.bias()
@@ -167,9 +233,13 @@ class VideoViT(nn.Module):
                 tokens, layer = tokens._replace(x=block(tokens.x, bias=bias)), layer + 1
                 yield layer, tokens
 
+    def _joined_size(self, size: Size3) -> Size3:
+        """A chunk's grid -> the clip's."""
+        return (size[0] * self.chunks, *size[1:])
+
     def no_weight_decay(self) -> set[str]:
         """Parameters that AdamW leaves undecayed, beside one-dimensional ones (timm's protocol)."""
-        ends = ("pos_embed", "centres")
+        ends = ("pos_embed", "chunk_embed", "centres")
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ends}
 
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -180,4 +250,26 @@ class VideoViT(nn.Module):
         blocks = [(r"^blocks\.(\d+)", None)]
         for name, first, rest in self._plan[1:]:
             blocks.append((rf"^{name}\.", (min(first + 1, max(rest - 1, first)),)))
+        if self.chunk_embed is not None:  # joins the first layer after the reducer
+            blocks.append((r"^chunk_embed", (min(self._plan[1][2], len(self.blocks) - 1),)))
         return {"stem": r"^(?:pos_embed|patch_embed)", "blocks": blocks, "head": r"^(?:fc_norm|head)"}
+
+
+def count_chunks(num_frames: int, patch_size: Size3, base_window: int | None) -> int:
+    """How many chunks of `base_window` tubelets a clip has; None: it is one. Raises ValueError."""
+    tubelets = num_frames // patch_size[0]
+    if base_window is None:
+        return 1
+    if tubelets % base_window:
+        raise ValueError(
+            f"base_window={base_window}: a clip of {tubelets} tubelets does not divide into chunks of it "
+            f"(num_frames={num_frames}, patch_size={tuple(patch_size)})"
+        )
+    return tubelets // base_window
+
+
+def _cut(clips: Tensor, frames: int) -> Tensor:
+    """Clips (B, 3, T, H, W) -> their chunks of so many frames: (B * chunks, 3, frames, H, W)."""
+    if clips.shape[2] % frames:
+        raise ValueError(f"input of shape {tuple(clips.shape)}: its frames are no whole chunks of {frames}")
+    return clips.unflatten(2, (-1, frames)).transpose(1, 2).flatten(0, 1)

@@ -20,7 +20,7 @@ from .semantic import SemanticWindows
 from .sizes import Sizes
 from .swin import VideoSwin
 from .swin_detection import DetectionSwin
-from .vit import VideoViT
+from .vit import VideoViT, count_chunks
 
 
 class Entry(NamedTuple):
@@ -49,6 +49,14 @@ def reduced_vit(*, reducer: str = "semantic", base_depth: int, depth: int, **siz
     schedule, once = reducer_sizes.get("tome_r"), reducer_sizes["semantic_tokens"] is not None
     if schedule is not None and reducer != "tome":
         raise ValueError(f"tome_r={schedule}: is token merging's (reducer=tome), not that of {reducer!r}")
+    if sizes.get("base_window") and once:  # a chunk's share of the tokens
+        t, *rest = reducer_sizes["semantic_tokens"]
+        chunks = count_chunks(sizes["num_frames"], sizes["patch_size"], sizes["base_window"])
+        if t % chunks:
+            raise ValueError(
+                f"semantic_tokens={(t, *rest)}: {t} in time do not divide by {chunks} chunks (base_window)"
+            )
+        reducer_sizes["semantic_tokens"] = (t // chunks, *rest)
     known = _sizes(REDUCERS[reducer])
     make = partial(REDUCERS[reducer], **{k: v for k, v in reducer_sizes.items() if k in known})
     places = range(depth) if schedule is not None else [base_depth] if once else []

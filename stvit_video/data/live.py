@@ -1,0 +1,200 @@
+"""Frames as they come, from a file, a folder that grows, or a camera, in chunks for a model to look at."""
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+
+from .decode import IMAGE_SUFFIXES, DecodeError, FrameFolder, natural
+from .stream import ANSWER, UNIFORM_WINDOW, VideoStream, open_stream
+from .transforms import TestTransform
+from .views import Sampling
+
+WAITING = 2  # chunks of a live source that wait for a slow model; older ones are dropped
+IDLE = 10.0  # seconds without a new image after which a folder has ended
+LOOK = 0.05  # seconds between looks at a folder
+PATIENCE = 10.0  # seconds for a camera or an address to answer
+DEVICES = {"/dev/video": "v4l2"}  # how a name begins, and FFmpeg's word for what is there
+
+
+class Chunk(NamedTuple):
+    """Consecutive frames that a model takes, shown from `start` to `end` (seconds): uint8 (3, F, S, S).
+
+    arrived: when the last of them came (time.monotonic). dropped: frames before it that nobody saw.
+    """
+
+    start: float
+    end: float
+    pixels: np.ndarray
+    arrived: float
+    dropped: int
+
+
+class Picture(NamedTuple):
+    """A frame of a source, shown at `time` for so long (seconds): uint8 (H, W, 3)."""
+
+    time: float
+    lasts: float
+    pixels: np.ndarray
+
+
+class LiveReader:
+    """The chunks of a source, a list at each call: those that are there, perhaps none yet; None: its end.
+
+    source: a video file, which is read as fast as it is asked for; a folder, whose images come as others
+        write them; or an address that FFmpeg opens (rtsp://, http://, udp://, /dev/video0). The last comes
+        at its own pace: what nobody asked for in time is dropped, the oldest first.
+    frames: of a chunk, each as many frames of the source after the other as the sampling says.
+    transform: with one crop.
+    Calls raise DecodeError where the source cannot be read, behind the last whole chunk.
+    """
+
+    def __init__(
+        self, source: str | os.PathLike[str], sampling: Sampling, transform: TestTransform, frames: int
+    ):
+        self.source, self.sampling, self.transform, self.frames = str(source), sampling, transform, frames
+        self.live = is_address(self.source)
+        self._chunks: Iterator[Chunk | None] | None = None  # made in the process that reads
+        self._error: DecodeError | None = None
+
+    def __call__(self, _: object = None) -> list[Chunk] | None:
+        if self._error is not None:
+            raise self._error
+        self._chunks = self._chunks or (self._queued() if self.live else self._read())
+        until = time.monotonic() + ANSWER
+        try:
+            for chunk in self._chunks:
+                if chunk is not None:
+                    return [chunk]
+                if time.monotonic() > until:
+                    return []
+        except DecodeError as error:
+            self._error = error
+            return []
+        return None
+
+    def _queued(self) -> Iterator[Chunk | None]:
+        """`_read` by a thread of its own, so that the source is never kept waiting."""
+        waiting: queue.Queue[Chunk | DecodeError | None] = queue.Queue(WAITING)
+        threading.Thread(target=self._fill, args=(waiting,), daemon=True).start()
+        while True:
+            try:
+                item = waiting.get(timeout=LOOK)
+            except queue.Empty:
+                yield None
+                continue
+            if isinstance(item, DecodeError):
+                raise item
+            if item is None:
+                return
+            yield item
+
+    def _fill(self, waiting: queue.Queue) -> None:
+        dropped, end = 0, None
+        try:
+            for chunk in self._read():
+                if chunk is None:
+                    continue
+                while waiting.full():
+                    with contextlib.suppress(queue.Empty):
+                        old = waiting.get_nowait()
+                        dropped += self.frames + old.dropped
+                waiting.put(chunk._replace(dropped=dropped))
+                dropped = 0
+        except DecodeError as error:
+            end = error
+        waiting.put(end)
+
+    def _read(self) -> Iterator[Chunk | None]:
+        """Chunks as they are whole; None after every other frame."""
+        with _opened(self.source) as (fps, pictures):
+            step = self._step(fps)
+            seen, taken, kept, start = 0, 0, [], 0.0
+            for picture in pictures:
+                seen += picture is not None
+                if picture is not None and seen > round(taken * step):
+                    taken += 1
+                    start = start if kept else picture.time
+                    kept.append(self._cut(picture.pixels))
+                    if len(kept) == self.frames:
+                        end, now = picture.time + picture.lasts, time.monotonic()
+                        yield Chunk(start, end, np.stack(kept, 1), now, 0)
+                        kept = []
+                        continue
+                yield None
+
+    def _step(self, fps: float) -> float:
+        """Frames of the source from one that is taken to the next."""
+        sampling = self.sampling
+        if sampling.kind == "uniform":
+            return max(UNIFORM_WINDOW * fps / sampling.num_frames, 1.0)
+        return sampling.stride * (fps / sampling.target_fps if sampling.target_fps else 1.0)
+
+    def _cut(self, pixels: np.ndarray) -> np.ndarray:
+        (crop,) = self.transform(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None])
+        return crop[0].numpy()
+
+
+def is_address(source: str) -> bool:
+    return "://" in source or source.startswith(tuple(DEVICES))
+
+
+@contextlib.contextmanager
+def _opened(source: str) -> Iterator[tuple[float, Iterator[Picture | None]]]:
+    """-> frames/s, and the pictures of a source. Raises DecodeError."""
+    if is_address(source):
+        form = next((kind for name, kind in DEVICES.items() if source.startswith(name)), None)
+        options = {"rtsp_transport": "tcp"} if source.startswith("rtsp://") else {}
+        try:
+            with av.open(source, format=form, options=options, timeout=PATIENCE) as container:
+                if not container.streams.video:
+                    raise DecodeError(f"{source}: no video stream")
+                stream = VideoStream(Path(source), container, container.streams.video[0])
+                yield stream.fps, _pictures(stream)
+        except (av.FFmpegError, OSError) as error:
+            raise DecodeError(f"{source}: {error.strerror or error}") from error
+    elif Path(source).is_dir():
+        yield 25.0, _growing(Path(source))
+    else:
+        with open_stream(source) as stream:
+            yield stream.fps, _pictures(stream)
+
+
+def _pictures(stream: VideoStream) -> Iterator[Picture]:
+    for shown in stream:
+        yield Picture(shown.time, shown.lasts, stream.pixels(shown.frame))
+
+
+def _growing(folder: Path) -> Iterator[Picture | None]:
+    """Images of a folder in natural order, as they come; their time is when they came. None: no new one.
+
+    An image that cannot be read is one that is being written; after `IDLE` seconds it is a DecodeError.
+    """
+    begun, seen, last = time.monotonic(), set(), time.monotonic()
+    while time.monotonic() - last < IDLE:
+        files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        new = sorted((f for f in files if f.name not in seen and not f.name.startswith(".")), key=natural)
+        if not new:
+            time.sleep(LOOK)
+            yield None
+        for file in new:
+            try:
+                (_, pixels), *_ = FrameFolder(folder, [file]).decode([0])
+            except DecodeError:
+                if time.monotonic() - last > IDLE / 2:
+                    raise
+                time.sleep(LOOK)
+                break
+            seen.add(file.name)
+            last = time.monotonic()
+            yield Picture(last - begun, 0.0, pixels)
+    if not seen:
+        raise DecodeError(f"{folder}: no image came in {IDLE:g} s")
