@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .config import Config, ConfigError, DataConfig, settle_pixels, to_dict
+from .config import Config, ConfigError, DataConfig, from_dict, settle_pixels, to_dict
 from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
@@ -22,11 +22,11 @@ from .data.rows import class_ids
 from .data.shards import find_shards
 from .data.transforms import Normalise
 from .data.views import Sampling
-from .engine import distributed
+from .engine import checkpoint, distributed
 from .engine.job import Job, Task, Views
 from .models.zoo import create_model
 from .tasks import TASKS
-from .weights import LoadReport, Pixels, load_weights
+from .weights import LoadReport, Pixels, load_weights, rebuild
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -47,6 +47,41 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {error}") from None
+
+
+def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
+    """A checkpoint's settings, class names and model (its averaged weights, where it has them).
+
+    Raises CheckpointError, ConfigError or WeightsError.
+    """
+    values = checkpoint.load(path)
+    missing = {"config", "class_names", "model", "ema"} - values.keys()
+    if missing:
+        raise checkpoint.CheckpointError(f"{path}: holds no {min(missing)}")
+    config, model = from_dict(values["config"], str(path)), rebuild(values, str(path))
+    try:
+        model.load_state_dict(values["model"] if values["ema"] is None else values["ema"])
+    except RuntimeError as error:
+        cause = " ".join(str(error).split())
+        raise checkpoint.CheckpointError(f"{path}: weights do not fit its settings: {cause}") from None
+    return config, values["class_names"], model.eval()
+
+
+def load_teacher(config: Config, task: Task, class_names: Sequence[str]) -> None:
+    """`train.teacher` into the task, where it is set. Raises ConfigError unless it takes the same clips."""
+    path = getattr(task.settings, "teacher", None)
+    if path is None:
+        return
+    theirs, names, task.teacher = load_model(path)
+    if names != list(class_names):
+        raise ConfigError(
+            f"train.teacher={path}: its classes are not those of data.train={config.data.train}"
+        )
+    for key in ("num_frames", "image_size", "mean", "std"):
+        ours, value = (getattr(c.data, key) for c in (config, theirs))
+        if ours != value:
+            raise ConfigError(f"train.teacher={path}: was trained with data.{key}={value}, not {ours}")
+    task.teacher.requires_grad_(False)
 
 
 def load_pretrained(
@@ -122,7 +157,9 @@ def build_job(
     model = build_model(config, build_task(config, class_names).outputs)
     report = load_pretrained(config, model, class_names) if pretrained else None
     config = with_pixels(config, report)
-    task = build_task(config, class_names).to(device)
+    task = build_task(config, class_names)
+    load_teacher(config, task, class_names)
+    task.to(device)
     if config.data.flip == "swap" and task.twins is None:
         raise ConfigError(
             "data.flip=swap: no class name says left or right; a list of numbers needs data.class_names"

@@ -12,21 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .build import build_sampling, build_task, build_test_views
-from .config import Config, from_dict
+from .build import build_sampling, build_task, build_test_views, load_model
 from .data.decode import DecodeError, Video, open_video
 from .data.guard import GivenUp, Guard, guarded_in_order
 from .data.live import Chunk, LiveReader
 from .data.stream import EVERY, Window, WindowReader
 from .data.views import TestViews
-from .engine import checkpoint
 from .engine.device import autocast, pick_device, pick_precision
 from .errors import InputError
 from .export import FORMATS
 from .export import read as read_exported
 from .figures import draw_maps
 from .timeline import Moment
-from .weights import rebuild
 
 TIMELINE_BATCH = 16  # views; more are no faster, and a moment waits longer
 
@@ -34,24 +31,6 @@ TIMELINE_BATCH = 16  # views; more are no faster, and a moment waits longer
 class Guess(NamedTuple):
     name: str
     score: float
-
-
-def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
-    """A checkpoint's settings, class names and model (its averaged weights, where it has them).
-
-    Raises CheckpointError, ConfigError or WeightsError.
-    """
-    values = checkpoint.load(path)
-    missing = {"config", "class_names", "model", "ema"} - values.keys()
-    if missing:
-        raise checkpoint.CheckpointError(f"{path}: holds no {min(missing)}")
-    config, model = from_dict(values["config"], str(path)), rebuild(values, str(path))
-    try:
-        model.load_state_dict(values["model"] if values["ema"] is None else values["ema"])
-    except RuntimeError as error:
-        cause = " ".join(str(error).split())
-        raise checkpoint.CheckpointError(f"{path}: weights do not fit its settings: {cause}") from None
-    return config, values["class_names"], model.eval()
 
 
 class Recognizer:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stvit_video import cli, create_model
 from stvit_video.bench.model import random_batch, trainers_update
+from stvit_video.build import load_model
 from stvit_video.data.batch import Batch
 from stvit_video.data.dataset import TrainSampler
 from stvit_video.data.transforms import Normalise
@@ -23,7 +24,6 @@ from stvit_video.engine import checkpoint
 from stvit_video.engine.job import Job
 from stvit_video.engine.train import LoopConfig, Trainer, start_run
 from stvit_video.engine.uploads import Uploads
-from stvit_video.recognizer import load_model
 from stvit_video.tasks.classification import Classification
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ import torch
 from launch import CONTEXT, finish, launch
 from test_end_to_end import SMALL, assert_same, figures, run
 
-from stvit_video import build, cli, files, recognizer
+from stvit_video import build, cli, files
 from stvit_video.data.dataset import TrainSampler, VideoDataset
 from stvit_video.engine import checkpoint
 from stvit_video.engine.optim import make_schedule
@@ -323,7 +323,7 @@ def test_skipped_updates_leave_no_trace_in_the_model(args, tmp_path, monkeypatch
     assert run(cli.train, *args, f"--output={tmp_path}/run", *given) == 0
     state = checkpoint.load(tmp_path / "run" / "last.pt")
     torch.manual_seed(0)
-    config, class_names, _ = recognizer.load_model(tmp_path / "run" / "last.pt")
+    config, class_names, _ = build.load_model(tmp_path / "run" / "last.pt")
     torch.manual_seed(0)
     fresh = dict(build.build_model(config, len(class_names)).state_dict())
     assert_same(fresh, dict(state["model"]))

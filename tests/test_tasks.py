@@ -13,6 +13,7 @@ from launch import finish, launch
 from test_end_to_end import SMALL, assert_same, figures, run
 
 from stvit_video import cli
+from stvit_video.data.batch import Batch
 from stvit_video.data.dataset import TestSampler as EverySampler
 from stvit_video.data.dataset import TrainSampler, VideoDataset, make_loader
 from stvit_video.data.rows import Row
@@ -233,3 +234,54 @@ def test_the_loop_serves_a_task_that_it_has_never_seen(demo_root, tmp_path):
     assert {"loss", "bias"} <= entries[0].keys()
     assert 0 < entries[-1]["val_closeness"] <= 1
     assert (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_teacher_has_its_share_of_the_loss(task, share):
+    kind = TASKS[task]
+    clips, targets = torch.randint(0, 256, (4, 1, 3, 2, 8, 8), dtype=torch.uint8), [0, 2, 1, 1]
+    settings = kind.Settings(distill=share, label_smoothing=0.1)
+    taught, plain = (
+        kind(list("abc"), normalise=NORMALISE, settings=s)
+        for s in (settings, kind.Settings(label_smoothing=0.1))
+    )
+    encoded = torch.stack([torch.as_tensor(taught.encode(t)) for t in targets]).unsqueeze(1)
+    batch = Batch(torch.arange(4), clips, encoded)
+    student, taught.teacher = (
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(384, 3)) for _ in "st"
+    )
+    labels, losses = plain.loss(student, batch), taught.loss(student, batch)
+    pixels = NORMALISE(clips[:, 0])
+    logits, scores = student(pixels), taught.activation(taught.teacher(pixels))
+    if task == "classification":
+        teacher = -(scores * logits.log_softmax(-1)).sum(-1).mean()
+    else:
+        teacher = -(scores * logits.sigmoid().log() + (1 - scores) * (1 - logits.sigmoid()).log()).mean()
+    assert labels.keys() == {"loss"}
+    assert torch.allclose(losses["teacher"], teacher, atol=1e-6)
+    assert torch.allclose(losses["loss"], (1 - share) * labels["loss"] + share * teacher, atol=1e-6)
+    losses["loss"].backward()
+    assert all(p.grad is None for p in taught.teacher.parameters())
+
+
+def test_a_run_learns_from_a_teacher_and_goes_on_alike(args, unbroken, tmp_path):
+    """The teacher's weights are no part of the run's; a resumed run asks it again."""
+    taught = [*args, f"--train.teacher={unbroken / 'best.pt'}", "--train.distill=1"]
+    assert run(cli.train, *taught, f"--output={tmp_path / 'a'}") == 0
+    steps = [entry for entry in figures(tmp_path / "a") if entry["kind"] == "step"]
+    assert all(entry["loss"] == entry["teacher"] for entry in steps)
+    states = [checkpoint.load(folder / "last.pt")["model"] for folder in (tmp_path / "a", unbroken)]
+    assert states[0].keys() == states[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--data.image_size=64", r"train.teacher=\S+best.pt: was trained with data.image_size=\d+, not 64"),
+        ("--data.num_classes=9", r"train.teacher=\S+best.pt: its classes are not those of data.train="),
+    ],
+)
+def test_a_teacher_of_other_clips_or_classes_is_refused(args, unbroken, tmp_path, flag, message, capsys):
+    taught = [*args, f"--train.teacher={unbroken / 'best.pt'}", f"--output={tmp_path / 'a'}", flag]
+    assert run(cli.train, *taught) == 2
+    assert re.search(message, capsys.readouterr().err)

@@ -18,7 +18,6 @@ from ..data.rows import Row
 from ..errors import InputError
 from ..export import FORMATS, TOLERANCE, Scores, compare, read, write
 from ..files import written_whole
-from ..recognizer import load_model
 from .common import command, make_folder, videos_of
 
 CPU = torch.device("cpu")
@@ -45,7 +44,7 @@ def export(args: Sequence[str]) -> None:
         raise InputError(f"--to {path}: must end in {' or '.join(FORMATS)}")
     if flags.clips < 1:
         raise InputError(f"--clips {flags.clips}: must be 1 or more")
-    config, class_names, model = load_model(flags.checkpoint)
+    config, class_names, model = build.load_model(flags.checkpoint)
     task = build.build_task(config, class_names)
     clips = _clips(config, class_names, flags.videos, flags.clips)
     tolerance = TOLERANCE[flags.precision] if flags.tolerance is None else flags.tolerance

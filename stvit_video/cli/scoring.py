@@ -10,7 +10,6 @@ from ..config import Config, ConfigError, make_parser, parse, resolve, to_dict
 from ..engine import distributed
 from ..engine.device import pick_precision
 from ..engine.evaluate import Shares, score, write_report
-from ..recognizer import load_model
 from .common import command, introduce, make_folder, start
 
 
@@ -29,7 +28,7 @@ def test(args: Sequence[str]) -> None:
     if flags.checkpoint is not None and "model.weights" in flags.asked:
         raise ConfigError("--checkpoint or --model.weights, not both: which of them is to be scored?")
     if flags.checkpoint is not None:
-        own, class_names, model = load_model(flags.checkpoint)
+        own, class_names, model = build.load_model(flags.checkpoint)
         config = _with_checkpoint(config, own, flags.asked)
         if "data.class_names" in flags.asked and build.read_names(config.data.class_names) != class_names:
             raise ConfigError(

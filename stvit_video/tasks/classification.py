@@ -30,6 +30,10 @@ class Settings:
     """Alpha of mixup; 0: none. With cutmix too, they take turns."""
     cutmix: Annotated[float, Range(0)] = 0.0
     """Alpha of cutmix; 0: none."""
+    teacher: str | None = None
+    """Checkpoint of a run with the same classes and clips whose scores are learnt, too (distillation)."""
+    distill: Annotated[float, Range(0, 1)] = 0.5
+    """Share of train.teacher's scores in the loss; the labels have the rest."""
 
 
 class Classification:
@@ -61,6 +65,7 @@ class Classification:
         self.normalise, self.settings = normalise, settings or Settings()
         self.view_batch, self.on_failure, self.dump_views = view_batch, on_failure, dump_views
         self.twins = twins
+        self.teacher: nn.Module | None = None  # in evaluation mode
         self.mix = Mix(
             self.outputs,
             erasing=self.settings.erasing,
@@ -70,6 +75,8 @@ class Classification:
 
     def to(self, device: torch.device) -> "Classification":
         self.normalise.to(device)
+        if self.teacher is not None:
+            self.teacher.to(device)
         return self
 
     def check(self, rows: Sequence, source: str) -> None:
@@ -104,7 +111,19 @@ class Classification:
     def loss(self, model: nn.Module, batch) -> dict[str, Tensor]:
         clips, targets = self._mixed(batch)
         logits = model(clips).float()
-        return {"loss": F.cross_entropy(logits, targets, label_smoothing=self.settings.label_smoothing)}
+        smoothing = self.settings.label_smoothing
+        return self._taught(F.cross_entropy(logits, targets, label_smoothing=smoothing), logits, clips)
+
+    def _taught(self, loss: Tensor, logits: Tensor, clips: Tensor) -> dict[str, Tensor]:
+        """The labels' loss, with the teacher's on the same clips where there is one."""
+        if self.teacher is None:
+            return {"loss": loss}
+        with torch.no_grad():
+            scores = self.activation(self.teacher(clips).float())
+        teacher, share = self.cross_entropy(logits, scores), self.settings.distill
+        return {"loss": (1 - share) * loss + share * teacher, "teacher": teacher}
+
+    cross_entropy = staticmethod(F.cross_entropy)  # of logits and probabilities (B, K)
 
     def _mixed(self, batch) -> tuple[Tensor, Tensor]:
         """Normalised clips (V * B, 3, T, H, W) and targets, mixed.

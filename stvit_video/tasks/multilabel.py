@@ -42,7 +42,10 @@ class MultiLabel(Classification):
         clips, targets = self._mixed(batch)
         smoothing = self.settings.label_smoothing
         targets = targets * (1 - smoothing) + smoothing / self.outputs
-        return {"loss": F.binary_cross_entropy_with_logits(model(clips).float(), targets)}
+        logits = model(clips).float()
+        return self._taught(self.cross_entropy(logits, targets), logits, clips)
+
+    cross_entropy = staticmethod(F.binary_cross_entropy_with_logits)
 
     def activation(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
