@@ -23,6 +23,7 @@ class VideoViT(nn.Module):
         uses layers out of `depth`: none is added. The first that makes semantic tokens is `semantic`.
     pos_embed: "learned", or "sincos" (VideoMAE's fixed table).
     layer_scale: initial value, in the layers from the first reducer on (all layers of a dense model).
+    class_token: one more token from end to end, which stands for no patch; the head sees it alone.
     Raises ValueError, naming value and rule, where sizes do not fit each other.
     """
 
@@ -41,6 +42,7 @@ class VideoViT(nn.Module):
         reducers: Mapping[int, MakeReducer] | None = None,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        class_token: bool = False,
         checkpointing: bool = False,
     ):
         super().__init__()
@@ -52,6 +54,9 @@ class VideoViT(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, *grid, embed_dim))
         else:
             self.register_buffer("pos_embed", sincos_table(grid, embed_dim), persistent=False)
+        for name in ("cls_token", "pos_embed_class"):  # timm's name, MAE-ST's
+            table = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+            self.register_parameter(name, table)
 
         self.semantic, self._plan = (
             None,
@@ -102,7 +107,8 @@ class VideoViT(nn.Module):
         return self.head(self.pooled_features(x))
 
     def pooled_features(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> (B, C): the mean of the last tokens, normalised; what the head sees.
+        """(B, 3, T, H, W) -> (B, C): the class token or the mean of the last tokens, normalised; what the
+        head sees.
 
         Merged tokens count as often as they have patches in them.
         """
@@ -156,6 +162,9 @@ class VideoViT(nn.Module):
         A reducer that uses none comes without a number of its own: it belongs to the layer after it.
         """
         tokens, layer = Tokens.of(self.patch_embed(x) + self.pos_embed), 0
+        if self.cls_token is not None:
+            token = (self.cls_token + self.pos_embed_class).to(tokens.x.dtype)
+            tokens = tokens._replace(class_token=token.expand(x.shape[0], -1, -1))
         yield layer, tokens
         for reducer, used, rest in self.segments:
             if reducer is not None:
@@ -164,12 +173,12 @@ class VideoViT(nn.Module):
                     yield layer, tokens
             bias = tokens.bias()
             for block in rest:
-                tokens, layer = tokens._replace(x=block(tokens.x, bias=bias)), layer + 1
+                tokens, layer = tokens.with_sequence(block(tokens.sequence(), bias=bias)), layer + 1
                 yield layer, tokens
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that AdamW leaves undecayed, beside one-dimensional ones (timm's protocol)."""
-        ends = ("pos_embed", "centres")
+        ends = ("cls_token", "pos_embed", "pos_embed_class", "centres")
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ends}
 
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -180,4 +189,8 @@ class VideoViT(nn.Module):
         blocks = [(r"^blocks\.(\d+)", None)]
         for name, first, rest in self._plan[1:]:
             blocks.append((rf"^{name}\.", (min(first + 1, max(rest - 1, first)),)))
-        return {"stem": r"^(?:pos_embed|patch_embed)", "blocks": blocks, "head": r"^(?:fc_norm|head)"}
+        return {
+            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
+            "blocks": blocks,
+            "head": r"^(?:fc_norm|head)",
+        }
