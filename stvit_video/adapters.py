@@ -173,6 +173,36 @@ def from_stvit_r(state: State) -> State:
     return _renamed(state, rename)
 
 
+SEGVIT = {
+    "ln1.": "norm1.",
+    "ln2.": "norm2.",
+    "attn.attn.in_proj_": "attn.qkv.",
+    "attn.attn.out_proj.": "attn.proj.",
+    "ffn.layers.0.0.": "mlp.fc1.",
+    "ffn.layers.1.": "mlp.fc2.",
+}
+
+
+def from_segvit(state: State) -> State:
+    """SegViT and Dynamic Token Pruning: mmsegmentation's ViT, and ATM heads, whose names begin with
+    `decode_head.` or `auxiliary_head.N.` as theirs do."""
+
+    def rename(name: str) -> str:
+        if re.match(r"(decode_head|auxiliary_head\.\d+)\.", name):
+            name = re.sub(
+                r"(input_proj|proj_norm|decoder)_(\d)\.", lambda m: f"{m[1]}.{int(m[2]) - 1}.", name
+            )
+            name = re.sub(r"\.(input_proj|proj_norm)\.(?!\d)", r".\1.0.", name)
+            return re.sub(r"\.decoder\.(\d\.)?layers\.", lambda m: f".decoder.{m[1] or '0.'}", name)
+        name = re.sub(r"^layers\.", "blocks.", name).replace("patch_embed.projection.", "patch_embed.proj.")
+        name = re.sub(r"^ln1\.", "norm.", name)
+        for theirs, ours in SEGVIT.items():
+            name = name.replace(f".{theirs}", f".{ours}") if name.startswith("blocks.") else name
+        return name
+
+    return from_timm(_renamed(state, rename))
+
+
 def square(table: Tensor) -> Tensor | None:
     """A flat table (1, N, C) as the grid (1, 1, n, n, C) of a square image; None if N is 0 or no square."""
     side = math.isqrt(table.shape[1])
@@ -264,6 +294,7 @@ ADAPTERS = [
     ),
     Adapter("Microsoft Swin", _named(r"^layers\.0\.downsample\."), from_microsoft_swin, pixels=IMAGENET),
     Adapter("MAE-ST", _named("^pos_embed_spatial$"), from_mae_st, pixels=SLOWFAST),
+    Adapter("SegViT", _named(r"^layers\.0\.ln1\."), from_segvit),
     Adapter("timm ViT", lambda s: "pos_embed" in s and s["pos_embed"].ndim == 3, from_timm),
     Adapter("this toolbox", lambda state: True, dict),
 ]

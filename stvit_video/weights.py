@@ -109,7 +109,8 @@ def load_weights(
     other_classes = _choose_classes(state, contents, class_names, report)
     of_images = _of_images(state, contents.adapter.convert is dict)
     windows = _windows(model)
-    lacking = tuple(part for part in ("head.", "norm.") if not any(t.startswith(part) for t in targets))
+    parts = ("head.", "norm.", "decode_head.", "auxiliary_head.")
+    lacking = tuple(part for part in parts if not any(t.startswith(part) for t in targets))
     report.mismatched = {
         f"{name}.num_heads": f"{contents.heads[name]} -> {count}"
         for name, count in _heads(model).items()
