@@ -40,7 +40,9 @@ class Adapter(NamedTuple):
     pixels: Pixels | None = None
 
 
-# What other projects' checkpoints hold, and the models here have no place for.
+# What other projects' checkpoints hold, and the models here have no place for; of the tokens the class
+# token is kept where a model has one.
+CLASS_TOKEN = ("cls_token", "pos_embed_class")
 TOKENS = ("cls_token", "dist_token", "reg_token", "register_tokens")
 DROPS = re.compile(
     rf"({'|'.join(TOKENS)}|mask_token|pos_embed_class)$"
@@ -54,19 +56,23 @@ def from_timm(state: State) -> State:
     """timm's ViT, DeiT and DINOv2, and whoever speaks its names: (1, N, C) positions, layer scale.
 
     The norm before a class token becomes the norm after pooling, which is what it is in a model pooled by
-    timm itself; class and register tokens and their positions are dropped.
+    timm itself. The class token's row of the positions becomes `pos_embed_class`, zero where it has none;
+    register tokens and their positions are dropped.
     """
     state = _common(state)
     table = state["pos_embed"]
     tokens = {name: state[name] for name in TOKENS if name in state}
     misshapen = {name for name, t in tokens.items() if t.ndim != 3 or t.shape[::2] != table.shape[::2]}
-    state["pos_embed"] = _patch_rows(table, tokens, any(".ls1." in name for name in state))
-    return {name: t for name, t in state.items() if not DROPS.match(name) or name in misshapen}
+    rows = state["pos_embed"] = _patch_rows(table, tokens, any(".ls1." in name for name in state))
+    if "cls_token" in tokens and not misshapen:
+        has = rows.shape[1] < table.shape[1]
+        state["pos_embed_class"] = table[:, :1] if has else torch.zeros_like(tokens["cls_token"])
+    return _without_drops(state) | {name: state[name] for name in misshapen}
 
 
 def from_videomae(state: State) -> State:
     """VideoMAE and V2, pre-trained encoder or fine-tuned: biases of q and v alone (k has none)."""
-    state = {name: tensor for name, tensor in _common(state).items() if not DROPS.match(name)}
+    state = _without_drops(_common(state))
     for name in [name for name in state if name.endswith(".q_bias")]:
         block = name.removesuffix("q_bias")
         q, v, joined = state[name], state.get(f"{block}v_bias"), f"{block}qkv.bias"
@@ -99,8 +105,7 @@ def from_hugging_face(state: State) -> State:
         name = re.sub(r"attn\.([qkv])_bias$", lambda m: f"attn.{m[1]}.bias", name)
         return re.sub(r"attn\.(q|k|v)(uery|ey|alue)\.", r"attn.\1.", name)
 
-    state = _joined(_common(_renamed(state, rename)))
-    return {name: tensor for name, tensor in state.items() if not DROPS.match(name)}
+    return _without_drops(_joined(_common(_renamed(state, rename))))
 
 
 def from_mae_st(state: State) -> State:
@@ -114,7 +119,7 @@ def from_mae_st(state: State) -> State:
         if grid is not None and grid.shape[-1] == time.shape[-1]:
             state["pos_embed"] = grid + time.unflatten(1, (-1, 1, 1))
             del state["pos_embed_spatial"], state["pos_embed_temporal"]
-    return {name: tensor for name, tensor in state.items() if not DROPS.match(name)}
+    return _without_drops(state)
 
 
 def from_torchvision_swin(state: State) -> State:
@@ -168,6 +173,36 @@ def from_stvit_r(state: State) -> State:
     return _renamed(state, rename)
 
 
+SEGVIT = {
+    "ln1.": "norm1.",
+    "ln2.": "norm2.",
+    "attn.attn.in_proj_": "attn.qkv.",
+    "attn.attn.out_proj.": "attn.proj.",
+    "ffn.layers.0.0.": "mlp.fc1.",
+    "ffn.layers.1.": "mlp.fc2.",
+}
+
+
+def from_segvit(state: State) -> State:
+    """SegViT and Dynamic Token Pruning: mmsegmentation's ViT, and ATM heads, whose names begin with
+    `decode_head.` or `auxiliary_head.N.` as theirs do."""
+
+    def rename(name: str) -> str:
+        if re.match(r"(decode_head|auxiliary_head\.\d+)\.", name):
+            name = re.sub(
+                r"(input_proj|proj_norm|decoder)_(\d)\.", lambda m: f"{m[1]}.{int(m[2]) - 1}.", name
+            )
+            name = re.sub(r"\.(input_proj|proj_norm)\.(?!\d)", r".\1.0.", name)
+            return re.sub(r"\.decoder\.(\d\.)?layers\.", lambda m: f".decoder.{m[1] or '0.'}", name)
+        name = re.sub(r"^layers\.", "blocks.", name).replace("patch_embed.projection.", "patch_embed.proj.")
+        name = re.sub(r"^ln1\.", "norm.", name)
+        for theirs, ours in SEGVIT.items():
+            name = name.replace(f".{theirs}", f".{ours}") if name.startswith("blocks.") else name
+        return name
+
+    return from_timm(_renamed(state, rename))
+
+
 def square(table: Tensor) -> Tensor | None:
     """A flat table (1, N, C) as the grid (1, 1, n, n, C) of a square image; None if N is 0 or no square."""
     side = math.isqrt(table.shape[1])
@@ -179,6 +214,10 @@ def _renamed(state: State, rename: Callable[[str], str]) -> State:
     names = {name: rename(name) for name in state if not RECOMPUTED.search(name)}
     times = Counter(names.values())
     return {new if times[new] == 1 else name: state[name] for name, new in names.items()}
+
+
+def _without_drops(state: State) -> State:
+    return {name: t for name, t in state.items() if name in CLASS_TOKEN or not DROPS.match(name)}
 
 
 def _common(state: State) -> State:
@@ -255,6 +294,7 @@ ADAPTERS = [
     ),
     Adapter("Microsoft Swin", _named(r"^layers\.0\.downsample\."), from_microsoft_swin, pixels=IMAGENET),
     Adapter("MAE-ST", _named("^pos_embed_spatial$"), from_mae_st, pixels=SLOWFAST),
+    Adapter("SegViT", _named(r"^layers\.0\.ln1\."), from_segvit),
     Adapter("timm ViT", lambda s: "pos_embed" in s and s["pos_embed"].ndim == 3, from_timm),
     Adapter("this toolbox", lambda state: True, dict),
 ]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .adapters import ADAPTERS, DETECTOR, DROPS, RECOMPUTED, Adapter, Pixels, State, square
+from .adapters import ADAPTERS, CLASS_TOKEN, DETECTOR, DROPS, RECOMPUTED, Adapter, Pixels, State, square
 from .errors import InputError, nearest
 from .files import FileError, read_torch
 from .models.embed import Size3, resize_grid, sincos_table
@@ -121,14 +121,16 @@ def _fit_into(
     class_names: Sequence[str] | None,
 ) -> LoadReport:
     report = LoadReport(contents.name, contents.adapter.origin, pixels=contents.pixels)
-    state = contents.adapter.convert(contents.state)
+    state, targets = contents.adapter.convert(contents.state), model.state_dict()
+    if CLASS_TOKEN[0] not in targets and state.keys() >= set(CLASS_TOKEN):
+        state = {name: tensor for name, tensor in state.items() if name not in CLASS_TOKEN}
     report.dropped = _dropped(contents.state, state)
-    targets = model.state_dict()
     _fold_layer_scale(state, targets, report)
     other_classes = _choose_classes(state, contents, class_names, report)
     of_images = _of_images(state, contents.adapter.convert is dict)
     windows = _windows(model)
-    lacking = tuple(part for part in ("head.", "norm.") if not any(t.startswith(part) for t in targets))
+    parts = ("head.", "norm.", "decode_head.", "auxiliary_head.")
+    lacking = tuple(part for part in parts if not any(t.startswith(part) for t in targets))
     report.mismatched = {
         f"{name}.num_heads": f"{contents.heads[name]} -> {count}"
         for name, count in _heads(model).items()
@@ -317,8 +319,10 @@ def _dropped(before: State, after: State) -> dict[str, str]:
     dropped |= {name: "recomputed from sizes" for name in gone if RECOMPUTED.search(name)}
     table, left = before.get("pos_embed"), after.get("pos_embed")
     if table is not None and table.ndim == left.ndim == 3 and left.shape[1] < table.shape[1]:
-        rows = table.shape[1] - left.shape[1]
-        dropped[f"pos_embed[:, :{rows}]"] = f"(1, {rows}, {table.shape[2]})"
+        first, end = after.keys() >= set(CLASS_TOKEN), table.shape[1] - left.shape[1]
+        if first < end:
+            place = f"pos_embed[:, {int(first) or ''}:{end}]"
+            dropped[place] = f"(1, {end - first}, {table.shape[2]})"
     return dropped
 
 

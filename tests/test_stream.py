@@ -35,8 +35,9 @@ def make(base_window=2, name="stvit_tiny_patch16_224", **more):
 
 @pytest.mark.parametrize("base_window", [1, 2, 4])
 @pytest.mark.parametrize("name", ["stvit_tiny_patch16_224", "pool_vit_tiny_patch16_224"])
-def test_chunks_joined_are_the_clip(name, base_window):
-    model, clips = make(base_window, name), torch.randn(3, 3, 8, 16, 16)
+@pytest.mark.parametrize("class_token", [False, True])
+def test_chunks_joined_are_the_clip(name, base_window, class_token):
+    model, clips = make(base_window, name, class_token=class_token), torch.randn(3, 3, 8, 16, 16)
     chunks = clips.unflatten(2, (model.chunks, -1)).transpose(1, 2)
     tokens = model.chunk_tokens(chunks.flatten(0, 1)).unflatten(0, (3, -1))
     assert model.chunks == 4 // base_window
@@ -59,8 +60,10 @@ def test_a_chunk_knows_nothing_of_the_others_before_they_are_joined():
     assert torch.allclose(model(swapped), model(clips), atol=1e-6)
 
 
-def test_one_chunk_without_a_vector_is_the_plain_model():
-    plain, one, clips = make(None), make(4), torch.randn(2, 3, 8, 16, 16)
+@pytest.mark.parametrize("class_token", [False, True])
+def test_one_chunk_without_a_vector_is_the_plain_model(class_token):
+    plain, one = (make(window, class_token=class_token) for window in (None, 4))
+    clips = torch.randn(2, 3, 8, 16, 16)
     one.load_state_dict(plain.state_dict() | {"chunk_embed": torch.zeros(1, 1, 1, 24)})
     assert torch.equal(one(clips), plain(clips))
 

@@ -38,7 +38,7 @@ every_plan = pytest.mark.parametrize("plan", PLANS)
 
 def model_of(plan, **sizes):
     torch.manual_seed(0)
-    model = VideoViT(**SIZES | sizes, reducers=PLANS[plan])
+    model = VideoViT(**SIZES | sizes, reducers=PLANS.get(plan))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)

@@ -41,7 +41,7 @@ class PooledTokens(nn.Module):
     def forward(self, tokens: Tokens, layers: Sequence[Block], clip: Tensor | None = None) -> Tokens:
         """Any tokens -> (B, t*h*w, C)."""
         x = self.pool(tokens.to_grid(), self.tokens).flatten(1, 3)
-        return Tokens(x, tokens.grid, self.token)
+        return Tokens(x, tokens.grid, self.token, class_token=tokens.class_token)
 
 
 class RandomTokens(nn.Module):
@@ -68,7 +68,9 @@ class RandomTokens(nn.Module):
                 for n, size in zip(self.places, tokens.grid, strict=True)
             ]
             kept = flat_index(middles, tokens.grid)
-        return Tokens(select(x, kept), tokens.grid, _nearest(kept, tokens.grid))
+        return Tokens(
+            select(x, kept), tokens.grid, _nearest(kept, tokens.grid), class_token=tokens.class_token
+        )
 
 
 def _nearest(kept: Tensor, grid: Size3) -> Tensor:
@@ -106,16 +108,19 @@ class MergedTokens(nn.Module):
     def forward(self, tokens: Tokens, layers: Sequence[Block], clip: Tensor | None = None) -> Tokens:
         """Any tokens (B, N, C) and a layer -> (B, n, C)."""
         (layer,) = layers
-        x, keys = layer.attend(tokens.x, tokens.bias())
+        x, keys = layer.attend(tokens.sequence(), tokens.bias())
+        tokens = tokens.with_sequence(x)
         size = None if tokens.token is None else tokens.sizes()
-        x, weight, joined = merge_similar(x, keys, self.budget, size, r=self.tome_r)
+        keys = keys[:, -tokens.x.shape[1] :]
+        x, weight, joined = merge_similar(tokens.x, keys, self.budget, size, r=self.tome_r)
         token = joined
         if tokens.token is not None:
             token = joined.gather(1, tokens.places().clamp(min=0)).masked_fill(tokens.token < 0, -1)
         asked = weight if self.proportional else None
         if asked is None and tokens.asked is not None:
             asked = (weight > 0).float()  # there may be padding
-        return tokens._replace(x=layer.transform(x), token=token, weight=weight, asked=asked)
+        tokens = tokens._replace(x=x, token=token, weight=weight, asked=asked)
+        return tokens.with_sequence(layer.transform(tokens.sequence()))
 
 
 def merge_similar(

@@ -5,6 +5,7 @@ pooling over time and space is this project's extension to video. On the whole g
 ViT), in windows (`SemanticWindows`, for Swin), and back to the patches (its `recover`, STViT-R).
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -49,7 +50,7 @@ class SemanticTokens(nn.Module):
     def forward(self, tokens: Tokens, layers: Sequence[Block], clip: Tensor | None = None) -> Tokens:
         """Any tokens and the semantic layers -> (B, t*h*w, C)."""
         x = _semantic_layer(layers[-1], *self._last_question(tokens, layers))
-        return Tokens(x, tokens.grid, self.token)
+        return Tokens(x, tokens.grid, self.token, class_token=tokens.class_token).with_sequence(x)
 
     def maps(self, tokens: Tokens, layers: Sequence[Block]) -> Tensor:
         """How much each semantic token took from each patch: (B, t*h*w, T, H, W), each summing to 1.
@@ -58,19 +59,24 @@ class SemanticTokens(nn.Module):
         """
         query, bias, *context = self._last_question(tokens, layers)
         weights = layers[-1].attention_map(query, torch.cat(context, 1), bias=bias).mean(1)
-        weights = tokens.share(weights[..., -tokens.x.shape[1] :])
+        weights = tokens.share(weights[:, -math.prod(self.tokens) :, -tokens.x.shape[1] :])
         return (weights / weights.sum(-1, keepdim=True)).unflatten(-1, tokens.grid)
 
     def _last_question(self, tokens: Tokens, layers: Sequence[Block]) -> tuple[Tensor | None, ...]:
-        """What the last layer asks (B, t*h*w, C), the bias, and whom: (B, M, C), one part or two."""
-        query = self.pool(tokens.to_grid(), self.tokens).flatten(1, 3)
-        bias, context = tokens.bias(), (tokens.x,)
+        """What the last layer asks (B, t*h*w, C), the bias, and whom: (B, M, C), one part or two.
+
+        A class token is the first query and the first key.
+        """
+        pooled = self.pool(tokens.to_grid(), self.tokens).flatten(1, 3)
+        query = tokens._replace(x=pooled).sequence()
+        bias, context = tokens.bias(), (tokens.sequence(),)
         for i, layer in enumerate(layers[:-1]):
             made = query = _semantic_layer(layer, query, bias, *context)
             if i == 0:
                 if self.centres is not None:
-                    query = made + self.centres.flatten(1, 3)
-                bias = None if bias is None else F.pad(bias, (made.shape[1], 0))
+                    centres = self.centres.flatten(1, 3)
+                    query = made + F.pad(centres, (0, 0, made.shape[1] - centres.shape[1], 0))
+                bias = None if bias is None else F.pad(bias, (pooled.shape[1], 0))
             context = (made, tokens.x)
         return query, bias, *context
 

@@ -31,6 +31,8 @@ class Sizes:
     """Width of a layer's hidden layer over embed_dim."""
     pos_embed: Literal["learned", "sincos"] | Auto = "auto"
     """Position table: learned, or VideoMAE's fixed sine-cosine."""
+    class_token: bool | Auto = "auto"
+    """One more token (ViT), which the head sees instead of the mean: AugReg, DeiT, DINO."""
     semantic_tokens: Three | None | Auto = "auto"
     """How many semantic tokens (time, height, width; Swin: of each window); null: the dense backbone."""
     reducer: Literal[*REDUCERS] | Auto = "auto"

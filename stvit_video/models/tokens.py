@@ -21,6 +21,7 @@ class Tokens(NamedTuple):
     weight: (B or 1, N) float32, how much each counts in a mean over tokens; 0: padding; None: all alike.
     asked: (B or 1, N) float32, as how many tokens each is asked; 0: padding, never; None: all as one.
     left: (B, P, C), the features that patches had when their token left, zero elsewhere; None: none has.
+    class_token: (B, 1, C), which stands for no patch and counts among the N nowhere; None: there is none.
     """
 
     x: Tensor
@@ -29,6 +30,7 @@ class Tokens(NamedTuple):
     weight: Tensor | None = None
     asked: Tensor | None = None
     left: Tensor | None = None
+    class_token: Tensor | None = None
 
     @classmethod
     def of(cls, grid: Tensor) -> "Tokens":
@@ -48,15 +50,27 @@ class Tokens(NamedTuple):
         sizes = torch.zeros(self.x.shape[:2], device=token.device)
         return sizes.scatter_add(1, token.clamp(min=0), (token >= 0).float())
 
+    def sequence(self) -> Tensor:
+        """What attends to itself: the class token, where there is one, then x. (B, N or 1 + N, C)."""
+        return self.x if self.class_token is None else torch.cat([self.class_token, self.x], 1)
+
+    def with_sequence(self, x: Tensor) -> "Tokens":
+        """These features instead of those of `sequence`."""
+        if self.class_token is None:
+            return self._replace(x=x)
+        return self._replace(class_token=x[:, :1], x=x[:, 1:])
+
     def bias(self, dtype: torch.dtype | None = None) -> Tensor | None:
-        """What is added to attention's scores: (B or 1, 1, 1, N), by default of the dtype of x.
+        """What is added to attention's scores: (B or 1, 1, 1, N or 1 + N), as in `sequence`; by default of
+        the dtype of x.
 
         None where all tokens are asked alike. A clip of padding alone gives no NaN.
         """
         if self.asked is None:
             return None
         bias = self.asked.clamp(min=1).log().to(dtype or self.x.dtype)
-        return bias.masked_fill(self.asked == 0, PADDING)[:, None, None]
+        bias = bias.masked_fill(self.asked == 0, PADDING)[:, None, None]
+        return bias if self.class_token is None else F.pad(bias, (1, 0))
 
     def to_grid(self) -> Tensor:
         """(B, t, h, w, C): every patch with its token's features, or those that it left with."""
@@ -76,7 +90,9 @@ class Tokens(NamedTuple):
         return part.gather(2, token.clamp(min=0)) * (token >= 0)
 
     def pooled(self) -> Tensor:
-        """(B, C): the mean by weight; a patch that has left counts as one."""
+        """(B, C): the class token; without one the mean by weight, a patch that has left counts as one."""
+        if self.class_token is not None:
+            return self.class_token[:, 0]
         if self.weight is None:
             return self.x.mean(1)
         total = self.weight.sum(1, keepdim=True)
@@ -89,8 +105,11 @@ class Tokens(NamedTuple):
     def leave(self, gone: Tensor) -> "Tokens":
         """gone (B, N) bool -> without these tokens. Their patches keep the features that they have now.
 
-        x becomes as short as the clip that keeps most allows: how many go shows in its shape.
+        x becomes as short as the clip that keeps most allows: how many go shows in its shape. Where none
+        does, these tokens come back as they are.
         """
+        if not gone.is_meta and not gone.any():
+            return self
         token, sizes = self.places(), self.sizes()
         kept = ~gone & (sizes > 0)
         number = kept.sum(1, keepdim=True)
@@ -99,13 +118,15 @@ class Tokens(NamedTuple):
         real = torch.arange(n, device=gone.device) < number
         place = torch.where(kept, kept.cumsum(1) - 1, -1).gather(1, token.clamp(min=0))
         place = place.masked_fill(token < 0, -1)
-        asked = torch.ones_like(sizes) if self.asked is None else self.asked.expand_as(sizes)
-        return Tokens(
-            select(self.x, order),
-            self.grid,
+        asked = None
+        if self.asked is not None or not real.all():
+            asked = torch.ones_like(sizes) if self.asked is None else self.asked.expand_as(sizes)
+            asked = asked.gather(1, order) * real
+        return self._replace(
+            x=select(self.x, order),
             token=place,
             weight=sizes.gather(1, order) * real,
-            asked=asked.gather(1, order) * real,
+            asked=asked,
             left=self.to_grid().flatten(1, 3).masked_fill((place >= 0)[..., None], 0),
         )
 
@@ -139,6 +160,7 @@ def batch(parts: Sequence[Tokens]) -> Tokens:
         weight=rows("weight"),
         asked=rows("asked"),
         left=left,
+        class_token=None if parts[0].class_token is None else torch.cat([p.class_token for p in parts]),
     )
 
 

@@ -23,6 +23,7 @@ class VideoViT(nn.Module):
         uses layers out of `depth`: none is added. The first that makes semantic tokens is `semantic`.
     pos_embed: "learned", or "sincos" (VideoMAE's fixed table).
     layer_scale: initial value, in the layers from the first reducer on (all layers of a dense model).
+    class_token: one more token from end to end, which stands for no patch; the head sees it alone.
     base_window: tubelets of a chunk of the clip. Layers up to the reducer's last stay within chunks, which
         are all alike to them; then the chunks' tokens are joined, with a learned vector for each chunk's
         place: a stream computes its chunks once (`chunk_tokens`, `join`). None: no chunks.
@@ -44,6 +45,7 @@ class VideoViT(nn.Module):
         reducers: Mapping[int, MakeReducer] | None = None,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        class_token: bool = False,
         checkpointing: bool = False,
         base_window: int | None = None,
     ):
@@ -58,6 +60,9 @@ class VideoViT(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, *grid, embed_dim))
         else:
             self.register_buffer("pos_embed", sincos_table(grid, embed_dim), persistent=False)
+        for name in ("cls_token", "pos_embed_class"):  # timm's name, MAE-ST's
+            table = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+            self.register_parameter(name, table)
 
         self.semantic, self._plan = (
             None,
@@ -117,7 +122,8 @@ class VideoViT(nn.Module):
         return self.head(self.pooled_features(x))
 
     def pooled_features(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> (B, C): the mean of the last tokens, normalised; what the head sees.
+        """(B, 3, T, H, W) -> (B, C): the class token or the mean of the last tokens, normalised; what the
+        head sees.
 
         Merged tokens count as often as they have patches in them.
         """
@@ -172,14 +178,15 @@ class VideoViT(nn.Module):
         return every.flatten(3, 4).flatten(1, 2)
 
     def chunk_tokens(self, x: Tensor) -> Tensor:
-        """Chunks of clips (B, 3, T / chunks, H, W) -> their tokens (B, n / chunks, C), for `join`.
+        """Chunks of clips (B, 3, T / chunks, H, W) -> their tokens (B, n / chunks, C), for `join`; a class
+        token first, where the model has one: of chunks that are joined it is the mean.
 
         Raises ValueError for a model without chunks (base_window=None).
         """
         if self.chunk_embed is None:
             raise ValueError("base_window=None: this model's clips have no chunks")
         *_, (_, tokens) = self._chunk_layers(x)
-        return tokens.x
+        return tokens.sequence()
 
     def join(self, chunks: Tensor) -> Tensor:
         """Tokens of a clip's chunks in order, (B, chunks, n / chunks, C) -> what `forward` gives."""
@@ -195,10 +202,10 @@ class VideoViT(nn.Module):
             yield from self._chunk_layers(x)
             return
         for layer, tokens in self._chunk_layers(x):
-            chunks = tokens.x.unflatten(0, (-1, self.chunks))
             if tokens.token is None:
-                yield layer, Tokens(chunks.flatten(1, 2), self._joined_size(tokens.grid))
-        yield from self._joined_layers(chunks)
+                patches = tokens.x.unflatten(0, (-1, self.chunks)).flatten(1, 2)
+                yield layer, Tokens(patches, self._joined_size(tokens.grid))
+        yield from self._joined_layers(tokens.sequence().unflatten(0, (-1, self.chunks)))
 
     def _chunk_layers(self, x: Tensor) -> Iterator[tuple[int, Tokens]]:
         """`_layers` of every chunk as a clip of its own, up to the tokens to be joined; else all layers."""
@@ -207,15 +214,21 @@ class VideoViT(nn.Module):
             (base, (reducer, used, _)), x = segments, _cut(as_clip(x), self.patch_embed.clip_size[0])
             segments = [base, (reducer, used, [])]
         tokens = Tokens.of(self.patch_embed(x) + self.pos_embed)
+        if self.cls_token is not None:
+            token = (self.cls_token + self.pos_embed_class).to(tokens.x.dtype)
+            tokens = tokens._replace(class_token=token.expand(x.shape[0], -1, -1))
         yield 0, tokens
         yield from self._run(tokens, 0, segments, x)
 
     def _joined_layers(self, chunks: Tensor) -> Iterator[tuple[int, Tokens]]:
         """`_layers` from the tokens of chunks (B, chunks, n, C) on."""
         _, (reducer, used, rest) = self.segments
-        x, layer = (chunks + self.chunk_embed).flatten(1, 2), self._plan[1][2]
+        token, layer = None, self._plan[1][2]
+        if self.cls_token is not None:
+            token, chunks = chunks[:, :, :1].mean(1), chunks[:, :, 1:]
+        x = (chunks + self.chunk_embed).flatten(1, 2)
         grid, size = (self._joined_size(n) for n in (self.patch_embed.grid, reducer.tokens))
-        tokens = Tokens(x, grid, regions(grid, size).to(x.device))
+        tokens = Tokens(x, grid, regions(grid, size).to(x.device), class_token=token)
         if used or not rest:
             yield layer, tokens
         yield from self._run(tokens, layer, [(None, [], rest)], None)
@@ -230,7 +243,7 @@ class VideoViT(nn.Module):
                     yield layer, tokens
             bias = tokens.bias()
             for block in rest:
-                tokens, layer = tokens._replace(x=block(tokens.x, bias=bias)), layer + 1
+                tokens, layer = tokens.with_sequence(block(tokens.sequence(), bias=bias)), layer + 1
                 yield layer, tokens
 
     def _joined_size(self, size: Size3) -> Size3:
@@ -239,7 +252,7 @@ class VideoViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that AdamW leaves undecayed, beside one-dimensional ones (timm's protocol)."""
-        ends = ("pos_embed", "chunk_embed", "centres")
+        ends = ("cls_token", "pos_embed", "pos_embed_class", "chunk_embed", "centres")
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ends}
 
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -252,7 +265,11 @@ class VideoViT(nn.Module):
             blocks.append((rf"^{name}\.", (min(first + 1, max(rest - 1, first)),)))
         if self.chunk_embed is not None:  # joins the first layer after the reducer
             blocks.append((r"^chunk_embed", (min(self._plan[1][2], len(self.blocks) - 1),)))
-        return {"stem": r"^(?:pos_embed|patch_embed)", "blocks": blocks, "head": r"^(?:fc_norm|head)"}
+        return {
+            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
+            "blocks": blocks,
+            "head": r"^(?:fc_norm|head)",
+        }
 
 
 def count_chunks(num_frames: int, patch_size: Size3, base_window: int | None) -> int:
