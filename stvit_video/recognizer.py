@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .build import build_sampling, build_task, build_test_views
-from .config import Config, from_dict
+from .config import Config, from_dict, settle_pixels
 from .data.decode import DecodeError, Video, open_video
 from .data.guard import GivenUp, Guard, guarded_in_order
 from .data.stream import EVERY, Window, WindowReader
@@ -42,7 +42,8 @@ def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
     missing = {"config", "class_names", "model", "ema"} - values.keys()
     if missing:
         raise checkpoint.CheckpointError(f"{path}: holds no {min(missing)}")
-    config, model = from_dict(values["config"], str(path)), rebuild(values, str(path))
+    config = settle_pixels(from_dict(values["config"], str(path)), None)  # older ones lack some
+    model = rebuild(values, str(path))
     try:
         model.load_state_dict(values["model"] if values["ema"] is None else values["ema"])
     except RuntimeError as error:

@@ -67,7 +67,7 @@ def introduce(
     cost = multiply_adds(model, num_frames=config.data.num_frames, image_size=config.data.image_size)
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
+        f"{model.built['name']}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
         f"a view of {config.data.num_frames}x{config.data.image_size}x{config.data.image_size}, "
         f"{outputs} classes"
     )

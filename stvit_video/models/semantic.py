@@ -217,8 +217,8 @@ class SemanticWindows(nn.Module):
 
         group = size if i % 2 else count
         regroup = around if context is not None and i % 2 == 0 else None
-        parts = windows.partition(tokens, group)
-        parts = layer(parts, context, regroup=regroup, windows=len(parts) // len(tokens))
+        number = size.numel() // math.prod(group)  # of windows
+        parts = layer(windows.partition(tokens, group), context, regroup=regroup, windows=number)
         return windows.merge(parts, group, size)
 
 
