@@ -49,6 +49,8 @@ class Sizes:
     """Layers after the semantic ones ask a token as often as it stands for patches (ViT)."""
     proportional: bool | Auto = "auto"
     """Token merging: a merged token is asked as often as it has patches in it."""
+    dropout: Annotated[float, Range(0, 0.999)] | Auto = "auto"
+    """Share of the features before the head that is dropped in training."""
     drop_path: Annotated[float, Range(0, 0.999)] | Auto = "auto"
     """Stochastic depth: rate of the last layer, rising linearly from 0."""
     layer_scale: float | None | Auto = "auto"

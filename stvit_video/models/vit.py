@@ -22,6 +22,7 @@ class VideoViT(nn.Module):
     reducers: by the number of layers before each, what makes it of (grid, width): see `reducers`. A reducer
         uses layers out of `depth`: none is added. The first that makes semantic tokens is `semantic`.
     pos_embed: "learned", or "sincos" (VideoMAE's fixed table).
+    dropout: of the features before the head.
     layer_scale: initial value, in the layers from the first reducer on (all layers of a dense model).
     Raises ValueError, naming value and rule, where sizes do not fit each other.
     """
@@ -39,6 +40,7 @@ class VideoViT(nn.Module):
         mlp_ratio: float = 4.0,
         pos_embed: str = "learned",
         reducers: Mapping[int, MakeReducer] | None = None,
+        dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         checkpointing: bool = False,
@@ -71,7 +73,7 @@ class VideoViT(nn.Module):
             )
             for i, rate in enumerate(calculate_drop_path_rates(drop_path, depth))
         )
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.fc_norm, self.dropout = nn.LayerNorm(embed_dim, eps=1e-6), nn.Dropout(dropout)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         init_weights(self)
 
@@ -99,7 +101,7 @@ class VideoViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W), or (B, 3, H, W) in image mode -> logits (B, num_classes), or pooled features."""
-        return self.head(self.pooled_features(x))
+        return self.head(self.dropout(self.pooled_features(x)))
 
     def pooled_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, C): the mean of the last tokens, normalised; what the head sees.
