@@ -3,11 +3,13 @@
 import dataclasses
 import hashlib
 import os
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,11 +28,25 @@ from .engine import checkpoint, distributed
 from .engine.job import Job, Task, Views
 from .models.zoo import create_model
 from .tasks import TASKS
-from .weights import LoadReport, Pixels, load_weights, rebuild
+from .weights import LoadReport, Pixels, load_weights, model_of, rebuild
+
+
+def with_model(config: Config) -> Config:
+    """`model.name: auto` as the name and sizes of `model.weights`; sizes that are set stay.
+
+    Raises ConfigError without weights, WeightsError where they do not tell.
+    """
+    if config.model.name != "auto":
+        return config
+    if config.model.weights is None:
+        raise ConfigError("model.name=auto is the model of model.weights: give --model.weights FILE")
+    sizes = model_of(config.model.weights, num_frames=config.data.num_frames)
+    return replace(config, model=replace(config.model, **sizes | config.model.sizes()))
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """The model with random weights. Raises ConfigError where sizes do not fit."""
+    config = with_model(config)
     heads = TASKS[config.task].heads
     head = heads[0] if config.model.head == "auto" else config.model.head
     if head not in heads:
@@ -58,7 +74,8 @@ def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
     missing = {"config", "class_names", "model", "ema"} - values.keys()
     if missing:
         raise checkpoint.CheckpointError(f"{path}: holds no {min(missing)}")
-    config, model = from_dict(values["config"], str(path)), rebuild(values, str(path))
+    config = settle_pixels(from_dict(values["config"], str(path)), None)  # older ones lack some
+    model = rebuild(values, str(path))
     try:
         model.load_state_dict(values["model"] if values["ema"] is None else values["ema"])
     except RuntimeError as error:
@@ -77,7 +94,7 @@ def load_teacher(config: Config, task: Task, class_names: Sequence[str]) -> None
         raise ConfigError(
             f"train.teacher={path}: its classes are not those of data.train={config.data.train}"
         )
-    for key in ("num_frames", "image_size", "mean", "std"):
+    for key in ("num_frames", "image_size", "mean", "std", "interpolation"):
         ours, value = (getattr(c.data, key) for c in (config, theirs))
         if ours != value:
             raise ConfigError(f"train.teacher={path}: was trained with data.{key}={value}, not {ours}")
@@ -103,11 +120,11 @@ def load_pretrained(
 
 
 def with_pixels(config: Config, report: LoadReport | None) -> Config:
-    """The settings with the normalisation of the weights; the report notes what contradicts it."""
+    """The settings with the pixels of the weights; the report notes what contradicts them."""
     if report is None:
         return settle_pixels(config, None)
     settled, wanted = settle_pixels(config, report.pixels), report.pixels
-    has = Pixels(settled.data.mean, settled.data.std)
+    has = Pixels(settled.data.mean, settled.data.std, settled.data.interpolation)
     if wanted is None:
         report.notes.append(
             f"does not say how its pixels were normalised: data.mean={list(has.mean)}, data.std="
@@ -115,8 +132,9 @@ def with_pixels(config: Config, report: LoadReport | None) -> Config:
         )
     elif has != wanted:
         report.notes.append(
-            f"was trained with mean {list(wanted.mean)}, std {list(wanted.std)}, and is given data.mean="
-            f"{list(has.mean)}, data.std={list(has.std)}"
+            f"was trained with mean {list(wanted.mean)}, std {list(wanted.std)}, {wanted.interpolation}, "
+            f"and is given data.mean={list(has.mean)}, data.std={list(has.std)}, data.interpolation="
+            f"{has.interpolation}"
         )
     return settled
 
@@ -153,6 +171,7 @@ def build_job(
     pretrained: False leaves `model.weights` alone, for a run that goes on from its own checkpoint.
     """
     rows, class_names = read_split(config, "train")
+    config = with_model(config)
     torch.manual_seed(config.seed)
     model = build_model(config, build_task(config, class_names).outputs)
     report = load_pretrained(config, model, class_names) if pretrained else None
@@ -165,7 +184,7 @@ def build_job(
             "data.flip=swap: no class name says left or right; a list of numbers needs data.class_names"
         )
     loader, val_loader = build_train_loader(config, task, rows, device), None
-    if config.data.val is not None:
+    if config.data.val is not None or config.data.hold_back:
         val_rows, _ = read_split(config, "val", class_names)
         if all(row.target is None for row in val_rows):
             raise ConfigError(f"data.val={config.data.val} has no labels to validate with")
@@ -193,12 +212,15 @@ def read_split(
 ) -> tuple[Rows, list[str]]:
     """The rows of `data.train`, `data.val` or `data.test`, and the class names by id.
 
+    Without `data.val`, `data.hold_back` shares out the rows of `data.train`: see `hold_back`.
     class_names: names that decide the ids, from the training list or a checkpoint. Without them they come
     from `data.class_names`, the list itself, or the numbers 0..K-1.
     Raises ConfigError or ListError.
     """
     data = config.data
     path = getattr(data, split) or (data.val if split == "test" else None)
+    shared_out = data.hold_back > 0 and data.val is None and path in (None, data.train)
+    path = data.train if shared_out else path
     if path is None:
         raise ConfigError(f"data.{split} is not set: a list file or a folder of class folders")
     if data.decoder == "decord" and find_spec("decord") is None:
@@ -218,7 +240,30 @@ def read_split(
     for row in rows:
         if max(class_ids(row.target), default=0) >= len(names):
             raise ConfigError(f"{path}: label {row.target} of {row.path}: must be below {len(names)}")
+    if shared_out:
+        rows = hold_back(rows, data.hold_back, config.seed)[split != "train"]
     return rows, list(names)
+
+
+def hold_back(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+    """-> the rows to train on, and those to validate on: of each class `share`, rounded, at least one.
+
+    Which ones depends on the seed and the class alone. Raises ConfigError where a class has but one video.
+    """
+    classes: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        classes.setdefault(row.target, []).append(i)
+    held = set()
+    for target, members in classes.items():
+        count = max(round(share * len(members)), 1)
+        if count >= len(members):
+            raise ConfigError(
+                f"data.hold_back={share:g}: class {target} has {len(members)} videos, none would be left "
+                "to train on; give data.val"
+            )
+        held.update(random.Random(f"{seed} {target}").sample(members, count))
+    parts = ([row for i, row in enumerate(rows) if (i in held) == back] for back in (False, True))
+    return tuple(Rows(part, rows.class_names) for part in parts)
 
 
 def read_lists(config: Config) -> tuple[dict[str, list[Row]], list[str], dict[str, ListError]]:
@@ -289,13 +334,13 @@ def build_sampling(data: DataConfig) -> Sampling:
 
 
 def build_test_views(config: Config, task: Task, clips: int, crops: int) -> Views:
-    sampling, ratio = build_sampling(config.data), config.eval.crop_ratio
-    return task.test_views(sampling, config.data, clips=clips, crops=crops, crop_ratio=ratio)
+    data, ratio = settle_pixels(config, None).data, config.eval.crop_ratio
+    return task.test_views(build_sampling(data), data, clips=clips, crops=crops, crop_ratio=ratio)
 
 
 def build_train_loader(config: Config, task: Task, rows: Sequence[Row], device: torch.device) -> DataLoader:
     """Raises InputError for rows that the task cannot be trained on."""
-    data = config.data
+    data = settle_pixels(config, None).data
     task.check(rows, f"data.train={data.train}")
     views = task.train_views(build_sampling(data), data)
     sampler = TrainSampler(

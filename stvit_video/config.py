@@ -37,11 +37,11 @@ class ModelConfig(Sizes):
     """The model: a name of `stvit_video.list_models()` and its sizes; `auto` is what the name says."""
 
     name: str = "stvit_small_patch16_224"
-    """Which model."""
+    """Which model; auto: the one that model.weights are for, sizes and all (of a dense one, its STViT)."""
     head: str | None = "auto"
     """What stands on the model: one of the task's heads, by name; auto: its first; null: a classifier."""
     weights: str | None = None
-    """Checkpoint to start from, of any origin: a file, or timm:NAME."""
+    """Checkpoint to start from, of any origin: a file, timm:NAME, or hf:OWNER/NAME."""
     inflate: Inflate = "average"
     """An image model's patch embedding over time: repeated and divided, or in the middle frame."""
     fresh: tuple[str, ...] = ("head", "centres", "chunk_embed")
@@ -63,6 +63,8 @@ class DataConfig:
     """Training list: any format of the field, a folder of class folders, or WebDataset shards."""
     val: str | None = None
     """Validation list, looked at every train.eval_every epochs with one view."""
+    hold_back: Share = 0.0
+    """Without a validation list: share of the training list that is one, of each class, by the seed."""
     test: str | None = None
     """Test list; null: the validation list."""
     format: str | None = None
@@ -91,6 +93,8 @@ class DataConfig:
     """Normalisation: RGB mean, of values from 0 to 1; auto: that of model.weights, else the preset's."""
     std: tuple[Positive, Positive, Positive] | Literal["auto"] | None = "auto"
     """Normalisation: RGB standard deviation; auto: that of model.weights, else the preset's."""
+    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    """How frames are resized; auto: as for model.weights, else bilinear."""
     flip: Literal["none", "all", "swap"] | None = None
     """Mirror half of the training clips: never, always, or with the left/right twin's label."""
     scale: tuple[Annotated[float, Range(1e-6, 1)], Annotated[float, Range(1e-6, 1)]] = (0.08, 1.0)
@@ -179,6 +183,7 @@ class Preset:
     crop_ratio: float = 1.0
     mean: Colour = IMAGENET.mean
     std: Colour = IMAGENET.std
+    interpolation: str = IMAGENET.interpolation
 
 
 PRESETS = {
@@ -195,7 +200,7 @@ def resolve(config: Config) -> Config:
 
     Sampling and flip are a data set's nature, and must be among the preset's; views are the caller's, and
     pixels belong to the weights: of them the preset has only what is not set. Where `model.weights` may
-    say more, `data.mean` and `data.std` are left to `settle_pixels`.
+    say more, `data.mean`, `data.std` and `data.interpolation` are left to `settle_pixels`.
     """
     preset, data = PRESETS[config.data.preset], {}
     for key, allowed in (("sampling", preset.samplings), ("flip", preset.flips)):
@@ -231,9 +236,9 @@ def resolve(config: Config) -> Config:
 
 
 def settle_pixels(config: Config, pixels: Pixels | None) -> Config:
-    """`data.mean` and `data.std` as numbers: where they are auto, those of the weights or the preset."""
+    """`data.mean`, `data.std`, `data.interpolation`: where they are auto, the weights' or the preset's."""
     source = pixels or PRESETS[config.data.preset]
-    values = {key: getattr(config.data, key) for key in ("mean", "std")}
+    values = {key: getattr(config.data, key) for key in Pixels._fields}
     values = {k: getattr(source, k) if v in ("auto", None) else v for k, v in values.items()}
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **values))
 

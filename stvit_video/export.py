@@ -30,7 +30,7 @@ FORMAT = "stvit_video export 1"
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.2}  # largest difference of a probability
 TRACED = 2  # clips of the batch that is traced: sizes 0 and 1 are special to torch.export
 METADATA = {
-    "data": ("num_frames", "stride", "target_fps", "sampling", "image_size"),
+    "data": ("num_frames", "stride", "target_fps", "sampling", "image_size", "interpolation"),
     "eval": ("crop_ratio", "clips", "crops", "view_batch"),
 }
 
@@ -115,6 +115,7 @@ def read(path: str | Path, device: torch.device) -> tuple[Config, list[str], Sco
     scores, details = (_read_pt2 if zipfile.is_zipfile(path) else _read_onnx)(path, device)
     if details.get("format") != FORMAT:
         raise ExportError(f"{path}: not written by stvit-export (its metadata has no format {FORMAT!r})")
+    details.setdefault("interpolation", "bilinear")  # files of version 0.4.0 do not say
     values = {group: {key: details[key] for key in keys} for group, keys in METADATA.items()}
     values |= {"task": details["task"], "model": {"name": details["model"]}}
     return from_dict(values, str(path)), details["class_names"], scores

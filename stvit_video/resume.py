@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ def discard_run(output: Path) -> None:
     for name in (*left, "curves.png"):
         (output / name).unlink(missing_ok=True)
     shutil.rmtree(output / "tensorboard", ignore_errors=True)
+
+
+def model_of_run(config: Config, state: dict[str, Any]) -> Config:
+    """With `model.name: auto` the run's name, and its sizes where none are set: its weights may be gone."""
+    if config.model.name != "auto":
+        return config
+    before = {k: v for k, v in state["config"]["model"].items() if getattr(config.model, k, None) == "auto"}
+    return replace(config, model=replace(config.model, **before))
 
 
 def check_resume(state: dict[str, Any], config: Config, job: Job, path: Path) -> None:

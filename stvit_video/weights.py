@@ -13,25 +13,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .adapters import ADAPTERS, CLASS_TOKEN, DETECTOR, DROPS, RECOMPUTED, Adapter, Pixels, State, square
-from .errors import InputError, nearest
 from .files import FileError, read_torch
+from .hub import WeightsError, from_hub, from_timm, published_pixels
 from .models.embed import Size3, resize_grid, sincos_table
 from .models.heads import WithHead
 from .models.windows import table_rows
 from .models.zoo import MODELS, create_model
 
 Inflate = Literal["average", "centre"]
-
-
-class WeightsError(InputError):
-    """A checkpoint that cannot be read or does not fit the model: says which tensors, and why."""
 
 
 @dataclass
@@ -41,7 +36,7 @@ class LoadReport:
     loaded: as they are; inflated: from image to video; resized: position tables and G, with the grid;
     fresh: left as initialised, as the caller allowed; dropped: what this architecture has no place for
     (class token, decoder); missing, unexpected, mismatched: what makes a load an error.
-    pixels: the mean and std that the weights were trained with; None: nothing says.
+    pixels: the mean, std and interpolation that the weights were trained with; None: nothing says.
     """
 
     source: str
@@ -90,7 +85,8 @@ def load_weights(
 
     A model with a head (`WithHead`) takes a backbone's checkpoint, too: its head is fresh then.
 
-    source: a file (.pth, .pt, .bin, .safetensors), its contents, a state dict, or "timm:NAME".
+    source: a file (.pth, .pt, .bin, .safetensors), its contents, a state dict, "timm:NAME", or
+        "hf:OWNER/NAME" of the Hugging Face Hub ("hf:OWNER/NAME/FILE": one of several files there).
     inflate: of a two-dimensional patch embedding, over the frames of a tubelet: "average" (repeated and
         divided) or "centre" (the middle frame, others zero). A still clip gets the image's tokens by both.
     fresh: name prefixes, at any module boundary, that may be missing or misshapen; what fits is loaded.
@@ -101,8 +97,7 @@ def load_weights(
     if inflate not in ("average", "centre"):
         raise ValueError(f"inflate={inflate!r} is none of ['average', 'centre']")
     contents = _parse(*_read(source))
-    if str(source).startswith("timm:"):
-        contents.pixels = _pixels_of_timm(str(source).removeprefix("timm:"))
+    contents.pixels = published_pixels(source) or contents.pixels
     of_backbone = not any(name.startswith("backbone.") for name in contents.state)
     if isinstance(model, WithHead) and of_backbone:
         if not _within("head", fresh):
@@ -168,6 +163,61 @@ def _fit_into(
     return report
 
 
+# ---- which model
+
+
+def model_of(source: str | Path | Mapping[str, Any], *, num_frames: int) -> dict[str, Any]:
+    """Which model a checkpoint is for: a name and sizes, as `create_model` takes them.
+
+    A checkpoint of this toolbox: what it was built with. A dense ViT or Swin of another project: the STViT
+    with its layers, known by their width and number; a ViT's semantic tokens start as patches of the grid,
+    which its layers know.
+    num_frames: of the clips to come; tubelets of an image model become as long as the name says.
+    Raises WeightsError for what cannot be read, and for layers that no name of `MODELS` has.
+    """
+    contents = _parse(*_read(source))
+    if contents.built:
+        return _built_for(contents.built, num_frames)
+    state = contents.adapter.convert(contents.state)
+    kernel = state.get("patch_embed.proj.weight", torch.empty(0))
+    places = (re.match(r"(blocks|layers\.2\.blocks)\.(\d+)\.norm1\.", name) for name in state)
+    depth, layers = max(((int(place[2]) + 1, place[1]) for place in places if place), default=(0, ""))
+    is_vit = layers == "blocks"
+    prefix = "stvit_" if is_vit else "stvit_swin_" if num_frames == 1 else "stvit_video_swin_"
+    for name, entry in MODELS.items():
+        depths = entry.sizes.get("depths", [None] * 4)
+        fits = entry.sizes.get("depth" if is_vit else "depths") in (depth, [*depths[:2], depth, depths[3]])
+        if name.startswith(prefix) and fits and entry.sizes["embed_dim"] == len(kernel):
+            break
+    else:
+        raise WeightsError(
+            f"{contents.name}: its layers, {depth} of them, {len(kernel)} wide, are those of no model in "
+            "list_models(): model.name=auto cannot tell which it is; give model.name and its sizes"
+        )
+    if not is_vit:
+        return {"name": name}
+    tubelet = kernel.shape[2] if kernel.ndim == 5 and kernel.shape[2] > 1 else entry.sizes["patch_size"][0]
+    return {
+        "name": name,
+        "patch_size": (1 if num_frames == 1 else tubelet, *kernel.shape[-2:]),
+        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / len(kernel),
+        "pos_embed": "sincos" if contents.adapter.fixed_positions else "learned",
+        "pool": "grid",
+        "semantic_proportional": True,
+    }
+
+
+def _built_for(built: Mapping[str, Any], num_frames: int) -> dict[str, Any]:
+    """What a model of this toolbox was built with; where clips take the place of images, sizes in time
+    are its name's."""
+    sizes = {k: v for k, v in built.items() if k not in ("num_classes", "num_frames", "image_size")}
+    if built["num_frames"] > 1 or num_frames == 1:
+        return sizes
+    defaults = MODELS[built["name"]].sizes
+    spans = {k: defaults[k][0] for k, v in sizes.items() if isinstance(defaults.get(k), tuple) and v}
+    return sizes | {key: [span, *sizes[key][1:]] for key, span in spans.items()}
+
+
 # ---- reading: a file, or what it held
 
 
@@ -176,8 +226,8 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
     if isinstance(source, Mapping):
         return source, "state dict"
     if str(source).startswith("timm:"):
-        return _fetch(str(source).removeprefix("timm:")), str(source)
-    path = Path(source)
+        return from_timm(str(source).removeprefix("timm:")), str(source)
+    path = from_hub(str(source).removeprefix("hf:")) if str(source).startswith("hf:") else Path(source)
     try:
         values = load_file(path) if path.suffix == ".safetensors" else read_torch(path)
     except FileError as error:
@@ -186,21 +236,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
         raise WeightsError(f"{path}: damaged, or not a safetensors file ({_line(error)})") from None
     if not isinstance(values, Mapping):
         raise WeightsError(f"{path}: holds a {type(values).__name__}, not a state dict")
-    return values, str(path)
-
-
-def _fetch(name: str) -> State:
-    if not timm.is_model(name.partition(".")[0]):
-        raise WeightsError(f"timm:{name}: timm has no such model{nearest(name, timm.list_models())}")
-    try:
-        return timm.create_model(name, pretrained=True).state_dict()
-    except Exception as error:  # no network, no such weights, no space: each hub client has its own errors
-        raise WeightsError(f"timm:{name}: cannot be fetched ({_line(error)})") from None
-
-
-def _pixels_of_timm(name: str) -> Pixels | None:
-    config = timm.get_pretrained_cfg(name)
-    return config and Pixels(tuple(config.mean), tuple(config.std))
+    return values, str(source)
 
 
 # ---- parsing: nesting, prefixes, origin
@@ -213,8 +249,8 @@ PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
 class _Contents:
     """A state dict without prefixes, and what its file says of it.
 
-    class_names, by_class, heads: of a checkpoint of this toolbox, its classes, the tensors with a row for
-        each, and the attention heads of its layers, which no shape shows.
+    class_names, by_class, heads, built: of a checkpoint of this toolbox, its classes, the tensors with a
+        row for each, the attention heads of its layers, which no shape shows, what it was built with.
     pixels: as in `LoadReport`.
     """
 
@@ -224,6 +260,7 @@ class _Contents:
     class_names: Sequence[str] | None = None
     by_class: frozenset[str] = frozenset()
     heads: dict[str, int] = field(default_factory=dict)
+    built: dict[str, Any] = field(default_factory=dict)
     pixels: Pixels | None = None
 
 
@@ -264,14 +301,16 @@ def _read_toolbox(values: Mapping[str, Any], name: str) -> _Contents:
     classes, built = list(values["class_names"]), donor.built
     adapter = ADAPTERS[-1]._replace(fixed_positions=built.get("pos_embed") == "sincos")
     names = None if _only_numbers(classes) or len(classes) != built["num_classes"] else classes
-    return _Contents(name, state, adapter, names, by_class, _heads(donor), pixels_of_toolbox(values))
+    pixels = pixels_of_toolbox(values)
+    return _Contents(name, state, adapter, names, by_class, _heads(donor), built, pixels)
 
 
 def pixels_of_toolbox(values: Mapping[str, Any]) -> Pixels | None:
     """Those of a checkpoint of this toolbox, by its settings."""
     try:
         data = values["config"]["data"]
-        return Pixels(*(tuple(map(float, data[key])) for key in ("mean", "std")))
+        numbers = [tuple(map(float, data[key])) for key in ("mean", "std")]
+        return Pixels(*numbers, data.get("interpolation", "bilinear"))
     except (LookupError, TypeError, ValueError):  # older than these settings, or never settled
         return None
 

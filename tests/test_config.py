@@ -268,3 +268,29 @@ def test_a_recipe_by_name(tmp_path, monkeypatch):
         parse(make_parser(""), ["--cfg", "k400_stvti"])
     with pytest.raises(ConfigError, match="not a readable YAML file"):
         parse(make_parser(""), ["--cfg", "./k400_stvit_swin.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "lr", "layer_decay", "videos", "weight_decay", "dropout"),
+    [  # VideoMAE's scripts of each size: epochs, lr for 256, videos an update; Video Swin-T's config
+        ("k400_stvit", 150, 5e-4, 0.75, 384, 0.05, "auto"),
+        ("k400_stvit_base", 75, 5e-4, 0.75, 384, 0.05, "auto"),
+        ("k400_stvit_large", 35, 2e-3, 0.75, 128, 0.05, "auto"),
+        ("ssv2_stvit", 40, 1e-3, 0.7, 384, 0.05, "auto"),
+        ("ssv2_stvit_base", 30, 5e-4, 0.75, 384, 0.05, "auto"),
+        ("k400_stvit_swin", 30, 4e-4, None, 64, 0.02, 0.5),
+    ],
+)
+def test_recipes_have_the_published_numbers_of_their_size(
+    recipe, epochs, lr, layer_decay, videos, weight_decay, dropout
+):
+    config = read("--cfg", recipe)
+    train, size = config.train, recipe.rpartition("_")[2]
+    assert (train.epochs, train.layer_decay, train.weight_decay) == (epochs, layer_decay, weight_decay)
+    assert train.lr * 256 / train.lr_per == pytest.approx(lr)
+    assert train.batch_size * train.accumulate * 8 == videos  # on 8 ranks
+    assert config.model.dropout == dropout
+    name = {"stvit": "stvit_small", "swin": "stvit_video_swin_tiny"}.get(size, f"stvit_{size}")
+    assert config.model.name.startswith(name)
+    vit = recipe != "k400_stvit_swin"
+    assert (config.data.rand_augment, config.data.repeats) == (((4, 7), 2) if vit else (None, 1))

@@ -245,3 +245,17 @@ def test_a_block_without_a_residual_path_does_not_drop_its_attention():
     dropped = (block(x, context) == taken).flatten(1).all(1)
     assert dropped.float().mean() > 0.9
     assert (taken != 0).all()
+
+
+@pytest.mark.parametrize("name", ["stvit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_dropout_is_of_the_features_before_the_head(name):
+    sizes = {"depths": [1, 1, 1, 1]} if "swin" in name else {"depth": 4, "base_depth": 1}
+    model = create_model(name, num_classes=3, num_frames=1, image_size=64, dropout=0.75, **sizes)
+    image, seen = torch.randn(2, 3, 64, 64), []
+    model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.eval()(image)
+    model.train()(image)
+    whole, dropped = seen
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], 4 * whole[kept])
+    assert 0.1 < kept.float().mean() < 0.4

@@ -1,6 +1,7 @@
 """The controls: pooling, random patches, token merging; and that all models compile into one graph."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from stvit_video import create_model, list_models
 from stvit_video.models.layers import Block
 from stvit_video.models.reducers import PooledTokens, RandomTokens, merge_similar
-from stvit_video.models.tokens import Tokens
+from stvit_video.models.tokens import Tokens, regions
 
 CONTROLS = ("pool", "random", "tome")
 
@@ -205,3 +206,28 @@ def test_the_graph_has_no_break_and_is_traced_once(name, sizes, training):
         torch.manual_seed(1)
         torch.testing.assert_close(compiled(clip), expected)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(("grid", "count"), [((4, 14, 14), (2, 4, 4)), ((3, 11, 7), (2, 10, 7))])
+def test_grid_takes_a_patch_of_each_region(grid, count):
+    places = torch.arange(math.prod(grid)).view(1, *grid, 1)
+    taken = PooledTokens(grid, 1, semantic_tokens=count, pool="grid")(Tokens.of(places), []).x[0, :, 0]
+    assert torch.equal(regions(grid, count)[0, taken], torch.arange(math.prod(count)))
+    if grid[1] == 14:  # regions of rows 0-3, 4-6, 7-10 and 11-13
+        assert (taken[:4] % 14).tolist() == [2, 5, 9, 12]
+
+
+def test_semantic_tokens_asked_by_size():
+    """As if each token stood in the sequence once for every patch of its region."""
+    options = {"semantic_tokens": (1, 2, 3), "pool": "avg", "depth": 4, "base_depth": 1, "num_classes": 3}
+    sizes = {"embed_dim": 12, "num_heads": 2, "patch_size": (2, 8, 8)} | options
+    name, clip = "stvit_tiny_patch16_224", torch.randn(2, 3, 4, 40, 40)
+    plain = create_model(name, num_frames=4, image_size=40, **sizes).eval()
+    model = create_model(name, num_frames=4, image_size=40, semantic_proportional=True, **sizes).eval()
+    model.load_state_dict(plain.state_dict())
+    *_, (_, tokens), (_, last) = model._layers(clip)
+    counts = torch.tensor([12, 12, 6, 8, 8, 4])  # 2 frames, of 3 and 2 rows, of 2, 2 and 1 columns
+    assert tokens.asked.tolist() == [counts.tolist()]
+    written_out = tokens.x.repeat_interleave(counts, 1)
+    torch.testing.assert_close(last.x, model.blocks[-1](tokens.x, context=written_out))
+    assert not torch.allclose(model(clip), plain(clip))

@@ -60,9 +60,9 @@ def test_a_chunk_knows_nothing_of_the_others_before_they_are_joined():
     assert torch.allclose(model(swapped), model(clips), atol=1e-6)
 
 
-@pytest.mark.parametrize("class_token", [False, True])
-def test_one_chunk_without_a_vector_is_the_plain_model(class_token):
-    plain, one = (make(window, class_token=class_token) for window in (None, 4))
+@pytest.mark.parametrize("sizes", [{}, {"class_token": True}, {"semantic_proportional": True}])
+def test_one_chunk_without_a_vector_is_the_plain_model(sizes):
+    plain, one = (make(window, **sizes) for window in (None, 4))
     clips = torch.randn(2, 3, 8, 16, 16)
     one.load_state_dict(plain.state_dict() | {"chunk_embed": torch.zeros(1, 1, 1, 24)})
     assert torch.equal(one(clips), plain(clips))

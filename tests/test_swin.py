@@ -516,3 +516,14 @@ def test_sizes_that_do_not_fit(name, sizes, parts):
         tiny(name, **sizes)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_drop_path_is_drawn_for_each_clip_not_for_each_window():
+    semantic = SemanticWindows((2, 4, 4), (2, 2, 2), (1, 1, 1), 8, semantic_layers=1)
+    layer = Block(8, 2, drop_path=0.5).train()
+    x = torch.randn(32, 2, 4, 4, 8)
+    tokens = semantic(x, [layer])
+    changed = (tokens != semantic(x, [])).any(-1).flatten(1)  # (clips, windows)
+    assert changed.shape == (32, 4)
+    assert torch.equal(changed.all(1), changed.any(1))
+    assert 16 < changed.all(1).sum() < 32  # dropped where attention and MLP both are: a quarter

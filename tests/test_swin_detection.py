@@ -240,7 +240,7 @@ def test_every_parameter_gets_a_gradient(depth):
 
 def test_drop_path_rises_over_all_blocks():
     model = tiny(drop_path=0.2)
-    rates = [getattr(b.drop_path, "drop_prob", 0) for stage in model.layers for b in stage.blocks]
+    rates = [b.drop_path.rate for stage in model.layers for b in stage.blocks]
     assert rates == pytest.approx(torch.linspace(0, 0.2, 12).tolist())
     assert rates[-1] == pytest.approx(0.2)
 

@@ -389,7 +389,7 @@ def test_the_defaults_of_every_name_are_within_bounds(name):
         ({"semantic_tokens": (0, 1, 1)}, r"semantic_tokens=\(0, 1, 1\): must lie between 1 and inf"),
         ({"drop_path": float("nan")}, "drop_path=nan: must lie between 0 and 0.999"),
         ({"mlp_ratio": 0}, "mlp_ratio=0: must lie between 0.01 and inf"),
-        ({"pool": "median"}, r"pool=median: must be one of \['max', 'avg'\]"),
+        ({"pool": "median"}, r"pool=median: must be one of \['max', 'avg', 'grid'\]"),
     ],
 )
 def test_bounds(value, rule):

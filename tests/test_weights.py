@@ -76,36 +76,42 @@ HALF = Pixels((0.5,) * 3, (0.5,) * 3)
 
 
 def settled(report, **data):
-    """The normalisation of a run whose weights gave that report."""
+    """The pixels of a run whose weights gave that report."""
     data = build.with_pixels(Config(data=DataConfig(preset="kinetics", **data)), report).data
-    return Pixels(data.mean, data.std)
+    return Pixels(data.mean, data.std, data.interpolation)
 
 
 @pytest.mark.parametrize(
     ("name", "pixels"),
     [("vit_tiny_patch16_224.augreg_in21k_ft_in1k", HALF), ("deit_tiny_patch16_224.fb_in1k", IMAGENET)],
 )
-def test_weights_of_timm_bring_their_normalisation(monkeypatch, name, pixels):
-    monkeypatch.setattr("stvit_video.weights._fetch", lambda name: timm_vit().state_dict())
+def test_weights_of_timm_bring_their_pixels(monkeypatch, name, pixels):
+    """Both were trained on frames resized bicubically."""
+    monkeypatch.setattr("stvit_video.weights.from_timm", lambda name: timm_vit().state_dict())
     report = load_weights(image(semantic_tokens=None, depth=3), f"timm:{name}")
-    assert report.pixels == settled(report) == pixels
+    assert report.pixels == settled(report) == pixels._replace(interpolation="bicubic")
     assert not report.notes
 
 
 def test_a_checkpoint_brings_its_normalisation(tmp_path):
     values = own_checkpoint()
     values["config"]["data"] |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+    values["config"]["data"].pop("interpolation")  # as in version 0.4.0
     report = load_weights(video(semantic_tokens=(2, 2, 2)), values)
     assert settled(report) == HALF
     report.write(tmp_path / "weights.json")
     written = json.loads((tmp_path / "weights.json").read_text())
-    assert written["pixels"] == {"mean": [0.5] * 3, "std": [0.5] * 3}
+    assert written["pixels"] == {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
+    values["config"]["data"]["interpolation"] = "bicubic"
+    assert settled(load_weights(video(), values)) == HALF._replace(interpolation="bicubic")
 
 
 def test_a_contradicted_or_unknown_normalisation_is_told():
     report = LoadReport("x.pth", "VideoMAE", pixels=IMAGENET)
     assert settled(report, mean=(0.45,) * 3) == Pixels((0.45,) * 3, IMAGENET.std)
     assert "was trained with mean [0.485" in report.notes[0]
+    settled(report := LoadReport("x.pth", "timm", pixels=HALF), interpolation="bicubic")
+    assert "std [0.5, 0.5, 0.5], bilinear, and is given" in report.notes[0]
     report = LoadReport("x.pth", "timm ViT")
     assert settled(report) == IMAGENET  # the preset's
     assert "does not say" in report.notes[0]

@@ -69,7 +69,7 @@ def introduce(
     parameters = sum(p.numel() for p in model.parameters())
     of_what, side = "" if backbone is model else "of the backbone ", config.data.image_size
     print(
-        f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
+        f"{model.built['name']}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
         f"{of_what}a view of {config.data.num_frames}x{side}x{side}, "
         f"{outputs} classes"
     )

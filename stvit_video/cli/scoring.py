@@ -10,6 +10,7 @@ from ..config import Config, ConfigError, make_parser, parse, resolve, to_dict
 from ..engine import distributed
 from ..engine.device import pick_precision
 from ..engine.evaluate import Shares, score, write_report
+from ..weights import Pixels
 from .common import command, introduce, make_folder, start
 
 
@@ -45,6 +46,7 @@ def test(args: Sequence[str]) -> None:
         rows, _ = build.read_split(config, "test", class_names)
     else:
         rows, class_names = build.read_split(config, "test")
+        config = build.with_model(config)
         model = build.build_model(config, len(class_names))
         weights = build.load_pretrained(config, model, class_names, scoring=True)
         config = build.with_pixels(config, weights)
@@ -105,8 +107,8 @@ _DATA_OF_CHECKPOINT = (
     "target_fps",
     "sampling",
     "image_size",
-    "mean",
-    "std",
+    *Pixels._fields,
+    "hold_back",
 )
 
 
@@ -124,7 +126,7 @@ def _with_checkpoint(config: Config, own: Config, asked: Collection[str]) -> Con
         if ours not in (value, "auto") and f"{group}.{key}" in asked:
             raise ConfigError(f"--{group}.{key} {ours}: the checkpoint was made with {value}")
     data = replace(config.data, **{key: getattr(own.data, key) for key in _DATA_OF_CHECKPOINT})
-    return replace(config, task=own.task, model=own.model, data=data)
+    return replace(config, task=own.task, model=own.model, data=data, seed=own.seed)  # holds the same back
 
 
 def _state_of(source: str) -> list[int] | None:

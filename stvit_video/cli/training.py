@@ -1,16 +1,18 @@
 """The command train."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from .. import build
-from ..config import make_parser, parse, resolve, settle_pixels
+from ..config import Config, make_parser, parse, resolve, settle_pixels
 from ..engine import checkpoint as checkpoints
 from ..engine import distributed
+from ..engine.job import Job
 from ..engine.train import fit
-from ..resume import check_resume, discard_run, find_run
+from ..resume import check_resume, discard_run, find_run, model_of_run
 from ..weights import pixels_of_toolbox
 from .common import command, introduce, make_folder, start
 
@@ -29,7 +31,7 @@ def train(args: Sequence[str]) -> None:
     state, damage = find_run(output, resume=flags.resume, overwrite=flags.overwrite)
 
     if state is not None:
-        config = settle_pixels(config, pixels_of_toolbox(state))
+        config = model_of_run(settle_pixels(config, pixels_of_toolbox(state)), state)
     job, weights = build.build_job(config, device, pretrained=state is None)
     if state is not None:
         check_resume(state, config, job, last)
@@ -39,11 +41,7 @@ def train(args: Sequence[str]) -> None:
             discard_run(output)
         (output / "config.yaml").write_text(yaml.safe_dump(job.details["config"], sort_keys=False))
         introduce(config, job.model, job.task.outputs, device, weights)
-        print(
-            f"training on {len(job.train_loader.dataset)} {job.task.items} x {config.data.repeats} clips",
-            end="",
-        )
-        print("" if job.val_loader is None else f", validating on {len(job.val_loader.dataset)}")
+        print(_plan(job, config))
     distributed.barrier()  # every rank has read its checkpoint
     if distributed.is_main():
         checkpoints.tidy(output, last_is_damaged=damage is not None)
@@ -51,3 +49,31 @@ def train(args: Sequence[str]) -> None:
     if distributed.is_main():
         print(f"checkpoints: {' and '.join(dict.fromkeys(map(str, (best, last))))}")
         print(f"curves:      {output / 'curves.png'}")
+        print(_next_steps(job, output, best))
+
+
+def _plan(job: Job, config: Config) -> str:
+    """What is about to happen, in a line."""
+    loader, train, classes = job.train_loader, config.train, len(job.task.class_names)
+    clips = len(loader) * train.batch_size * config.data.repeats * distributed.world()
+    validation = "" if job.val_loader is None else f"; validating on {len(job.val_loader.dataset)}"
+    return (
+        f"training on {len(loader.dataset)} {job.task.items} of {classes} classes: {train.epochs} epochs "
+        f"of {clips} clips, {train.epochs * (len(loader) // train.accumulate)} updates{validation}"
+    )
+
+
+def _next_steps(job: Job, output: Path, best: Path) -> str:
+    """Commands that go on from here, spelled as this one was started."""
+    tools = Path(sys.argv[0]).name == "train_net.py"
+    test, predict, page = (
+        f"python tools/{tool}.py" if tools else f"stvit-{name}"
+        for tool, name in (("test_net", "test"), ("predict", "predict"), ("open_page", "page"))
+    )
+    lines = [
+        f"recognise:   {predict} --checkpoint {best} VIDEO...",
+        f"look:        {page} --checkpoint {best}",
+    ]
+    if job.val_loader is not None:
+        lines.insert(0, f"score:       {test} --cfg {output / 'config.yaml'} --checkpoint {best}")
+    return "\n".join(lines)

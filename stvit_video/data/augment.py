@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 from torchvision.transforms.v2.functional._geometry import _get_inverse_affine_matrix as _matrix
 
@@ -22,7 +23,8 @@ Operation = Callable[[Frames], Frames]
 class Draw(NamedTuple):
     """What is random about a training clip, drawn before a pixel is touched.
 
-    box: top, left, height and width of the crop, in pixels of the frames; it is resized to `size` squared.
+    box: top, left, height and width of the crop, in pixels of the frames; it is resized to `size` squared,
+        by `interpolation`.
     operations: RandAugment's, name and magnitude of each, in order.
     """
 
@@ -30,6 +32,7 @@ class Draw(NamedTuple):
     size: int
     operations: tuple[tuple[str, float], ...] = ()
     flip: bool = False
+    interpolation: str = "bilinear"
 
 
 def cut(frame: Tensor, draw: Draw) -> Tensor:
@@ -44,11 +47,16 @@ def augment(clip: Tensor, draw: Draw, out: Tensor) -> None:
     Frame by frame, as what one operation leaves is still in the cache for the next.
     """
     operations = [OPERATIONS[name]([m], draw.size, out.device) for name, m in draw.operations]
-    for place, frame in enumerate(v2.resize(clip, [draw.size] * 2, antialias=True)):
+    for place, frame in enumerate(_resized(clip, draw)):
         pixels = frame.contiguous()[None, None]
         for operation in operations:
             pixels = operation(pixels)
         out[:, place] = (pixels.flip(-1) if draw.flip else pixels)[0, 0]
+
+
+def _resized(clip: Tensor, draw: Draw) -> Tensor:
+    """(T, 3, h, w) -> (T, 3, S, S)."""
+    return v2.resize(clip, [draw.size] * 2, InterpolationMode(draw.interpolation), antialias=True)
 
 
 def finish(batch: Batch) -> Batch:
@@ -84,8 +92,8 @@ def together(clips: Sequence[Tensor], draws: Sequence[Draw]) -> Frames:
     """As `augment`, each operation at once for all clips that drew it in the same round."""
     size, device = draws[0].size, clips[0].device
     out = torch.empty(len(clips), len(clips[0]), 3, size, size, dtype=torch.uint8, device=device)
-    for clip, pixels in zip(clips, out, strict=True):
-        pixels.copy_(v2.resize(clip, [size] * 2, antialias=True))
+    for clip, draw, pixels in zip(clips, draws, out, strict=True):
+        pixels.copy_(_resized(clip, draw))
     for drawn in zip(*(draw.operations for draw in draws), strict=True):
         for name in {name for name, _ in drawn} - {"Identity"}:
             rows = [row for row, (other, _) in enumerate(drawn) if other == name]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from ..errors import InputError
 from .augment import Draw, augment, cut
@@ -25,6 +25,7 @@ class TrainTransform:
     the pixels; they have the size of the frames. RandAugment cannot move them: InputError.
 
     scale: range of the crop's share of the area; ratio: range of its aspect ratio.
+    interpolation: how crops are resized, "bilinear" or "bicubic".
     rand_augment: (number of operations, magnitude of 10), None for none. The field's recipes name timm's
         `rand-m7-n4-mstd0.5-inc1`; torchvision's is nearest to it, without the noise on the magnitude,
         with each operation always applied (timm: half of the time), and here after the crop.
@@ -38,6 +39,7 @@ class TrainTransform:
         *,
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (0.75, 4 / 3),
+        interpolation: str = "bilinear",
         rand_augment: tuple[int, int] | None = None,
         flip: bool = False,
         mirror: Callable[[Any], Any] | None = None,
@@ -50,7 +52,7 @@ class TrainTransform:
             (name, None if values is None else float(values[magnitude]), signed)
             for name, (values, signed) in levels.items()
         ]
-        self.flip, self.mirror = flip, mirror
+        self.interpolation, self.flip, self.mirror = interpolation, flip, mirror
 
     def __call__(self, clip: Clip, target: Any) -> tuple[Clip, Any]:
         draw = self.draw(clip, target)
@@ -70,6 +72,7 @@ class TrainTransform:
         return Draw(
             box=(box["top"], box["left"], box["height"], box["width"]),
             size=self.size,
+            interpolation=self.interpolation,
             operations=tuple(self._draw_operation() for _ in range(self.operations)),
             flip=self.flip and torch.rand(()).item() < 0.5,
         )
@@ -95,12 +98,15 @@ class TestTransform:
 
     One crop is the centre; several are spread from the left (top) end to the right (bottom) end.
     uint8 (T, 3, H, W) -> list of `crops` uint8 (T, 3, S, S), left to right or top to bottom.
+    interpolation: "bilinear" or "bicubic".
     """
 
-    def __init__(self, size: int, *, crops: int = 1, crop_ratio: float = 1.0):
+    def __init__(
+        self, size: int, *, crops: int = 1, crop_ratio: float = 1.0, interpolation: str = "bilinear"
+    ):
         self.size, self.crops = size, crops
         self.short_side = round(size / crop_ratio)
-        self.resize = v2.Resize(self.short_side, antialias=True)
+        self.resize = v2.Resize(self.short_side, InterpolationMode(interpolation), antialias=True)
 
     def __call__(self, clip: Clip) -> list[Clip]:
         clip = self._resized(clip)

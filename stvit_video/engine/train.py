@@ -31,6 +31,7 @@ from .uploads import Uploads
 Count = Annotated[int, Range(1)]
 NotNegative = Annotated[float, Range(0)]
 UNREADABLE = ("epoch", "path", "cause")  # columns of unreadable.csv
+TIMED = 8  # updates, after the first, that the run's length is told from
 SCALINGS = 16  # halvings until fp16's first scale of the loss, 65536, is 1
 
 
@@ -183,6 +184,7 @@ class Trainer:
     def train(self) -> None:
         run, config, val_loader = self.run, self.config, self.job.val_loader
         self.log = RunLog(self.output, epoch=run.epoch, update=run.update)
+        self.first = run.update + 1
         with Preemption() as self.preemption, closing(self.log):
             while run.epoch < config.epochs:
                 self._epoch()
@@ -225,6 +227,7 @@ class Trainer:
                     so_far.loss += update.losses["loss"] * parts
                     so_far.counted += parts
                 self._tell(update, bar)
+                self._foretell(bar)
                 self._obey(update, bar)
                 ready = time.perf_counter()
 
@@ -257,6 +260,19 @@ class Trainer:
             at = round(run.epoch + run.so_far.batches / batches, 4)
             self.log.write("step", step=run.update, at=at, **losses, lr=run.lr())
             bar.set_postfix_str(self._postfix(losses["loss"]), refresh=False)
+
+    def _foretell(self, bar) -> None:
+        """Early, and once: how long the run takes. The first update, which starts workers, is left out."""
+        run = self.run
+        if run.update == self.first:
+            self.began = time.perf_counter()
+        elif run.update == self.first + TIMED and distributed.is_main():
+            seconds = (time.perf_counter() - self.began) / TIMED
+            updates = self.config.epochs * (len(self.loader) // self.config.accumulate) - run.update
+            minutes = max(round(updates * seconds / 60), 1)
+            bar.write(
+                f"{updates} updates left, {seconds:.2g} s each: about {minutes} minutes, validations apart"
+            )
 
     def _record(self, update: Update) -> list[tuple]:
         """The videos of an update that was skipped, a row each, of all ranks."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -72,6 +72,24 @@ class Attention(nn.Module):
         return [p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in parts]
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zeros for a share `rate` of the clips; the others are scaled up.
+
+    "Deep Networks with Stochastic Depth" (ECCV 2016); drawn as timm draws it.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor, windows: int = 1) -> Tensor:
+        """(B * windows, ...) -> the same shape; windows of a clip share its draw."""
+        if not self.training or not self.rate:
+            return x
+        kept = x.new_empty(x.shape[0] // windows, *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * kept.div_(1 - self.rate).repeat_interleave(windows, 0)
+
+
 class Block(nn.Module):
     """Pre-norm block: `x + attn(norm1(x), norm1(context))`, then `x + mlp(norm2(x))`.
 
@@ -109,11 +127,14 @@ class Block(nn.Module):
         self.ls1, self.ls2 = (
             nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)
         )
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, **how) -> Tensor:
-        """(B, N, C) [, (B, M, C)] -> (B, N, C); whatever shape, `bias` and `regroup` `attn` takes."""
-        return self._run(self._forward, x, context, **how)
+    def forward(self, x: Tensor, context: Tensor | None = None, *, windows: int = 1, **how) -> Tensor:
+        """(B, N, C) [, (B, M, C)] -> (B, N, C); whatever shape, `bias` and `regroup` `attn` takes.
+
+        windows: how many rows of x belong to one clip.
+        """
+        return self._run(self._forward, x, context, windows, **how)
 
     def attend(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The first half alone: (B, N, C) -> (B, N, C) after attention; the keys, averaged over heads
@@ -133,17 +154,17 @@ class Block(nn.Module):
             return checkpoint(part, *args, use_reentrant=False, **how)
         return part(*args, **how)
 
-    def _forward(self, x: Tensor, context: Tensor | None, **how) -> Tensor:
+    def _forward(self, x: Tensor, context: Tensor | None, windows: int, **how) -> Tensor:
         taken = self.ls1(self.attn(*self._normed(x, context), **how))
         # without a residual path to drop would leave zeros: the authors' STViT-R drops none there
-        return self._transform(x + self.drop_path(taken) if self.residual else taken)
+        return self._transform(x + self.drop_path(taken, windows) if self.residual else taken, windows)
 
     def _attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, v = self.attn.project(self.norm1(x))
         return x + self.drop_path(self.ls1(self.attn.attend(q, k, v, bias))), k.mean(1)
 
-    def _transform(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+    def _transform(self, x: Tensor, windows: int = 1) -> Tensor:
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))), windows)
 
     def _normed(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.norm1(x), None if context is None else self.norm1(context)

@@ -5,6 +5,7 @@ pooling over time and space is this project's extension to video. On the whole g
 ViT), in windows (`SemanticWindows`, for Swin), and back to the patches (its `recover`, STViT-R).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -27,7 +28,10 @@ class SemanticTokens(nn.Module):
     dense checkpoint loads into them by name; only `centres` (G) is new.
 
     semantic_tokens: how many (t, h, w); semantic_layers: how many layers it is handed.
-    pool: "max" or "avg". centres: learn G, one vector per semantic token, which needs two layers.
+    pool: "max", "avg", or "grid": the patch in the middle of each token's region, which a dense model's
+        layers know. centres: learn G, one vector per semantic token, which needs two layers.
+    semantic_proportional: later layers ask a token as often as it stands for patches: log(size) on its key
+        (ToMe's proportional attention, ICLR 2023, equation 1).
     """
 
     def __init__(
@@ -39,18 +43,23 @@ class SemanticTokens(nn.Module):
         semantic_layers: int = 2,
         pool: str = "max",
         centres: bool = True,
+        semantic_proportional: bool = False,
     ):
         super().__init__()
         self.tokens, self.pool = check_fits(semantic_tokens, grid), make_pool(pool)
         self.layers = semantic_layers
         needed = centres and semantic_layers > 1
         self.centres = nn.Parameter(torch.zeros(1, *self.tokens, dim)) if needed else None
-        self.register_buffer("token", regions(grid, self.tokens), persistent=False)
+        token = regions(grid, self.tokens)
+        sizes = torch.zeros(1, math.prod(self.tokens)).scatter_add(1, token, torch.ones(token.shape))
+        self.register_buffer("token", token, persistent=False)
+        self.register_buffer("asked", sizes if semantic_proportional else None, persistent=False)
 
     def forward(self, tokens: Tokens, layers: Sequence[Block], clip: Tensor | None = None) -> Tokens:
         """Any tokens and the semantic layers -> (B, t*h*w, C)."""
         x = _semantic_layer(layers[-1], *self._last_question(tokens, layers))
-        return Tokens(x, tokens.grid, self.token, class_token=tokens.class_token).with_sequence(x)
+        made = Tokens(x, tokens.grid, self.token, asked=self.asked, class_token=tokens.class_token)
+        return made.with_sequence(x)
 
     def maps(self, tokens: Tokens, layers: Sequence[Block]) -> Tensor:
         """How much each semantic token took from each patch: (B, t*h*w, T, H, W), each summing to 1.
@@ -160,6 +169,7 @@ class SemanticWindows(nn.Module):
 
         def look(*question: Tensor, **how) -> Tensor:
             """Windows' tokens (B', n, C) -> what they take from tokens and all patches (B', n, M)."""
+            del how["windows"]  # nothing is dropped here
             weights = layers[last].attention_map(*question, **how).mean(1)
             if (reach := self._reach(last)) is None:
                 return weights
@@ -213,11 +223,13 @@ class SemanticWindows(nn.Module):
 
         group = size if i % 2 else count
         regroup = around if context is not None and i % 2 == 0 else None
-        return windows.merge(layer(windows.partition(tokens, group), context, regroup=regroup), group, size)
+        number = size.numel() // math.prod(group)  # of windows
+        parts = layer(windows.partition(tokens, group), context, regroup=regroup, windows=number)
+        return windows.merge(parts, group, size)
 
 
 def make_pool(name: str) -> Callable[[Tensor, Size3], Tensor]:
-    """What pools (B, T, H, W, C) to (B, t, h, w, C): "max" or "avg". Raises ValueError for others."""
+    """What pools (B, T, H, W, C) to (B, t, h, w, C): a name of `POOLS`. Raises ValueError for others."""
     if name not in POOLS:
         raise ValueError(f"pool={name!r} is none of {sorted(POOLS)}")
     return POOLS[name]
@@ -234,4 +246,13 @@ def _max_pool(x: Tensor, size: Size3) -> Tensor:
     return x.flatten(1, 3).gather(1, places.flatten(2).transpose(1, 2)).unflatten(1, size)
 
 
-POOLS = {"max": _max_pool, "avg": _avg_pool}
+def _take_middle(x: Tensor, size: Size3) -> Tensor:
+    """Of each region (`tokens.regions`) the patch in its middle, the later one of two."""
+    for axis, n in enumerate(size, start=1):
+        ends = [-(-i * x.shape[axis] // n) for i in range(n + 1)]
+        middles = [(first + end) // 2 for first, end in itertools.pairwise(ends)]
+        x = x.index_select(axis, torch.tensor(middles, device=x.device))
+    return x
+
+
+POOLS = {"max": _max_pool, "avg": _avg_pool, "grid": _take_middle}

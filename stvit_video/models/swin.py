@@ -150,6 +150,7 @@ class VideoSwin(nn.Module):
     centres: learn G, which needs semantic_layers >= 2.
     recovery: STViT-R, with its convolutional stem and without the pooled residual in its first semantic
         layer, as released.
+    dropout: of the features before the head.
     layer_scale: initial value, in the layers on semantic tokens and in recovery.
     Raises ValueError, naming value and rule, where sizes do not fit each other.
     """
@@ -174,6 +175,7 @@ class VideoSwin(nn.Module):
         pool: str = "max",
         centres: bool = False,
         recovery: bool = False,
+        dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         checkpointing: bool = False,
@@ -232,7 +234,7 @@ class VideoSwin(nn.Module):
                 make = RecoverStage if recovery else SemanticStage
                 stage = make(downsample, blocks, semantic, base_depth)
             self.layers.append(stage)
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm, self.dropout = nn.LayerNorm(dim, eps=NORM_EPS), nn.Dropout(dropout)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         init_weights(self)
 
@@ -243,7 +245,7 @@ class VideoSwin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W), or (B, 3, H, W) for one frame -> logits (B, num_classes), or pooled features."""
-        return self.head(self.pooled_features(x))
+        return self.head(self.dropout(self.pooled_features(x)))
 
     def pooled_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, C): the mean of the last tokens, each normalised; what the head sees."""

@@ -22,6 +22,7 @@ class VideoViT(nn.Module):
     reducers: by the number of layers before each, what makes it of (grid, width): see `reducers`. A reducer
         uses layers out of `depth`: none is added. The first that makes semantic tokens is `semantic`.
     pos_embed: "learned", or "sincos" (VideoMAE's fixed table).
+    dropout: of the features before the head.
     layer_scale: initial value, in the layers from the first reducer on (all layers of a dense model).
     class_token: one more token from end to end, which stands for no patch; the head sees it alone.
     base_window: tubelets of a chunk of the clip. Layers up to the reducer's last stay within chunks, which
@@ -43,6 +44,7 @@ class VideoViT(nn.Module):
         mlp_ratio: float = 4.0,
         pos_embed: str = "learned",
         reducers: Mapping[int, MakeReducer] | None = None,
+        dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         class_token: bool = False,
@@ -91,7 +93,7 @@ class VideoViT(nn.Module):
             )
             for i, rate in enumerate(calculate_drop_path_rates(drop_path, depth))
         )
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.fc_norm, self.dropout = nn.LayerNorm(embed_dim, eps=1e-6), nn.Dropout(dropout)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         init_weights(self)
 
@@ -119,7 +121,7 @@ class VideoViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W), or (B, 3, H, W) in image mode -> logits (B, num_classes), or pooled features."""
-        return self.head(self.pooled_features(x))
+        return self.head(self.dropout(self.pooled_features(x)))
 
     def pooled_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, C): the class token or the mean of the last tokens, normalised; what the
@@ -228,7 +230,9 @@ class VideoViT(nn.Module):
             token, chunks = chunks[:, :, :1].mean(1), chunks[:, :, 1:]
         x = (chunks + self.chunk_embed).flatten(1, 2)
         grid, size = (self._joined_size(n) for n in (self.patch_embed.grid, reducer.tokens))
-        tokens = Tokens(x, grid, regions(grid, size).to(x.device), class_token=token)
+        asked = getattr(reducer, "asked", None)
+        asked = None if asked is None else asked.repeat(1, self.chunks)
+        tokens = Tokens(x, grid, regions(grid, size).to(x.device), asked=asked, class_token=token)
         if used or not rest:
             yield layer, tokens
         yield from self._run(tokens, layer, [(None, [], rest)], None)

@@ -91,6 +91,7 @@ class Classification:
             scale=data.scale,
             ratio=data.ratio,
             rand_augment=data.rand_augment,
+            interpolation=data.interpolation,
             flip=data.flip != "none",
             mirror=self.mirror,
         )
@@ -99,7 +100,9 @@ class Classification:
     def test_views(
         self, sampling: Sampling, data, *, clips: int, crops: int, crop_ratio: float
     ) -> TestViews:
-        transform = TestTransform(data.image_size, crops=crops, crop_ratio=crop_ratio)
+        transform = TestTransform(
+            data.image_size, crops=crops, crop_ratio=crop_ratio, interpolation=data.interpolation
+        )
         return TestViews(sampling, transform, clips)
 
     def encode(self, target: int | None) -> int:

@@ -1,0 +1,177 @@
+"""One's own videos in one command: which model weights are of, where they come from, what is held back."""
+
+import json
+import shlex
+from collections import Counter
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from test_end_to_end import run
+from test_weights import own_checkpoint, reference, settled, video
+
+from stvit_video import WeightsError, build, cli, create_model, load_weights
+from stvit_video.config import Config, ConfigError, DataConfig, make_parser, parse, resolve
+from stvit_video.data.rows import Row, Rows
+from stvit_video.engine import checkpoint
+from stvit_video.weights import model_of
+
+CLIP = ["--data.num_frames=4", "--data.image_size=32", "--model.semantic_tokens=[2, 2, 2]"]
+
+
+# ---- which model
+
+
+@pytest.mark.parametrize(
+    ("theirs", "frames", "ours"),
+    [
+        ("vit_tiny_patch16_224", 16, {"name": "stvit_tiny_patch16_224", "patch_size": (2, 16, 16)}),
+        ("vit_small_patch32_224", 16, {"name": "stvit_small_patch16_224", "patch_size": (2, 32, 32)}),
+        ("vit_base_patch16_224", 1, {"name": "stvit_base_patch16_224", "patch_size": (1, 16, 16)}),
+        ("swin_small_patch4_window7_224", 16, {"name": "stvit_video_swin_small"}),
+        ("swin_tiny_patch4_window7_224", 1, {"name": "stvit_swin_tiny"}),
+    ],
+)
+def test_the_model_of_timms_weights_takes_all_of_them(theirs, frames, ours):
+    with torch.device("meta"):
+        shapes = timm.create_model(theirs, num_classes=7).state_dict()
+    state = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in shapes.items()}
+    sizes = model_of(state, num_frames=frames)
+    assert ours.items() <= sizes.items()
+    model = create_model(**sizes, num_classes=7, num_frames=frames, semantic_tokens=(1, 2, 2))
+    report = load_weights(model, state)
+    assert {*report.fresh} <= {"semantic.centres"}
+
+
+def test_the_model_of_videomaes_weights_has_their_positions():
+    mae, _ = reference("videomae_vit")
+    with pytest.raises(WeightsError, match="layers, 4 of them, 48 wide, .* give model.name"):
+        model_of(mae, num_frames=8)
+    wide = create_model("vit_tiny_patch16_224", num_classes=5, pos_embed="sincos").state_dict()
+    for i in range(12):
+        wide[f"blocks.{i}.attn.q_bias"] = wide.pop(f"blocks.{i}.attn.qkv.bias")[:192]
+        wide[f"blocks.{i}.attn.v_bias"] = wide[f"blocks.{i}.attn.q_bias"]
+    assert model_of(wide, num_frames=16)["pos_embed"] == "sincos"
+
+
+def test_the_model_of_a_checkpoint_is_what_it_was_built_with():
+    values = own_checkpoint() | {"built": video().built}
+    sizes = model_of(values, num_frames=4)
+    assert create_model(**sizes, num_classes=5, num_frames=4, image_size=32).built == values["built"]
+    of_images = {"built": video(num_frames=1, patch_size=(1, 8, 8), semantic_tokens=(1, 2, 2)).built}
+    model = video(num_frames=1, patch_size=(1, 8, 8), semantic_tokens=(1, 2, 2))
+    values |= of_images | {"model": model.state_dict()}
+    sizes = model_of(values, num_frames=16)
+    assert (sizes["patch_size"], sizes["semantic_tokens"]) == ([2, 8, 8], [8, 2, 2])
+
+
+def test_sizes_that_are_set_stay(tmp_path):
+    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "vit.safetensors")
+    args = ["--model.name=auto", f"--model.weights={tmp_path}/vit.safetensors", "--model.pool=avg"]
+    model = build.with_model(resolve(parse(make_parser(""), args)[0])).model
+    assert (model.name, model.pool) == ("stvit_tiny_patch16_224", "avg")
+    with pytest.raises(ConfigError, match="model.name=auto is the model of model.weights: give"):
+        build.build_model(resolve(parse(make_parser(""), ["--model.name=auto"])[0]), 3)
+
+
+# ---- where weights come from
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the Hub that holds one model, and no network; -> its folder."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "models--them--vit"
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    return folder / "snapshots" / "abc"
+
+
+def test_weights_of_the_hub_come_from_its_cache(hub):
+    model = video(depth=3, semantic_tokens=None)
+    save_file({k: t + 1 for k, t in model.state_dict().items()}, hub / "model.safetensors")
+    save_file({k: t + 2 for k, t in model.state_dict().items()}, hub / "other.safetensors")
+    pixels = {"mean": [0.4] * 3, "std": [0.3] * 3, "interpolation": "bicubic"}
+    (hub / "config.json").write_text(json.dumps({"pretrained_cfg": pixels}))
+    for source, change in (("hf:them/vit", 1), ("hf:them/vit/other.safetensors", 2)):
+        fresh = video(depth=3, semantic_tokens=None)
+        report = load_weights(fresh, source)
+        assert settled(report) == ((0.4,) * 3, (0.3,) * 3, "bicubic")
+        for name, tensor in fresh.state_dict().items():
+            torch.testing.assert_close(tensor, model.state_dict()[name] + change)
+    (hub / "config.json").unlink()
+    transformers = {"image_mean": [0.1] * 3, "image_std": [0.2] * 3, "resample": 2}
+    (hub / "preprocessor_config.json").write_text(json.dumps(transformers))
+    assert settled(load_weights(fresh, "hf:them/vit")) == ((0.1,) * 3, (0.2,) * 3, "bilinear")
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("hf:them/nothing", "hf:them/nothing: not in the cache of .* cannot be reached"),
+        ("hf:vit", "hf:vit: must be hf:OWNER/NAME"),
+    ],
+)
+def test_the_hub_out_of_reach_is_one_line(hub, source, line):
+    with pytest.raises(WeightsError, match=rf"^{line}[^\n]*$"):
+        load_weights(video(), source)
+
+
+# ---- what is held back
+
+
+def test_a_share_of_each_class_is_held_back_by_the_seed():
+    rows = Rows(Row(f"{i}.mp4", i % 3 % 2) for i in range(60))  # 40 of class 0, 20 of class 1
+    rest, held = build.hold_back(rows, 0.1, seed=5)
+    assert Counter(row.target for row in held) == {0: 4, 1: 2}
+    assert sorted([*rest, *held], key=lambda row: int(row.path[:-4])) == list(rows)
+    assert build.hold_back(rows, 0.1, seed=5)[1] == held != build.hold_back(rows, 0.1, seed=6)[1]
+    more = Rows([*rows, *(Row(f"new{i}.mp4", 2) for i in range(10))])  # of another class
+    assert list(build.hold_back(more, 0.1, seed=5)[1])[:-1] == list(held)
+    with pytest.raises(ConfigError, match="class 7 has 1 videos"):
+        build.hold_back(Rows([*rows, Row("a.mp4", 7)]), 0.1, seed=5)
+
+
+def test_what_is_held_back_is_for_validation_where_no_list_is(demo_root):
+    data = DataConfig(train=f"{demo_root}/train", hold_back=0.34)
+    paths = {
+        split: {row.path for row in build.read_split(resolve(Config(data=data)), split)[0]}
+        for split in ("train", "val", "test")
+    }
+    assert paths["val"] == paths["test"]
+    assert (len(paths["train"]), len(paths["val"])) == (16, 8)
+    assert not paths["train"] & paths["val"]
+    data.val = f"{demo_root}/test"
+    assert len(build.read_split(resolve(Config(data=data)), "train")[0]) == 24
+
+
+# ---- the command
+
+
+def test_one_command_for_ones_own_videos(demo_root, tmp_path, capsys):
+    """From a dense image ViT and one folder: trained, then scored by the command that is printed."""
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=9, img_size=32)
+    save_file(theirs.state_dict(), tmp_path / "vit.safetensors")
+    args = ["--cfg=finetune", f"--data.train={demo_root}/train", f"--output={tmp_path}/run", *CLIP]
+    args += [f"--model.weights={tmp_path}/vit.safetensors", "--data.workers=0", "--device=cpu"]
+    args += ["--train.epochs=10", "--train.eval_every=10"]
+    assert run(cli.train, *args) == 0
+    out = capsys.readouterr().out
+    assert "training on 16 videos of 8 classes: 10 epochs of 16 clips, 20 updates; validating on 8" in out
+    assert "about 1 minutes, validations apart" in out
+    state = checkpoint.load(tmp_path / "run" / "best.pt")
+    assert state["built"]["name"] == state["config"]["model"]["name"] == "stvit_tiny_patch16_224"
+    assert state["built"]["pool"] == "grid"
+    held = {row.path for row in build.read_split(Config(data=DataConfig(
+        train=f"{demo_root}/train", hold_back=0.1)), "val")[0]}  # fmt: skip
+    score = next(line for line in out.splitlines() if line.startswith("score:"))
+    words = shlex.split(score)[2:]
+    assert run(cli.test, *words, f"--output={tmp_path}/scored", "--seed=3") == 0
+    lines = (tmp_path / "scored" / "predictions.csv").read_text().splitlines()[1:]
+    assert {line.split(",")[0] for line in lines} == held
+    (tmp_path / "vit.safetensors").unlink()
+    assert run(cli.train, *args, "--resume") == 0
