@@ -88,6 +88,28 @@ def draw_trade(rows: Sequence[Mapping], picture: Path) -> None:
     _finish(figure, [axis], picture)
 
 
+def draw_conversion(rows: Sequence[Mapping], picture: Path) -> None:
+    """Share of the dense model's classes that stay, and their probability, against cost; rows of
+    `bench.convert`."""
+    figure, axes = _axes(1, 2, figsize=(10, 4))
+    dense, *rows = rows
+    kinds = dict.fromkeys((row["start"], row["base depth"]) for row in rows)
+    for axis, key in zip(axes, ("kept", "probability"), strict=True):
+        axis.axhline(100 * dense[key], color="0.7", linestyle=":", label="dense")
+        for start, depth in kinds:
+            points = sorted(
+                (100 * r["cost"], 100 * r[key])
+                for r in rows
+                if (r["start"], r["base depth"]) == (start, depth)
+            )
+            axis.plot(*zip(*points, strict=True), marker="o", label=f"{start}, {depth} layers before")
+        axis.set(xlabel="multiply-adds, % of the dense model's", ylabel="%", ylim=(0, 102))
+    axes[0].set(title="the dense model's class stays")
+    axes[1].set(title="mean probability of that class")
+    axes[0].legend(frameon=False, fontsize=8)
+    _finish(figure, axes, picture)
+
+
 def draw_speeds(rows: Sequence[Mapping], picture: Path) -> None:
     """Bars of clips/s over those of the first model, for each mode and batch size; the ratio on them."""
     cases = list(dict.fromkeys((row["mode"], row["batch"]) for row in rows))

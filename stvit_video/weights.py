@@ -202,9 +202,17 @@ def model_of(source: str | Path | Mapping[str, Any], *, num_frames: int) -> dict
         "patch_size": (1 if num_frames == 1 else tubelet, *kernel.shape[-2:]),
         "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / len(kernel),
         "pos_embed": "sincos" if contents.adapter.fixed_positions else "learned",
+        "class_token": state.keys() >= set(CLASS_TOKEN) and "fc_norm.weight" not in contents.state,
         "pool": "grid",
         "semantic_proportional": True,
     }
+
+
+def classes_of(source: str | Path | Mapping[str, Any]) -> int:
+    """How many classes a checkpoint's head names; 0: it has none. Raises WeightsError."""
+    contents = _parse(*_read(source))
+    head = contents.adapter.convert(contents.state).get("head.weight")
+    return 0 if head is None else len(head)
 
 
 def _built_for(built: Mapping[str, Any], num_frames: int) -> dict[str, Any]:

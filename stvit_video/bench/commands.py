@@ -1,4 +1,4 @@
-"""The three benchmarks of `stvit-bench`: from the command line to a table, a csv and a picture."""
+"""The benchmarks of `stvit-bench`: from the command line to a table, a csv and a picture."""
 
 import argparse
 from argparse import ArgumentTypeError
@@ -18,6 +18,7 @@ from ..figures import draw_speeds
 from ..models.zoo import MODELS, create_model
 from . import report
 from .accuracy import bench_accuracy
+from .convert import STARTS, bench_convert
 from .data import bench_data, bench_feeding, bench_views
 from .model import MODES, measure_memory, measure_models
 
@@ -145,6 +146,37 @@ def accuracy(args: Sequence[str]) -> None:
     _finish(bench_accuracy(config, flags.models, **case), output, "accuracy")
 
 
+def convert(args: Sequence[str]) -> None:
+    """What is left of pretrained weights as semantic tokens' model, before training: classes that stay."""
+    parser = make_parser(convert.__doc__)
+    parser.add_argument("--base-depths", type=_numbers(0), default=[4, 6], help="Layers before: 4,6.")
+    parser.add_argument(
+        "--tokens",
+        type=_sizes,
+        default=[],
+        help="TxHxW or HxW, with commas between; default: 3 of the grid.",
+    )
+    parser.add_argument("--starts", type=_names(STARTS), default=list(STARTS), help=",".join(STARTS))
+    parser.add_argument("--limit", type=_positive, default=200, help="Videos or images of data.test (200).")
+    config, flags = parse(parser, args)
+    for key, value in (("model.weights", config.model.weights), ("data.test", config.data.test)):
+        if value is None:
+            raise InputError(f"--{key} is not set: what is to be converted, and what to look at")
+    config = resolve(config)
+    device, output = distributed.start(config.device), _output(config, args)
+    print(report.machine(device))
+    rows = bench_convert(
+        config,
+        base_depths=flags.base_depths,
+        tokens=flags.tokens,
+        starts=flags.starts,
+        limit=flags.limit,
+        output=output,
+        device=device,
+    )
+    _finish(rows, output, "convert")
+
+
 def _finish(rows: Sequence[dict], output: Path, name: str) -> None:
     path = report.write(rows, output, name)
     print(f"{path}, {path.with_suffix('.png')}")
@@ -201,4 +233,20 @@ def _positive(value: str | int) -> int:
     return int(value)
 
 
-KINDS: dict[str, Callable[[Sequence[str]], None]] = {"model": model, "data": data, "accuracy": accuracy}
+def _sizes(value: str | list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    sizes = []
+    for word in _names()(value) if value else ():
+        size = tuple(int(n) for n in word.split("x") if n.isdecimal()) if isinstance(word, str) else word
+        size = (1, *size) if len(size) == 2 else size
+        if len(size) != 3 or 0 in size:
+            raise ArgumentTypeError(f"{word!r}: must be TxHxW or, of images, HxW, as in 7x7")
+        sizes.append(size)
+    return sizes
+
+
+KINDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "model": model,
+    "data": data,
+    "accuracy": accuracy,
+    "convert": convert,
+}
