@@ -42,7 +42,7 @@ class ModelConfig(Sizes):
     """Checkpoint to start from, of any origin: a file, or timm:NAME."""
     inflate: Inflate = "average"
     """An image model's patch embedding over time: repeated and divided, or in the middle frame."""
-    fresh: tuple[str, ...] = ("head", "centres")
+    fresh: tuple[str, ...] = ("head", "centres", "vectors")
     """What may be missing or misshapen in weights when training."""
 
     def sizes(self) -> dict[str, Any]:

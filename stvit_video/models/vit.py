@@ -11,6 +11,7 @@ from .layers import Block, init_weights
 from .tokens import Tokens
 
 MakeReducer = Callable[[Size3, int], nn.Module]  # (grid of patches, width) -> a reducer
+MakeSuperpatches = Callable[[Size3, Size3, int], nn.Module]  # (clip size, patch size, width)
 
 
 class VideoViT(nn.Module):
@@ -21,6 +22,8 @@ class VideoViT(nn.Module):
     patch_size: (frames, height, width) of one tubelet.
     reducers: by the number of layers before each, what makes it of (grid, width): see `reducers`. A reducer
         uses layers out of `depth`: none is added. The first that makes semantic tokens is `semantic`.
+    superpatches: what makes, of (clip size, patch size, width), what merges patches before the first layer:
+        see `superpatches`.
     pos_embed: "learned", or "sincos" (VideoMAE's fixed table).
     layer_scale: initial value, in the layers from the first reducer on (all layers of a dense model).
     class_token: one more token from end to end, which stands for no patch; the head sees it alone.
@@ -40,6 +43,7 @@ class VideoViT(nn.Module):
         mlp_ratio: float = 4.0,
         pos_embed: str = "learned",
         reducers: Mapping[int, MakeReducer] | None = None,
+        superpatches: MakeSuperpatches | None = None,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         class_token: bool = False,
@@ -48,7 +52,9 @@ class VideoViT(nn.Module):
         super().__init__()
         if pos_embed not in ("learned", "sincos"):
             raise ValueError(f"pos_embed={pos_embed!r} is none of ['learned', 'sincos']")
-        self.patch_embed = PatchEmbed(clip_size(num_frames, image_size), tuple(patch_size), embed_dim)
+        clip, patch_size = clip_size(num_frames, image_size), tuple(patch_size)
+        self.patch_embed = PatchEmbed(clip, patch_size, embed_dim)
+        self.superpatches = None if superpatches is None else superpatches(clip, patch_size, embed_dim)
         grid = self.patch_embed.grid
         if pos_embed == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, *grid, embed_dim))
@@ -121,6 +127,17 @@ class VideoViT(nn.Module):
         size = None if reducer is None else reducer.tokens
         return tokens.to_grid() if size is None else tokens.x.unflatten(1, size)
 
+    def embed(self, x: Tensor) -> Tokens:
+        """(B, 3, T, H, W) -> the first layer's tokens: patches, or superpatches."""
+        if self.superpatches is None:
+            tokens = Tokens.of(self.patch_embed(x) + self.pos_embed)
+        else:
+            tokens = self.superpatches(x, self.patch_embed, self.pos_embed)
+        if self.cls_token is None:
+            return tokens
+        token = (self.cls_token + self.pos_embed_class).to(tokens.x.dtype)
+        return tokens._replace(class_token=token.expand(x.shape[0], -1, -1))
+
     def tokens(self, x: Tensor) -> Tokens:
         """(B, 3, T, H, W) -> the last layer's tokens."""
         *_, (_, last) = self._layers(x)
@@ -161,10 +178,7 @@ class VideoViT(nn.Module):
 
         A reducer that uses none comes without a number of its own: it belongs to the layer after it.
         """
-        tokens, layer = Tokens.of(self.patch_embed(x) + self.pos_embed), 0
-        if self.cls_token is not None:
-            token = (self.cls_token + self.pos_embed_class).to(tokens.x.dtype)
-            tokens = tokens._replace(class_token=token.expand(x.shape[0], -1, -1))
+        tokens, layer = self.embed(x), 0
         yield layer, tokens
         for reducer, used, rest in self.segments:
             if reducer is not None:
@@ -190,7 +204,7 @@ class VideoViT(nn.Module):
         for name, first, rest in self._plan[1:]:
             blocks.append((rf"^{name}\.", (min(first + 1, max(rest - 1, first)),)))
         return {
-            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
+            "stem": r"^(?:cls_token|pos_embed|patch_embed|superpatches)",
             "blocks": blocks,
             "head": r"^(?:fc_norm|head)",
         }
