@@ -11,6 +11,7 @@ from .layers import Block, init_weights
 from .tokens import Tokens
 
 MakeReducer = Callable[[Size3, int], nn.Module]  # (grid of patches, width) -> a reducer
+Exits = Mapping[int, Callable[[Tokens], Tokens]]  # by layer, what lets tokens leave after it
 MakeSuperpatches = Callable[[Size3, Size3, int], nn.Module]  # (clip size, patch size, width)
 
 
@@ -140,26 +141,37 @@ class VideoViT(nn.Module):
 
     def tokens(self, x: Tensor) -> Tokens:
         """(B, 3, T, H, W) -> the last layer's tokens."""
-        *_, (_, last) = self._layers(x)
-        return last
+        return self.levels(x)[0]
 
     def grids(self, x: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
         """(B, 3, T, H, W) -> the grids of patches (B, t, h, w, C) after these layers, not normalised.
 
-        Every patch has its token's features. layers: from 1 to depth, by default the last alone. Raises
-        ValueError where there is no such layer, or a reducer has no tokens yet.
+        Every patch has its token's features. layers, raises: as `levels`.
         """
-        layers, grids = [len(self.blocks)] if layers is None else list(layers), {}
+        return [tokens.to_grid() for tokens in self.levels(x, layers)]
+
+    def levels(
+        self, x: Tensor, layers: Sequence[int] | None = None, exits: Exits | None = None
+    ) -> list[Tokens]:
+        """(B, 3, T, H, W) -> the tokens after these layers.
+
+        layers: from 1 to depth, by default the last alone. exits: what, by layer, lets tokens leave after
+        it (see `exits.EarlyExits`). Raises ValueError where there is no such layer, or a reducer has no
+        tokens yet.
+        """
+        layers, exits, levels = [len(self.blocks)] if layers is None else list(layers), exits or {}, {}
         inner = {i for _, first, rest in self._plan for i in range(first + 1, rest)}
         known = [i for i in range(1, len(self.blocks) + 1) if i not in inner]
-        if not set(layers) <= set(known):
-            raise ValueError(f"layers={layers}: there are tokens after each of the layers {known}")
-        for layer, tokens in self._layers(x):
+        for name, asked in (("layers", layers), ("exits", list(exits))):
+            if not set(asked) <= set(known):
+                raise ValueError(f"{name}={asked}: there are tokens after each of the layers {known}")
+        last = max((*layers, *exits), default=0)
+        for layer, tokens in self._layers(x, exits):
             if layer in layers:
-                grids[layer] = tokens.to_grid()
-            if layer >= max(layers, default=0) < len(self.blocks):
+                levels[layer] = tokens
+            if layer >= last < len(self.blocks):
                 break
-        return [grids[layer] for layer in layers]
+        return [levels[layer] for layer in layers]
 
     def semantic_maps(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> how much each semantic token took from each patch (B, n, T', H', W').
@@ -173,21 +185,27 @@ class VideoViT(nn.Module):
         tokens = next(tokens for layer, tokens in self._layers(x) if layer == first)
         return self.semantic.maps(tokens, self.blocks[first:rest])
 
-    def _layers(self, x: Tensor) -> Iterator[tuple[int, Tokens]]:
-        """After the embedding, every layer and every reducer: how many layers were used, and the tokens.
+    def _layers(self, x: Tensor, exits: Exits | None = None) -> Iterator[tuple[int, Tokens]]:
+        """After the embedding, every layer and every reducer: how many layers were used, and the tokens
+        that have not left at an exit there.
 
         A reducer that uses none comes without a number of its own: it belongs to the layer after it.
         """
+        exits = exits or {}
         tokens, layer = self.embed(x), 0
         yield layer, tokens
         for reducer, used, rest in self.segments:
             if reducer is not None:
                 tokens, layer = reducer(tokens, used, x), layer + len(used)
                 if used or not rest:
+                    tokens = exits[layer](tokens) if used and layer in exits else tokens
                     yield layer, tokens
             bias = tokens.bias()
             for block in rest:
                 tokens, layer = tokens.with_sequence(block(tokens.sequence(), bias=bias)), layer + 1
+                if layer in exits:
+                    tokens = exits[layer](tokens)
+                    bias = tokens.bias()
                 yield layer, tokens
 
     def no_weight_decay(self) -> set[str]:
