@@ -27,7 +27,7 @@ class Masks(NamedTuple):
     masks: Tensor
 
     def scores(self) -> Tensor:
-        """How much each class is at each place: (B, K, P), of 0 to 1, in float32; they need not sum to 1."""
+        """How much each class is at each place: (B, K, P), of 0 to 1, in float32; no distribution."""
         if self.classes is None:
             return self.masks.float().softmax(1)
         finds, masks = self.classes.float().softmax(-1), self.masks.float().sigmoid()
