@@ -44,7 +44,7 @@ class ModelConfig(Sizes):
     """Checkpoint to start from, of any origin: a file, timm:NAME, or hf:OWNER/NAME."""
     inflate: Inflate = "average"
     """An image model's patch embedding over time: repeated and divided, or in the middle frame."""
-    fresh: tuple[str, ...] = ("head", "centres", "chunk_embed")
+    fresh: tuple[str, ...] = ("head", "centres", "chunk_embed", "vectors")
     """What may be missing or misshapen in weights when training."""
 
     def sizes(self) -> dict[str, Any]:

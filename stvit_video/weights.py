@@ -78,7 +78,7 @@ def load_weights(
     source: str | Path | Mapping[str, Any],
     *,
     inflate: Inflate = "average",
-    fresh: Sequence[str] = ("head", "centres", "chunk_embed"),
+    fresh: Sequence[str] = ("head", "centres", "chunk_embed", "vectors"),
     class_names: Sequence[str] | None = None,
 ) -> LoadReport:
     """Load a checkpoint of any known origin into `model`; nothing is changed unless all of it is right.

@@ -46,6 +46,18 @@ def test_chunks_joined_are_the_clip(name, base_window, class_token):
     assert [grid.shape for grid in model.grids(clips, [1, 2, 5])] == [(3, 4, 2, 2, 24)] * 3
 
 
+def test_superpatches_within_chunks_joined_are_the_clip():
+    clips = torch.rand(2, 3, 8, 16, 16) * torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1)
+    model = make(2, superpatches="contrast", superpatch_threshold=0.1)
+    chunks = clips.unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1)
+    tokens = model.chunk_tokens(chunks).unflatten(0, (2, 2))
+    assert torch.allclose(model.join(tokens), model(clips), atol=1e-6)
+    assert [grid.shape for grid in model.grids(clips, [1, 2, 5])] == [(2, 4, 2, 2, 24)] * 3
+    plain = make(2)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert torch.allclose(model(clips[1:]), plain(clips[1:]), atol=1e-6)  # nothing of noise is merged
+
+
 def test_a_chunk_knows_nothing_of_the_others_before_they_are_joined():
     model, clips = make(), torch.randn(1, 3, 8, 16, 16)
     changed = clips.clone()

@@ -19,18 +19,21 @@ class Masks(NamedTuple):
     """What a head says of K classes and P patches (or N tokens), as logits.
 
     classes: (B, K, K + 1), what each class's query finds, the last: nothing; binary: (B, K, 2), whether
-    its class is there, the first: yes. masks: (B, K, P).
+    its class is there, the first: yes; None: masks are the logits of one softmax over the classes.
+    masks: (B, K, P).
     """
 
-    classes: Tensor
+    classes: Tensor | None
     masks: Tensor
 
     def scores(self) -> Tensor:
-        """How much each class is at each place: (B, K, P), of 0 to 1, in float32; not a distribution."""
-        found, masks = self.classes.float().softmax(-1), self.masks.float().sigmoid()
-        if found.shape[-1] == 2:
-            return found[..., :1] * masks
-        return found[..., :-1].transpose(1, 2) @ masks  # a query may vote for any class
+        """How much each class is at each place: (B, K, P), of 0 to 1, in float32; no distribution."""
+        if self.classes is None:
+            return self.masks.float().softmax(1)
+        finds, masks = self.classes.float().softmax(-1), self.masks.float().sigmoid()
+        if finds.shape[-1] == 2:
+            return finds[..., :1] * masks
+        return finds[..., :-1].transpose(1, 2) @ masks  # a query may vote for any class
 
 
 class ATMHead(nn.Module):
@@ -187,15 +190,15 @@ def atm_losses(
     truth = (labels[which] == query[:, None, None, None]).float()
     count = max(float(len(query)) if num_masks is None else num_masks, 1.0)
     losses = {}
-    for i, (found, masks) in enumerate(outputs):
+    for i, (logits, masks) in enumerate(outputs):
         suffix = "" if i == len(outputs) - 1 else f"_{i}"
-        absent = found.shape[-1] - 1
+        absent = logits.shape[-1] - 1
         wanted = torch.where(present, 0 if absent == 1 else classes, absent)
-        weight = found.new_ones(absent + 1, dtype=torch.float32)
+        weight = logits.new_ones(absent + 1, dtype=torch.float32)
         weight[absent] = 0.1
-        losses[f"loss_ce{suffix}"] = F.cross_entropy(found.float().transpose(1, 2), wanted, weight)
-        logits = resize(masks.float()[which, query][:, None].unflatten(-1, tuple(grid)), labels.shape[1:])
-        focal, dice = _mask_losses(logits.flatten(1), truth.flatten(1))
+        losses[f"loss_ce{suffix}"] = F.cross_entropy(logits.float().transpose(1, 2), wanted, weight)
+        shown = resize(masks.float()[which, query][:, None].unflatten(-1, tuple(grid)), labels.shape[1:])
+        focal, dice = _mask_losses(shown.flatten(1), truth.flatten(1))
         losses[f"loss_mask{suffix}"] = mask_weight * focal.sum() / count
         losses[f"loss_dice{suffix}"] = dice_weight * dice.sum() / count
     return losses

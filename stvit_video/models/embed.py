@@ -35,6 +35,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W), or (B, 3, H, W) where T is 1 -> grid (B, t, h, w, C)."""
+        return tubelets(self.checked(x), self.proj)
+
+    def checked(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W), or (B, 3, H, W) where T is 1 -> (B, 3, T, H, W). Raises ValueError else."""
         x = as_clip(x)
         if x.shape[2:] != self.clip_size:
             frames, rows, columns = self.clip_size
@@ -42,7 +46,7 @@ class PatchEmbed(nn.Module):
                 f"input of shape {tuple(x.shape)}, but the model takes (B, 3, {frames}, {rows}, "
                 f"{columns}) (num_frames={frames}, image_size={(rows, columns)})"
             )
-        return tubelets(x, self.proj)
+        return x
 
 
 class PaddedPatchEmbed(nn.Module):
@@ -102,9 +106,13 @@ def as_clip(x: Tensor) -> Tensor:
 
 def tubelets(x: Tensor, proj: nn.Conv3d) -> Tensor:
     """Clips (B, 3, T, H, W) of whole tubelets, each projected to one token: (B, t, h, w, C)."""
-    pt, ph, pw = proj.kernel_size
-    x = rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
-    return F.linear(x, proj.weight.flatten(1), proj.bias)
+    return F.linear(tubelet_pixels(x, proj.kernel_size), proj.weight.flatten(1), proj.bias)
+
+
+def tubelet_pixels(x: Tensor, patch_size: Size3) -> Tensor:
+    """Clips (B, 3, T, H, W) of whole tubelets -> the pixels of each: (B, t, h, w, 3 * their number)."""
+    pt, ph, pw = patch_size
+    return rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
 
 
 def sincos_table(grid: Size3, dim: int) -> Tensor:

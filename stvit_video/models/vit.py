@@ -11,6 +11,8 @@ from .layers import Block, init_weights
 from .tokens import Tokens, regions
 
 MakeReducer = Callable[[Size3, int], nn.Module]  # (grid of patches, width) -> a reducer
+Exits = Mapping[int, Callable[[Tokens], Tokens]]  # by layer, what lets tokens leave after it
+MakeSuperpatches = Callable[[Size3, Size3, int], nn.Module]  # (clip size, patch size, width)
 
 
 class VideoViT(nn.Module):
@@ -21,6 +23,8 @@ class VideoViT(nn.Module):
     patch_size: (frames, height, width) of one tubelet.
     reducers: by the number of layers before each, what makes it of (grid, width): see `reducers`. A reducer
         uses layers out of `depth`: none is added. The first that makes semantic tokens is `semantic`.
+    superpatches: what makes, of (clip size, patch size, width), what merges patches before the first layer:
+        see `superpatches`.
     pos_embed: "learned", or "sincos" (VideoMAE's fixed table).
     dropout: of the features before the head.
     layer_scale: initial value, in the layers from the first reducer on (all layers of a dense model).
@@ -45,6 +49,7 @@ class VideoViT(nn.Module):
         pos_embed: str = "learned",
         reducers: Mapping[int, MakeReducer] | None = None,
         dropout: float = 0.0,
+        superpatches: MakeSuperpatches | None = None,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         class_token: bool = False,
@@ -55,8 +60,9 @@ class VideoViT(nn.Module):
         if pos_embed not in ("learned", "sincos"):
             raise ValueError(f"pos_embed={pos_embed!r} is none of ['learned', 'sincos']")
         self.chunks = count_chunks(num_frames, patch_size, base_window)
-        size = clip_size(num_frames // self.chunks, image_size)
-        self.patch_embed = PatchEmbed(size, tuple(patch_size), embed_dim)
+        clip, patch_size = clip_size(num_frames // self.chunks, image_size), tuple(patch_size)
+        self.patch_embed = PatchEmbed(clip, patch_size, embed_dim)
+        self.superpatches = None if superpatches is None else superpatches(clip, patch_size, embed_dim)
         grid = self.patch_embed.grid
         if pos_embed == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, *grid, embed_dim))
@@ -138,28 +144,50 @@ class VideoViT(nn.Module):
         size = None if reducer is None else reducer.tokens
         return tokens.to_grid() if size is None else tokens.x.unflatten(1, self._joined_size(size))
 
+    def embed(self, x: Tensor) -> Tokens:
+        """(B, 3, T, H, W) -> the first layer's tokens: patches, or superpatches."""
+        if self.superpatches is None:
+            tokens = Tokens.of(self.patch_embed(x) + self.pos_embed)
+        else:
+            tokens = self.superpatches(x, self.patch_embed, self.pos_embed)
+        if self.cls_token is None:
+            return tokens
+        token = (self.cls_token + self.pos_embed_class).to(tokens.x.dtype)
+        return tokens._replace(class_token=token.expand(x.shape[0], -1, -1))
+
     def tokens(self, x: Tensor) -> Tokens:
         """(B, 3, T, H, W) -> the last layer's tokens."""
-        *_, (_, last) = self._layers(x)
-        return last
+        return self.levels(x)[0]
 
     def grids(self, x: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
         """(B, 3, T, H, W) -> the grids of patches (B, t, h, w, C) after these layers, not normalised.
 
-        Every patch has its token's features. layers: from 1 to depth, by default the last alone. Raises
-        ValueError where there is no such layer, or a reducer has no tokens yet.
+        Every patch has its token's features. layers, raises: as `levels`.
         """
-        layers, grids = [len(self.blocks)] if layers is None else list(layers), {}
+        return [tokens.to_grid() for tokens in self.levels(x, layers)]
+
+    def levels(
+        self, x: Tensor, layers: Sequence[int] | None = None, exits: Exits | None = None
+    ) -> list[Tokens]:
+        """(B, 3, T, H, W) -> the tokens after these layers.
+
+        layers: from 1 to depth, by default the last alone. exits: what, by layer, lets tokens leave after
+        it (see `exits.EarlyExits`). Raises ValueError where there is no such layer, or a reducer has no
+        tokens yet.
+        """
+        layers, exits, levels = [len(self.blocks)] if layers is None else list(layers), exits or {}, {}
         inner = {i for _, first, rest in self._plan for i in range(first + 1, rest)}
         known = [i for i in range(1, len(self.blocks) + 1) if i not in inner]
-        if not set(layers) <= set(known):
-            raise ValueError(f"layers={layers}: there are tokens after each of the layers {known}")
-        for layer, tokens in self._layers(x):
+        for name, asked in (("layers", layers), ("exits", list(exits))):
+            if not set(asked) <= set(known):
+                raise ValueError(f"{name}={asked}: there are tokens after each of the layers {known}")
+        last = max((*layers, *exits), default=0)
+        for layer, tokens in self._layers(x, exits):
             if layer in layers:
-                grids[layer] = tokens.to_grid()
-            if layer >= max(layers, default=0) < len(self.blocks):
+                levels[layer] = tokens
+            if layer >= last < len(self.blocks):
                 break
-        return [grids[layer] for layer in layers]
+        return [levels[layer] for layer in layers]
 
     def semantic_maps(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> how much each semantic token took from each patch (B, n, T', H', W').
@@ -170,7 +198,8 @@ class VideoViT(nn.Module):
         if self.semantic is None:
             raise ValueError("no semantic maps: the model is dense or its reducer another")
         first, rest = next((first, rest) for name, first, rest in self._plan if name == "semantic")
-        tokens = next(tokens for layer, tokens in self._chunk_layers(x) if layer == first)
+        layers = self._layers(x) if self.chunk_embed is None else self._base_layers(x)
+        tokens = next(tokens for layer, tokens in layers if layer == first)
         maps = self.semantic.maps(tokens, self.blocks[first:rest]).unflatten(0, (-1, self.chunks))
         if self.chunks == 1:
             return maps[:, 0]
@@ -187,40 +216,43 @@ class VideoViT(nn.Module):
         """
         if self.chunk_embed is None:
             raise ValueError("base_window=None: this model's clips have no chunks")
-        *_, (_, tokens) = self._chunk_layers(x)
-        return tokens.sequence()
+        *_, (_, tokens) = self._base_layers(x)
+        return self._chunk_tokens(tokens)
 
     def join(self, chunks: Tensor) -> Tensor:
         """Tokens of a clip's chunks in order, (B, chunks, n / chunks, C) -> what `forward` gives."""
         *_, (_, last) = self._joined_layers(chunks)
         return self.head(self.fc_norm(last.pooled()))
 
-    def _layers(self, x: Tensor) -> Iterator[tuple[int, Tokens]]:
-        """After the embedding, every layer and every reducer: how many layers were used, and the tokens.
+    def _layers(self, x: Tensor, exits: Exits | None = None) -> Iterator[tuple[int, Tokens]]:
+        """After the embedding, every layer and every reducer: how many layers were used, and the tokens
+        that have not left at an exit there.
 
         A reducer that uses none comes without a number of its own: it belongs to the layer after it.
         """
         if self.chunk_embed is None:
-            yield from self._chunk_layers(x)
+            tokens = self.embed(x)
+            yield 0, tokens
+            yield from self._run(tokens, 0, self.segments, x, exits or {})
             return
-        for layer, tokens in self._chunk_layers(x):
-            if tokens.token is None:
-                patches = tokens.x.unflatten(0, (-1, self.chunks)).flatten(1, 2)
-                yield layer, Tokens(patches, self._joined_size(tokens.grid))
-        yield from self._joined_layers(tokens.sequence().unflatten(0, (-1, self.chunks)))
+        if exits:
+            raise ValueError(f"exits={list(exits)}: no token leaves a model with base_window")
+        for layer, tokens in self._base_layers(x):
+            patches = tokens.to_grid().unflatten(0, (-1, self.chunks)).flatten(1, 2)
+            yield layer, Tokens.of(patches)
+        yield from self._joined_layers(self._chunk_tokens(tokens).unflatten(0, (-1, self.chunks)))
 
-    def _chunk_layers(self, x: Tensor) -> Iterator[tuple[int, Tokens]]:
-        """`_layers` of every chunk as a clip of its own, up to the tokens to be joined; else all layers."""
-        segments = self.segments
-        if self.chunk_embed is not None:
-            (base, (reducer, used, _)), x = segments, _cut(as_clip(x), self.patch_embed.clip_size[0])
-            segments = [base, (reducer, used, [])]
-        tokens = Tokens.of(self.patch_embed(x) + self.pos_embed)
-        if self.cls_token is not None:
-            token = (self.cls_token + self.pos_embed_class).to(tokens.x.dtype)
-            tokens = tokens._replace(class_token=token.expand(x.shape[0], -1, -1))
+    def _base_layers(self, x: Tensor) -> Iterator[tuple[int, Tokens]]:
+        """`_layers` before the reducer, of every chunk as a clip of its own."""
+        x = x if self.chunk_embed is None else _cut(as_clip(x), self.patch_embed.clip_size[0])
+        tokens = self.embed(x)
         yield 0, tokens
-        yield from self._run(tokens, 0, segments, x)
+        yield from self._run(tokens, 0, self.segments[:1], x)
+
+    def _chunk_tokens(self, tokens: Tokens) -> Tensor:
+        """The base layers' tokens of chunks -> what the reducer makes of each (B, n, C)."""
+        reducer, used, _ = self.segments[1]
+        return reducer(tokens, used).sequence()
 
     def _joined_layers(self, chunks: Tensor) -> Iterator[tuple[int, Tokens]]:
         """`_layers` from the tokens of chunks (B, chunks, n, C) on."""
@@ -235,19 +267,29 @@ class VideoViT(nn.Module):
         tokens = Tokens(x, grid, regions(grid, size).to(x.device), asked=asked, class_token=token)
         if used or not rest:
             yield layer, tokens
-        yield from self._run(tokens, layer, [(None, [], rest)], None)
+        yield from self._run(tokens, layer, [(None, [], rest)])
 
     def _run(
-        self, tokens: Tokens, layer: int, segments: Sequence[tuple], clip: Tensor | None
+        self,
+        tokens: Tokens,
+        layer: int,
+        segments: Sequence[tuple],
+        clip: Tensor | None = None,
+        exits: Exits | None = None,
     ) -> Iterator[tuple[int, Tokens]]:
+        exits = exits or {}
         for reducer, used, rest in segments:
             if reducer is not None:
                 tokens, layer = reducer(tokens, used, clip), layer + len(used)
                 if used or not rest:
+                    tokens = exits[layer](tokens) if used and layer in exits else tokens
                     yield layer, tokens
             bias = tokens.bias()
             for block in rest:
                 tokens, layer = tokens.with_sequence(block(tokens.sequence(), bias=bias)), layer + 1
+                if layer in exits:
+                    tokens = exits[layer](tokens)
+                    bias = tokens.bias()
                 yield layer, tokens
 
     def _joined_size(self, size: Size3) -> Size3:
@@ -270,7 +312,7 @@ class VideoViT(nn.Module):
         if self.chunk_embed is not None:  # joins the first layer after the reducer
             blocks.append((r"^chunk_embed", (min(self._plan[1][2], len(self.blocks) - 1),)))
         return {
-            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
+            "stem": r"^(?:cls_token|pos_embed|patch_embed|superpatches)",
             "blocks": blocks,
             "head": r"^(?:fc_norm|head)",
         }

@@ -18,6 +18,7 @@ from .heads import WithHead
 from .reducers import REDUCERS
 from .semantic import SemanticWindows
 from .sizes import Sizes
+from .superpatches import Superpatches
 from .swin import VideoSwin
 from .swin_detection import DetectionSwin
 from .vit import VideoViT, count_chunks
@@ -34,8 +35,15 @@ class Entry(NamedTuple):
 def _sizes(*builds: Callable) -> dict[str, Any]:
     """The sizes that these take, which are their keyword arguments, with their defaults."""
     parameters = [p for build in builds for p in inspect.signature(build).parameters.values()]
-    others = {"num_classes", "num_frames", "image_size", "reducers", "recovery"}
+    others = {"num_classes", "num_frames", "image_size", "reducers", "superpatches", "recovery"}
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others}
+
+
+def plain_vit(*, superpatches: str | None = None, **sizes) -> VideoViT:
+    """A `VideoViT`; superpatches: what decides about them, "contrast" or "dcts"; None: there are none."""
+    known = {k: sizes.pop(k) for k in _sizes(Superpatches) if k in sizes}
+    make = superpatches and partial(Superpatches, superpatches=superpatches, **known)
+    return VideoViT(superpatches=make, **sizes)
 
 
 def reduced_vit(*, reducer: str = "semantic", base_depth: int, depth: int, **sizes) -> VideoViT:
@@ -60,7 +68,7 @@ def reduced_vit(*, reducer: str = "semantic", base_depth: int, depth: int, **siz
     known = _sizes(REDUCERS[reducer])
     make = partial(REDUCERS[reducer], **{k: v for k, v in reducer_sizes.items() if k in known})
     places = range(depth) if schedule is not None else [base_depth] if once else []
-    return VideoViT(depth=depth, reducers=dict.fromkeys(places, make), **sizes)
+    return plain_vit(depth=depth, reducers=dict.fromkeys(places, make), **sizes)
 
 
 def _vit_family() -> dict[str, Entry]:
@@ -72,10 +80,10 @@ def _vit_family() -> dict[str, Entry]:
         ("large", 1024, 24, 16, 8),
     ):
         dense = {"patch_size": (2, 16, 16), "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-        dense = _sizes(VideoViT) | dense
+        dense = _sizes(VideoViT) | {"superpatches": None} | _sizes(Superpatches) | dense
         reduced = {"semantic_tokens": (8, 4, 4), "base_depth": base_depth}
         every = dense | _sizes(*REDUCERS.values()) | {"reducer": "semantic"} | reduced
-        models[f"vit_{size}_patch16_224"] = Entry(VideoViT, dense)
+        models[f"vit_{size}_patch16_224"] = Entry(plain_vit, dense)
         models[f"stvit_{size}_patch16_224"] = Entry(reduced_vit, every)
         for name in [name for name in REDUCERS if name != "semantic"]:
             sizes = dense | _sizes(REDUCERS[name]) | reduced
@@ -178,7 +186,7 @@ def create_model(
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple | list) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def multiply_adds(model: nn.Module, *, num_frames: int, image_size: int | tuple[int, int]) -> int:
