@@ -375,6 +375,7 @@ def _loader(
         sampler,
         batch_size=batch_size,
         workers=config.data.workers,
+        prefetch=config.data.prefetch,
         pin_memory=device.type == "cuda",
         persistent=persistent,
     )

@@ -13,7 +13,7 @@ from .engine.job import Job
 # What may differ between the parts of a resumed run: it changes neither model nor updates.
 FREE_TO_CHANGE = (
     *("weights", "inflate", "fresh"),
-    *("root", "val", "test", "format", "workers", "timeout", "keep", "max_unreadable"),
+    *("root", "val", "test", "format", "workers", "prefetch", "timeout", "keep", "max_unreadable"),
     *(
         "eval_every",
         "log_every",
