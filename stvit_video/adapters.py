@@ -154,7 +154,7 @@ def from_microsoft_swin(state: State) -> State:
 
 def from_stvit_r(state: State) -> State:
     """The authors' STViT-R-Swin, classifier or detector: keys and values apart from queries, a stem
-    numbered by position.
+    numbered by position; with USE_GLOBAL, G as `semantic_token2`, flat over the tokens' grid.
     """
     stem = {"0.c": "conv1", "0.bn": "norm1", "2.c": "conv2", "2.bn": "norm2"}
     state = {k: v for k, v in from_microsoft_swin(state).items() if not DETECTOR.match(k)}
@@ -170,6 +170,7 @@ def from_stvit_r(state: State) -> State:
             r"^patch_embed\.proj\.([02]\.(?:c|bn))\.", lambda m: f"patch_embed.{stem[m[1]]}.", name
         )
         name = re.sub(r"^norm([0-3])\.", r"norms.\1.", name)  # of the backbone for detection
+        name = re.sub(r"\.semantic_token2$", ".semantic.centres", name)
         return re.sub(r"layer_scale_(\d)$", r"ls\1.gamma", name)
 
     return _renamed(state, rename)

@@ -174,6 +174,10 @@ def build_job(
     config = with_model(config)
     torch.manual_seed(config.seed)
     model = build_model(config, build_task(config, class_names).outputs)
+    if config.train.freeze is not None and config.model.weights is None and pretrained:
+        raise ConfigError(
+            f"train.freeze={config.train.freeze}: without model.weights chance would be frozen"
+        )
     report = load_pretrained(config, model, class_names) if pretrained else None
     config = with_pixels(config, report)
     task = build_task(config, class_names)
@@ -402,6 +406,7 @@ def _loader(
         sampler,
         batch_size=batch_size,
         workers=config.data.workers,
+        prefetch=config.data.prefetch,
         pin_memory=device.type == "cuda",
         persistent=persistent,
     )

@@ -109,6 +109,8 @@ class DataConfig:
     """Random clips of each decoded training video (repeated augmentation)."""
     workers: Annotated[int, Range(0)] = 2
     """Loader processes a rank."""
+    prefetch: Count = 2
+    """Batches that a loader process makes ahead."""
     keep: bool = False
     """Decode each video once and keep all its frames, in every loader process: for small sets."""
     shuffle_buffer: Count = 10_000

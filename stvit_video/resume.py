@@ -13,8 +13,16 @@ from .engine.job import Job
 # What may differ between the parts of a resumed run: it changes neither model nor updates.
 FREE_TO_CHANGE = (
     *("weights", "inflate", "fresh"),
-    *("root", "val", "test", "format", "workers", "timeout", "keep", "max_unreadable"),
-    *("eval_every", "log_every", "max_nonfinite", "checkpoint_minutes", "parallel", "compile"),
+    *("root", "val", "test", "format", "workers", "prefetch", "timeout", "keep", "max_unreadable"),
+    *(
+        "eval_every",
+        "log_every",
+        "max_nonfinite",
+        "checkpoint_minutes",
+        "keep_every",
+        "parallel",
+        "compile",
+    ),
     *("batch_size", "accumulate"),  # their product with the number of ranks may not
 )
 
@@ -46,7 +54,8 @@ def find_run(output: Path, *, resume: bool, overwrite: bool) -> tuple[dict | Non
 def discard_run(output: Path) -> None:
     """What a former run left in `output` must not pass for this one's."""
     left = (*checkpoint.NAMES, checkpoint.DAMAGED, "weights.json", "unreadable.csv", "nonfinite.csv")
-    for name in (*left, "curves.png"):
+    kept = (path.name for path in output.glob(checkpoint.KEPT.replace("{:04}", "[0-9]*")))
+    for name in (*left, *kept, "curves.png"):
         (output / name).unlink(missing_ok=True)
     shutil.rmtree(output / "tensorboard", ignore_errors=True)
 

@@ -8,11 +8,13 @@ import time
 
 import av
 import pytest
+import torch
 from test_decode import KINDS, SHARED, render
 from test_end_to_end import run
 
 from stvit_video import cli
 from stvit_video.data import check as checks
+from stvit_video.data.annotations import read_rows
 from stvit_video.data.decode import open_video
 
 
@@ -88,6 +90,29 @@ def test_a_file_cut_off_at_its_end_is_short(tmp_path, name):
     assert (code, found) == (1, [("train", name, "short")])
 
 
+@pytest.mark.parametrize("name", ["b_frames.mp4", "gray.mp4"])
+def test_of_a_file_cut_within_a_frame_the_sound_part_is_read(tmp_path, name):
+    """Its first frames, and none after a hole: B-frames are stored behind those that they refer to."""
+    codec, rest = KINDS[name]
+    render(tmp_path / "plain.mp4", codec, **dict(rest))
+    path = fast_start(tmp_path / "plain.mp4", tmp_path / name)
+    contents = path.read_bytes()
+    with open_video(path) as video:
+        every = video.read(range(40))
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    for place, size in packets[12:36:3]:
+        path.write_bytes(contents[: place + size // 2])
+        with open_video(path) as video:
+            n = video.num_frames
+            assert 5 < n < 40
+            assert torch.equal(video.read([n - 1, 2]), every[[n - 1, 2]])
+            assert torch.equal(video.read(range(n)), every[:n])
+    code, found = check(tmp_path, "--thorough", train=[(path, 0)])
+    assert (code, found) == (1, [("train", name, "short")])
+    assert f"{path}: cut off at " in (tmp_path / "out" / "check.csv").read_text()
+
+
 def fast_start(source, target):
     options = {"movflags": "faststart"}
     with av.open(str(source)) as old, av.open(str(target), "w", container_options=options) as new:
@@ -156,3 +181,25 @@ def test_real_files(tmp_path):
     code, found = check(tmp_path, "--thorough", "--data.timeout=60", train=[(path, 0) for path in paths])
     assert code == 1
     assert sorted(name for _, name, _ in found) == ["corrupted.mp4", "vp9_invalid_bitstream.webm"]
+
+
+def test_a_clean_list_has_what_nothing_is_wrong_with(tmp_path, clips, capsys):
+    """And trains like any list; what stands there with two labels is left out twice."""
+    (tmp_path / "text.mp4").write_text("no video")
+    rows = [(clip, i % 4) for i, clip in enumerate(clips[:8])]
+    extra = [(tmp_path / "text.mp4", 1), (tmp_path / "gone.mp4", 2), rows[0], (clips[1], 3)]
+    code, _ = check(tmp_path, f"--write-clean={tmp_path}/clean.txt", train=[*rows, *extra])
+    assert code == 1
+    printed = capsys.readouterr().out
+    assert f"{clips[1]}: stands in train already, with label 1, here 3" in printed
+    assert f"7 of 12 videos: --data.train {tmp_path}/clean.txt" in printed
+    expected = [(str(clip), label) for clip, label in rows if clip != clips[1]]
+    assert [(row.path, row.target) for row in read_rows(tmp_path / "clean.txt")] == expected
+    flags = [f"--data.train={tmp_path}/clean.txt", f"--data.class_names={tmp_path}/clean.txt.classes"]
+    assert run(cli.check, *flags, f"--output={tmp_path}/again", "--thorough") == 0
+    for given, line in (
+        ({"train": rows}, "clean.txt: is there already"),
+        ({"train": rows, "val": rows}, "one list at a time, not train, val"),
+    ):
+        assert check(tmp_path, f"--write-clean={tmp_path}/clean.txt", **given)[0] == 2
+        assert line in capsys.readouterr().err

@@ -294,3 +294,11 @@ def test_recipes_have_the_published_numbers_of_their_size(
     assert config.model.name.startswith(name)
     vit = recipe != "k400_stvit_swin"
     assert (config.data.rand_augment, config.data.repeats) == (((4, 7), 2) if vit else (None, 1))
+
+
+def test_a_loader_makes_as_many_batches_ahead_as_is_set(demo_root):
+    data = DataConfig(train=f"{demo_root}/train", prefetch=5, workers=2)
+    config = resolve(Config(data=data))
+    rows, names = build.read_split(config, "train")
+    loader = build.build_train_loader(config, build.build_task(config, names), rows, torch.device("cpu"))
+    assert loader.prefetch_factor == 5

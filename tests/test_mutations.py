@@ -51,6 +51,7 @@ def reference(path):
     A frame is (pts, sound, picture digest), a packet (pts, whether a key frame, content digest).
     """
     frames, contents, broken, well = [], [], False, True
+    end, pts = cut_in_two(path)
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         stream.codec_context.thread_count = 1
@@ -63,6 +64,9 @@ def reference(path):
                     break
                 if packet is None:
                     break
+                if end is not None and packet.pos == end:
+                    well = False
+                    continue
                 if packet.size and not packet.is_discard:
                     contents.append((packet.pts, packet.is_keyframe, digest(bytes(packet))))
                 shown = packet.decode()
@@ -76,7 +80,19 @@ def reference(path):
                 well = well and not frame.is_corrupt
                 image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 frames.append((frame.pts, not broken, digest(image)))
+    if end is not None:  # others before those that are shown after it are missing
+        frames = [frame for frame in frames if frame[0] is None or pts is None or frame[0] < pts]
+        contents = [packet for packet in contents if packet[0] is None or pts is None or packet[0] < pts]
     return frames, contents, well
+
+
+def cut_in_two(path):
+    """Place and time of the last packet, if the end of the file cuts it in two; else None twice."""
+    with av.open(str(path), metadata_errors="ignore") as container, contextlib.suppress(IndexError):
+        packets = [p for p in container.demux(container.streams.best("video")) if p.size]
+        if len(packets) > 1 and packets[-1].is_corrupt:
+            return packets[-1].pos, packets[-1].pts
+    return None, None
 
 
 def digest(data):
@@ -96,14 +112,16 @@ def harmed(i, packets, clean):
 
 def sound_from_its_key_frame(path, pts):
     """Whether a decode that begins there flags nothing: flags depend on what came before."""
+    end, _ = cut_in_two(path)
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         stream.codec_context.thread_count = 1
         container.seek(pts, stream=stream)
         with contextlib.suppress(IndexError):  # as above
-            for frame in container.decode(stream):
-                if frame.is_corrupt or frame.pts == pts:
-                    return not frame.is_corrupt
+            for packet in container.demux(stream):
+                for frame in () if end is not None and packet.pos == end else packet.decode():
+                    if frame.is_corrupt or frame.pts == pts:
+                        return not frame.is_corrupt
     return False
 
 

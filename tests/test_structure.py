@@ -197,6 +197,7 @@ def test_every_test_that_the_documents_name_exists():
         "draw_curves",
         "make_shards",
         "open_page",
+        "average_scores",
         "compare_runs",
         "export_model",
     ],

@@ -101,6 +101,25 @@ def test_stvit_r_is_the_authors():
             torch.testing.assert_close(grid.mean((1, 2, 3)), reference[f"out/layers.{i}_mean"], **CLOSE)
 
 
+def test_the_authors_g_is_flat_over_the_grid_of_tokens():
+    """Trained with USE_GLOBAL; row by row over all windows' tokens, for a video the same in every frame."""
+    reference = load_file(FIXTURES / "stvit_r_swin_reference.safetensors")
+    state = {
+        k.removeprefix("weights/"): v.float() for k, v in reference.items() if k.startswith("weights/")
+    }
+    state["layers.2.semantic_token2"] = torch.randn(1, 36, 32)  # 2 x 2 windows of 3 x 3 tokens
+    sizes = TINY | {"num_classes": 10, "centres": True, "image_size": 224}
+    model = create_model("stvit_r_swin_small", num_frames=1, **sizes)
+    load_weights(model, state, fresh=())
+    centres = model.layers[2].semantic.centres
+    assert torch.equal(centres[0, 0, 4, 5], state["layers.2.semantic_token2"][0, 4 * 6 + 5])
+    clips = create_model("stvit_r_video_swin_small", num_frames=8, **sizes)
+    load_weights(clips, state, fresh=())
+    assert torch.equal(clips.layers[2].semantic.centres, centres.repeat(1, 4, 1, 1, 1))
+    with pytest.raises(WeightsError, match="has a vector G per semantic token: model.centres=true"):
+        load_weights(create_model("stvit_r_swin_small", num_frames=1, **sizes | {"centres": False}), state)
+
+
 def test_every_tensor_of_the_authors_checkpoint_finds_its_place():
     shapes = json.loads((FIXTURES / "stvit_r_swin_s_keys.json").read_text())
     counters = {"dtype": torch.long}

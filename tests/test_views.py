@@ -415,3 +415,22 @@ def test_scoring_asks_for_no_larger_frames_than_it_needs():
     video = Counter(10)
     views.TestViews(Sampling("dense", 2, 1), CropTransform(16, crop_ratio=0.8))(video, 0)
     assert video.short_side == 20
+
+
+@pytest.mark.parametrize(("workers", "timeout"), [(0, None), (1, 30)])
+def test_randaugment_behind_the_upload_is_the_workers(demo_root, workers, timeout, monkeypatch):
+    """Operations on whole frames: by then some clips are crops, others whole; frames are made smaller."""
+    runs, kept = [], []
+    real = views.cut
+    monkeypatch.setattr(views, "cut", lambda f, draw: kept.append(bool(draw.operations)) or real(f, draw))
+    for on_device in (False, True):
+        transform = TrainTransform(24, rand_augment=(2, 7), flip=True)  # 64 x 48 -> 47 x 35
+        make = views.TrainViews(Sampling("dense", 4, 2), transform, 3, on_device)
+        data = VideoDataset(_rows(demo_root)[:4], make, timeout=timeout)
+        options = {"batch_size": 4, "workers": workers, "pin_memory": False, "persistent": False}
+        (batch,) = Uploads(make_loader(data, EverySampler(4), **options), torch.device("cpu"))
+        runs.append(batch)
+    assert workers or {*kept} == {False, True}
+    assert runs[1].draws is None
+    assert runs[0].clips.shape == (4, 3, 3, 4, 24, 24)
+    assert torch.equal(runs[0].clips, runs[1].clips)

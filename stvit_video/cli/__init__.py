@@ -12,6 +12,7 @@ _HOMES = {
     "compare": "pictures",
     "bench": "measuring",
     "page": "serving",
+    "ensemble": "ensembling",
     "export": "exporting",
     "command": "common",
 }

@@ -6,13 +6,14 @@ import random
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import build
 from ..config import ConfigError, make_parser, parse, resolve
-from ..data.check import FileCheck, Finding, check_files, check_labels, summary
+from ..data.check import FileCheck, Finding, check_files, check_labels, clean, summary
 from ..data.encode import H264, Copy, Encoding, Jpeg
+from ..data.rows import Row
 from ..data.write_shards import UNREADABLE, write_shards
 from ..engine.logs import progress
 from .common import command, make_folder
@@ -37,9 +38,16 @@ def check(args: Sequence[str]) -> None:
     parser = make_parser(check.__doc__)
     parser.add_argument("--thorough", action="store_true", help="Decode every frame, not only the first.")
     parser.add_argument("--csv", metavar="FILE", help="Where findings go; default: OUTPUT/check.csv.")
+    parser.add_argument(
+        "--write-clean",
+        metavar="LIST",
+        help="Write what nothing is wrong with as a list, of one list only.",
+    )
     config, flags = parse(parser, args)
     data = resolve(config).data
     splits, class_names, unknown = build.read_lists(resolve(config))
+    if flags.write_clean:
+        _check_clean(flags.write_clean, splits)
     path = Path(flags.csv or Path(config.output, "check.csv"))
     make_folder(path.parent)
     findings = [Finding(split, "", "mislabelled", str(error)) for split, error in unknown.items()]
@@ -60,10 +68,30 @@ def check(args: Sequence[str]) -> None:
     print(summary(splits, findings))
     for finding in findings[:10]:
         print(f"{finding.kind}: {finding.cause}")
+    if flags.write_clean:
+        ((split, rows),) = splits.items()
+        lines, names = clean(rows, findings), f"{flags.write_clean}.classes"
+        Path(flags.write_clean).write_text("".join(f"{line}\n" for line in lines))
+        Path(names).write_text("".join(f"{name}\n" for name in class_names))
+        print(
+            f"{len(lines)} of {len(rows)} videos: --data.{split} {flags.write_clean} "
+            f"--data.class_names {names} --data.root null"
+        )
     if findings:
         print(f"{len(findings)} findings, all in {path}")
         sys.exit(1)
     print("all is well" if flags.thorough else "nothing found; --thorough decodes every frame")
+
+
+def _check_clean(path: str, splits: Mapping[str, Sequence[Row]]) -> None:
+    """Raises ConfigError where there is no one list to write, or one would be written over."""
+    if len(splits) > 1:
+        raise ConfigError(f"--write-clean {path}: one list at a time, not {', '.join(splits)}")
+    if any(row.place is not None for rows in splits.values() for row in rows):
+        raise ConfigError(f"--write-clean {path}: videos in shards are no files that a list can name")
+    if Path(path).exists():
+        raise ConfigError(f"--write-clean {path}: is there already")
+    make_folder(Path(path).parent)
 
 
 @command

@@ -59,7 +59,7 @@ def test(args: Sequence[str]) -> None:
         introduce(config, model, task.outputs, device, weights)
         print(f"scoring {len(rows)} {task.items} x {views['clips']} clips x {views['crops']} crops")
     precision, settings = pick_precision(config.train.precision, device), to_dict(config)
-    for key in ("workers", "timeout", "keep"):  # change no score
+    for key in ("workers", "prefetch", "timeout", "keep"):  # change no score
         del settings["data"][key]
     scored = [
         source,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .decode import DecodeError, open_video
 from .frames import FrameVideo
@@ -99,7 +99,7 @@ def check_files(
 
 def check_labels(splits: dict[str, Sequence[Row]], class_names: Sequence[str]) -> Iterator[Finding]:
     """Labels out of range, classes without videos, and rows that stand in a list, or in two, twice."""
-    first: dict[str, str] = {}
+    first: dict[str, tuple[str, Any]] = {}
     for split, rows in splits.items():
         seen = set()
         for row in rows:
@@ -111,11 +111,33 @@ def check_labels(splits: dict[str, Sequence[Row]], class_names: Sequence[str]) -
                     yield Finding(split, row.path, "mislabelled", cause)
             path = os.path.realpath(row.path)
             if path in first:
-                yield Finding(split, row.path, "duplicate", f"{row.path}: stands in {first[path]} already")
-            first.setdefault(path, split)
+                earlier, target = first[path]
+                label = "" if target == row.target else f", with label {target}, here {row.target}"
+                cause = f"{row.path}: stands in {earlier} already{label}"
+                yield Finding(split, row.path, "duplicate", cause)
+            first.setdefault(path, (split, row.target))
         for label in sorted(set(range(len(class_names))) - seen) if seen else ():
             cause = f"class {label}, {class_names[label]!r}, has no videos in {split}"
             yield Finding(split, "", "mislabelled", cause)
+
+
+def clean(rows: Sequence[Row], findings: Iterable[Finding]) -> list[str]:
+    """Lines `path label` (`path num_frames label`) of the rows with nothing against them.
+
+    Of a row that stands there twice the first is kept; neither, where their labels differ.
+    """
+    first: dict[str, Row] = {}
+    bad = {finding.path for finding in findings if finding.kind != "duplicate"}
+    for row in rows:
+        if first.setdefault(row.path, row).target != row.target:
+            bad.add(row.path)
+    lines = []
+    for path, row in first.items():
+        if path not in bad:
+            label = ",".join(map(str, class_ids(row.target))) or '""'
+            fields = [os.path.abspath(path), row.num_frames, None if row.target is None else label]
+            lines.append(" ".join(str(field) for field in fields if field is not None))
+    return lines
 
 
 def summary(splits: dict[str, Sequence[Row]], findings: Iterable[Finding]) -> str:

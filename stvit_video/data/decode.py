@@ -1,7 +1,8 @@
 """The pixels a file holds: open_video(path).read([0, 8, 16]) -> uint8 (3, 3, H, W), RGB, upright.
 
 Frame i is the i-th frame that a decode of the whole file shows, whatever else is asked for and in
-whatever order. What cannot be read raises DecodeError; no other frame takes its place.
+whatever order. What cannot be read raises DecodeError; no other frame takes its place. Of damaged data that
+the decoder does not flag it may make other pixels after a seek than on the way (docs/reliability.md).
 """
 
 import bisect
@@ -74,14 +75,14 @@ class Video(Protocol):
 def open_video(
     path: str | os.PathLike[str],
     decoder: str = "av",
-    threads: int = 0,
+    threads: int = 1,
     contents: "bytes | Frames | None" = None,
 ) -> Video:
     """Open a video file, a folder of frames, or an image: a video of one frame. Also one within a shard.
 
     decoder: what reads video files, "av" (exact) or "decord" (as it counts and seeks).
-    threads: of the decoder, 0: as many as it likes. With one, also what it makes of a damaged file is the
-        same each time.
+    threads: of the decoder, 0: as many as it likes. With more than one, what it makes of a damaged file may
+        differ from time to time.
     contents: of a video or image file, where they are in memory already; `path` is but its name then. A
         video of frames (`FrameVideo`) is returned as it is.
     Raises DecodeError for what cannot be opened, InputError for an unknown or absent decoder.
@@ -252,6 +253,7 @@ class AvVideo(Frames):
         self.path, self.threads, self.contents = path, threads, contents
         with self._open() as (container, stream):
             packets = [_Listed.of(packet) for packet in demux(container, stream) if packet.size]
+            packets, self._cut = _without_end(packets)
             rate, unit = stream.average_rate, stream.time_base
             hides = stream.codec_context.name in HIDING_CODECS
             reorders = stream.codec_context.has_b_frames
@@ -307,7 +309,7 @@ class AvVideo(Frames):
         times: list[int | None] = []
         with self._open() as (container, stream):
             try:
-                for packet in demux(container, stream):
+                for packet in self._demux(container, stream):
                     times += [frame.pts for frame in packet.decode()]
             except av.FFmpegError as error:
                 raise DecodeError(f"{self.path}: frame {len(times)}: {_cause(error)}") from error
@@ -385,12 +387,18 @@ class AvVideo(Frames):
                 )
         return missing
 
+    def _demux(self, container, stream) -> Iterator[av.Packet]:
+        """The packets, but for one that the file's end cuts in two: the decoder would stumble over it."""
+        for packet in demux(container, stream):
+            if self._cut is None or not packet.size or packet.pos != self._cut:
+                yield packet
+
     def _frames(self, container, stream, after_seek: bool) -> Iterator[av.VideoFrame]:
         """Frames from here on; after a seek only as long as their packets are those first listed.
 
         In a damaged file the times may be others after a seek than on the way from its start.
         """
-        for packet in demux(container, stream):
+        for packet in self._demux(container, stream):
             listed = self._packets.get(packet.pts)
             same = listed is not None and (listed.place, listed.size) == (packet.pos, packet.size)
             if after_seek and packet.size and not same:
@@ -426,13 +434,27 @@ class _Listed(NamedTuple):
         return cls(packet.pts, packet.dts, *flags, packet.pos, packet.size, packet.duration or 0)
 
 
+def _without_end(packets: list[_Listed]) -> tuple[list[_Listed], int | None]:
+    """Of a file that is cut off within its last packet: the packets before it, and its place.
+
+    Frames that are shown after it count as not shown, as others before them are missing.
+    """
+    if len(packets) < 2 or not packets[-1].corrupt or packets[-1].place is None:
+        return packets, None
+    *packets, last = packets
+    if last.pts is not None:
+        after = [packet.pts is not None and packet.pts >= last.pts for packet in packets]
+        packets = [p._replace(discard=p.discard or late) for p, late in zip(packets, after, strict=True)]
+    return packets, last.place
+
+
 def _shortage(container: av.container.InputContainer, stream, packets: list[_Listed]) -> str | None:
     """Compare the header's duration with the end of the last packet.
 
     A file with its header in front (fast start) and its end cut off is silently short for decoders. The
     container's duration is that of its longest stream, perhaps sound, so half a second and 5% may lack.
     """
-    ends = [packet.pts + packet.duration for packet in packets if packet.pts is not None]
+    ends = [p.pts + p.duration for p in packets if p.pts is not None and not p.discard]
     rate, unit = float(stream.average_rate or 0), float(stream.time_base or 0)
     if not (ends and rate and unit):
         return None
@@ -447,7 +469,8 @@ def _shortage(container: av.container.InputContainer, stream, packets: list[_Lis
         return None
     if promised - lasts <= slack:
         return None
-    return f"the header says {promised:.2f} s, the frames last {lasts:.2f} s"
+    share = max(lasts, 0) / promised
+    return f"cut off at {share:.0%}: the header says {promised:.2f} s, the frames last {lasts:.2f} s"
 
 
 class _Sound:

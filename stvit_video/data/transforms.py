@@ -1,5 +1,6 @@
 """Which pixels: one set of random parameters a clip, uint8 in and out."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,15 +11,16 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from ..errors import InputError
-from .augment import Draw, augment, cut
+from .augment import Draw, augment, cut, draw_operations
 from .batch import empty
 
 Clip = Tensor  # uint8 (T, 3, H, W)
 CACHE = 1 << 20  # bytes
+LARGEST = 10 / 7  # of a crop's size: 320 for crops of 224, the larger size at which Kinetics is stored
 
 
 class TrainTransform:
-    """Random resized crop, RandAugment, flip: uint8 (T, 3, H, W), target -> ((T, 3, S, S), target).
+    """RandAugment, random resized crop, flip: uint8 (T, 3, H, W), target -> ((T, 3, S, S), target).
 
     What is random is drawn first (`draw`): pixels may be changed elsewhere than the target (`move`).
     torchvision's tv_tensors in the target (boxes, masks), also within dicts, lists and tuples, move with
@@ -26,9 +28,8 @@ class TrainTransform:
 
     scale: range of the crop's share of the area; ratio: range of its aspect ratio.
     interpolation: how crops are resized, "bilinear" or "bicubic".
-    rand_augment: (number of operations, magnitude of 10), None for none. The field's recipes name timm's
-        `rand-m7-n4-mstd0.5-inc1`; torchvision's is nearest to it, without the noise on the magnitude,
-        with each operation always applied (timm: half of the time), and here after the crop.
+    rand_augment: (number of operations, magnitude of 10), None for none: timm's `rand-m7-n4-mstd0.5-inc1`
+        is (4, 7). Frames have then a short side of `short_side` at most (`prepare`).
     flip: whether half of the clips are mirrored.
     mirror: target -> target of a mirrored clip (a left/right twin's class); None: the same.
     """
@@ -45,23 +46,26 @@ class TrainTransform:
         mirror: Callable[[Any], Any] | None = None,
     ):
         self.size, self.crop = size, v2.RandomResizedCrop(size, scale=scale, ratio=ratio)
-        self.operations, magnitude = rand_augment or (0, 0)
-        space = v2.RandAugment._AUGMENTATION_SPACE.items()
-        levels = {name: (levels(11, size, size), signed) for name, (levels, signed) in space}
-        self.space = [  # name, magnitude, whether it may be negative; None: the operation has none
-            (name, None if values is None else float(values[magnitude]), signed)
-            for name, (values, signed) in levels.items()
-        ]
+        self.operations, self.magnitude = rand_augment or (0, 0)
+        self.short_side = math.ceil(LARGEST * size) if self.operations else None
         self.interpolation, self.flip, self.mirror = interpolation, flip, mirror
 
     def __call__(self, clip: Clip, target: Any) -> tuple[Clip, Any]:
+        clip = self.prepare(clip)
         draw = self.draw(clip, target)
         out = torch.empty(3, len(clip), self.size, self.size, dtype=torch.uint8)
         augment(cut(clip, draw), draw, out)
         return out.transpose(0, 1), self.move(target, draw)
 
+    def prepare(self, frames: Clip) -> Clip:
+        """Smaller where they are too large for RandAugment, whose cost is by their pixels: it goes before
+        the crop."""
+        if self.short_side is None or min(frames.shape[-2:]) <= self.short_side:
+            return frames
+        return v2.functional.resize(frames, [self.short_side], antialias=True)
+
     def draw(self, clip: Clip, target: Any) -> Draw:
-        """By torch's global generator; as torchvision's RandomResizedCrop and RandAugment draw."""
+        """By torch's global generator; the box as torchvision's RandomResizedCrop."""
         moving = [leaf for leaf in tree_leaves(target) if isinstance(leaf, tv_tensors.TVTensor)]
         if moving and self.operations:
             raise InputError(
@@ -72,15 +76,11 @@ class TrainTransform:
         return Draw(
             box=(box["top"], box["left"], box["height"], box["width"]),
             size=self.size,
+            frame=tuple(clip.shape[-2:]),
             interpolation=self.interpolation,
-            operations=tuple(self._draw_operation() for _ in range(self.operations)),
+            operations=draw_operations(self.operations, self.magnitude, tuple(clip.shape[-2:])),
             flip=self.flip and torch.rand(()).item() < 0.5,
         )
-
-    def _draw_operation(self) -> tuple[str, float]:
-        name, magnitude, signed = self.space[torch.randint(len(self.space), ()).item()]
-        negative = signed and torch.rand(()).item() <= 0.5
-        return name, (-magnitude if negative else magnitude) or 0.0
 
     def move(self, target: Any, draw: Draw) -> Any:
         """The target of a clip that was cropped and mirrored like this."""

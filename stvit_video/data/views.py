@@ -59,7 +59,7 @@ class Sampling:
 class TrainViews:
     """`repeats` random clips of one decoded video (repeated augmentation).
 
-    on_device: crops are cut out here, and resized and augmented behind the upload (`augment.finish`).
+    on_device: clips are cut out here, and augmented and resized behind the upload (`augment.finish`).
     """
 
     sampling: Sampling
@@ -70,10 +70,12 @@ class TrainViews:
     def __call__(self, video: Video, target: Any, make: Make = empty) -> tuple:
         """-> clips uint8 (V, 3, T, H, W), V targets: a crop may move one, mirroring change it.
 
-        On the device: uint8 (T, h, w, 3) of each clip's box, one behind the other, flat; targets; draws.
+        On the device: uint8 (T, h, w, 3), what `cut` leaves of each clip, one behind the other, flat;
+        targets; draws.
         """
         indices = [self.sampling.train(video) for _ in range(self.repeats)]
-        frames, clips = read_once(video, indices)
+        frames, clips = read_once(video, indices, self.transform.short_side)
+        frames = self.transform.prepare(frames)
         draws = [self.transform.draw(frames, target) for _ in clips]
         targets = [self.transform.move(target, draw) for draw in draws]
         cuts = [[cut(frames[i], draw) for i in clip] for clip, draw in zip(clips, draws, strict=True)]

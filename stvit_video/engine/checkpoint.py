@@ -12,6 +12,7 @@ FORMAT = "stvit_video 3"
 READABLE = (FORMAT, "stvit_video 2")
 LAST, PREVIOUS, BEST = "last.pt", "last-previous.pt", "best.pt"
 DAMAGED = "last-damaged.pt"
+KEPT = "epoch-{:04}.pt"
 NAMES = (LAST, PREVIOUS, BEST)
 
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from timm.utils import ModelEmaV3
@@ -20,6 +20,7 @@ from ..figures import draw_curves
 from . import checkpoint, distributed, parallel
 from .device import MatmulPrecision, Precision, pick_precision
 from .evaluate import score
+from .freeze import freeze, train_mode
 from .job import Figures, Job, Outcome
 from .logs import RunLog, progress, read_log
 from .optim import Schedule, make_optimizer, make_schedule, scaled_lr
@@ -86,6 +87,10 @@ class LoopConfig:
     """Epochs between validations."""
     log_every: Count = 10
     """Updates between log entries."""
+    freeze: Literal["backbone"] | Count | None = None
+    """Not trained: backbone (all but norm and head: a linear probe), or embedding and first N layers."""
+    keep_every: Count | None = None
+    """Epochs between checkpoints that stay, as epoch-0010.pt; null: none."""
     checkpoint_minutes: NotNegative | None = 15.0
     """Minutes between checkpoints within an epoch; null: only where one ends."""
     parallel: Parallel = "ddp"
@@ -113,6 +118,7 @@ def start_run(job: Job, config: LoopConfig, *, updates_an_epoch: int, scale: flo
     The order matters: averages are copied before the model is compiled, sharded or wrapped.
     """
     model, device = job.model, job.device
+    freeze(model, config.freeze)
     precision = pick_precision(config.precision, device)
     sharded = config.parallel == "fsdp2" and distributed.world() > 1
     plain = copy.deepcopy(model).cpu() if sharded else None
@@ -180,6 +186,11 @@ class Trainer:
                 f"{config.lr_per} (train.lr_per), reached after "
                 f"{round(config.warmup() * updates_an_epoch)} of {config.epochs * updates_an_epoch} updates"
             )
+            if config.freeze is not None:
+                counts = [(p.numel(), p.requires_grad) for p in job.model.parameters()]
+                trained = sum(count for count, free in counts if free)
+                every = sum(count for count, _ in counts)
+                print(f"train.freeze={config.freeze}: {trained:,} of {every:,} parameters are trained")
 
     def train(self) -> None:
         run, config, val_loader = self.run, self.config, self.job.val_loader
@@ -193,7 +204,8 @@ class Trainer:
                 if val_loader is not None and due:
                     self._save()  # so that SIGTERM and failures of the validation cost the validation alone
                     outcome, figures = self._validate()
-                self._save(best=self._close_epoch(outcome, figures))
+                best = self._close_epoch(outcome, figures)
+                self._save(best, keep=bool(config.keep_every) and run.epoch % config.keep_every == 0)
         if distributed.is_main():
             draw_curves(read_log(self.log.path), self.output / "curves.png")
         distributed.barrier()
@@ -207,7 +219,7 @@ class Trainer:
         parts = self.config.accumulate
         self.loader.sampler.epoch, self.loader.sampler.batches_done = run.epoch, so_far.batches
         uploads = Uploads(self.loader, self.job.device)
-        run.model.train()
+        train_mode(run.model)
         self.saved = ready = time.perf_counter()
         title = f"epoch {run.epoch + 1}/{self.config.epochs}"
         with progress(total=batches, initial=so_far.batches, desc=title, unit="batch") as bar:
@@ -330,13 +342,15 @@ class Trainer:
             f"training ends in {timedelta(seconds=seconds)}"
         )
 
-    def _save(self, best: bool = False) -> None:
-        """Every rank calls this. `best.pt` first: killed before `last.pt`, the epoch's end is repeated."""
+    def _save(self, best: bool = False, keep: bool = False) -> None:
+        """Every rank calls this. `last.pt` last: killed before it, the epoch's end is repeated."""
         state = self.run.state() | self.job.details
         state |= {"random": {"seed": self.seed, "rule": "(seed, update, rank)"}}
         if distributed.is_main():
             if best:
                 checkpoint.save(self.output / checkpoint.BEST, state)
+            if keep:
+                checkpoint.save(self.output / checkpoint.KEPT.format(self.run.epoch), state)
             checkpoint.save_last(self.output, state)
 
     def _validate(self) -> tuple[Outcome | None, Figures]:

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.transforms import v2
 
 from stvit_video.bench.model import random_batch
-from stvit_video.data.augment import Draw, cut, finish
+from stvit_video.data.augment import OPERATIONS, Draw, argument, cut, finish
 from stvit_video.data.batch import Batch
 from stvit_video.data.transforms import Normalise
 from stvit_video.engine.job import Job
@@ -182,12 +181,13 @@ def cut_batch(operation=None, size=32):
     Else each goes through it with a magnitude of its own, and is not resized: that is rounded, too.
     """
     torch.manual_seed(0)
-    levels, signed = v2.RandAugment._AUGMENTATION_SPACE[operation or "Identity"]
-    levels, draws, cuts = levels(11, size, size), [], []
+    draws, cuts = [], []
     for i in range(6):
-        magnitude = 0.0 if levels is None else float(levels[2 * i]) * (-1 if signed and i % 2 else 1)
-        box = (i, 2 * i, size, size) if operation else (i, 0, 20 + 8 * i, 90 - 9 * i)
-        draws.append(Draw(box, size, ((operation or "Identity", magnitude),), flip=i % 3 == 0))
+        operations, box = (), (i, 0, 20 + 8 * i, 90 - 9 * i)
+        if operation:
+            box = (i, 2 * i, size, size)
+            operations = ((operation, argument(operation, 2 * i, (-1) ** i, (100, 100))),)
+        draws.append(Draw(box, size, (100, 100), operations, flip=i % 3 == 0))
         frames = torch.randint(256, (4, 3, 12, 12), dtype=torch.uint8)
         frames = torch.nn.functional.interpolate(frames.float(), (100, 100), mode="bilinear").to(
             torch.uint8
@@ -200,7 +200,7 @@ def cut_batch(operation=None, size=32):
 ROUNDED = {None, "ShearX", "ShearY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"}
 
 
-@pytest.mark.parametrize("operation", [None, *v2.RandAugment._AUGMENTATION_SPACE])
+@pytest.mark.parametrize("operation", [None, *OPERATIONS])
 def test_pixels_are_changed_on_the_device_as_on_the_cpu(device, operation):
     """To a level where float32 is rounded, else exactly; and no device is waited for."""
     expected = finish(cut_batch(operation)).clips

@@ -1,0 +1,85 @@
+"""The command ensemble: several scorings of the same videos as one."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from .. import build
+from ..config import Config
+from ..data.rows import Row
+from ..engine.evaluate import write_report
+from ..engine.job import Outcome
+from ..errors import InputError
+from .common import command, make_folder
+
+KEYS = ("scores", "labels", "paths", "class_names")
+
+
+@command
+def ensemble(args: Sequence[str]) -> None:
+    """Average the scores of several scorings over all their views, and report as stvit-test does.
+
+    Each was made with --eval.dump_views true, of the same videos and classes: by other checkpoints, or by
+    one with other views. Every view counts the same. A video that some could not read has the others'.
+    """
+    parser = argparse.ArgumentParser(description=ensemble.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "dumps", nargs="+", metavar="DUMP", help="a views.npz, or a scoring's output folder"
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the report goes")
+    options = parser.parse_args(args)
+    paths = [Path(name, "views.npz") if Path(name).is_dir() else Path(name) for name in options.dumps]
+    output = Path(options.output)
+    if output.resolve() in {path.resolve().parent for path in paths}:
+        raise InputError(f"--output {output}: holds a scoring; its report would be replaced")
+    dumps = [_read(path) for path in paths]
+    for path, dump in zip(paths, dumps, strict=True):
+        for key in ("class_names", "paths", "labels"):
+            if not np.array_equal(dump[key], dumps[0][key]):
+                raise InputError(f"{path}: has other {key.replace('_', ' ')} than {paths[0]}")
+    views = torch.cat([torch.from_numpy(dump["scores"]) for dump in dumps], 1)  # (N, V, K)
+    outcome = _outcome(views, dumps[0]["paths"], dumps[0]["labels"])
+    task = "classification" if dumps[0]["labels"].ndim == 1 else "multilabel"
+    make_folder(output)
+    lines = write_report(
+        output,
+        build.build_task(Config(task=task), dumps[0]["class_names"].tolist()),
+        outcome,
+        views={"clips": views.shape[1], "crops": 1},
+        details={"on_failure": "wrong", "checkpoint": " + ".join(map(str, paths))},
+    )
+    print(f"{len(views)} videos x {views.shape[1]} views of {len(paths)} scorings")
+    print("\n".join(lines))
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as file:
+            dump = {key: file[key] for key in KEYS}
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise InputError(
+            f"{path}: no scores of views (stvit-test --eval.dump_views true writes them): {error}"
+        ) from None
+    if dump["scores"].ndim != 3 or len(dump["scores"]) != len(dump["paths"]):
+        raise InputError(
+            f"{path}: scores of shape {dump['scores'].shape}, must be (videos, views, classes)"
+        )
+    return dump
+
+
+def _outcome(views: torch.Tensor, paths: np.ndarray, labels: np.ndarray) -> Outcome:
+    """views: (N, V, K), zeros where a video could not be read; labels: (N,), -1: none, or (N, K)."""
+    rows, records, failures = [], [], {}
+    for i, (path, label) in enumerate(zip(paths.tolist(), labels, strict=True)):
+        several = tuple(np.flatnonzero(label > 0).tolist()) if label.ndim else int(label)
+        rows.append(Row(path, None if (label < 0).any() else several))
+        read = views[i][views[i].any(-1)]
+        if not len(read):
+            failures[i] = f"{path}: could not be read in any of the scorings"
+        record = {"scores": read.double().mean(0).float(), "classes": read.argmax(-1)}
+        records.append(record if len(read) else None)
+    return Outcome(rows, records, failures)
