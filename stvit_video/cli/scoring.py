@@ -106,6 +106,7 @@ _DATA_OF_CHECKPOINT = (
     "target_fps",
     "sampling",
     "image_size",
+    "short_side",
     "mean",
     "std",
 )

@@ -97,7 +97,7 @@ def open_video(
         return open_video(path, decoder, threads, find_member(str(path)))
     start = beginning(path) if contents is None else contents
     if start is None:
-        return FrameFolder(path, sorted(filter(_is_image, path.iterdir()), key=_natural))
+        return FrameFolder(path, sorted(filter(_is_image, path.iterdir()), key=natural))
     if not start:
         raise DecodeError(f"{path}: empty file")
     if _is_image(path):
@@ -533,7 +533,7 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def _natural(path: Path) -> list[str | int]:
+def natural(path: Path) -> list[str | int]:
     parts: list[str | int] = re.split(r"(\d+)", path.name)
     parts[1::2] = map(int, parts[1::2])
     return parts

@@ -127,9 +127,8 @@ class VideoViT(nn.Module):
         ValueError where there is no such layer, or a reducer has no tokens yet.
         """
         layers, grids = [len(self.blocks)] if layers is None else list(layers), {}
-        inner = {i for _, first, rest in self._plan for i in range(first + 1, rest)}
-        known = [i for i in range(1, len(self.blocks) + 1) if i not in inner]
-        if not set(layers) <= set(known):
+        if not set(layers) <= self.grid_widths.keys():
+            known = list(self.grid_widths)
             raise ValueError(f"layers={layers}: there are tokens after each of the layers {known}")
         for layer, tokens in self._layers(x):
             if layer in layers:
@@ -137,6 +136,13 @@ class VideoViT(nn.Module):
             if layer >= max(layers, default=0) < len(self.blocks):
                 break
         return [grids[layer] for layer in layers]
+
+    @property
+    def grid_widths(self) -> dict[int, int]:
+        """The layers that `grids` knows, and how many channels it has after each."""
+        inner = {i for _, first, rest in self._plan for i in range(first + 1, rest)}
+        width = self.patch_embed.proj.out_channels
+        return {i: width for i in range(1, len(self.blocks) + 1) if i not in inner}
 
     def semantic_maps(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> how much each semantic token took from each patch (B, n, T', H', W').
