@@ -30,7 +30,6 @@ from .models.zoo import create_model
 from .tasks import TASKS
 from .weights import LoadReport, Pixels, load_weights
 
-
 RENDERERS = {"demo_scenes": prepare_scenes}  # by the name of the folder; of all others: prepare_demo
 
 
@@ -97,7 +96,9 @@ def build_task(config: Config, class_names: Sequence[str]) -> Task:
     kind = TASKS[config.task]
 
     def settings_of(settings: type, group: Any) -> Any:
-        return settings(**{field.name: getattr(group, field.name) for field in dataclasses.fields(settings)})
+        return settings(
+            **{field.name: getattr(group, field.name) for field in dataclasses.fields(settings)}
+        )
 
     return kind(
         class_names,

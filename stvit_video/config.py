@@ -86,7 +86,7 @@ class DataConfig:
     sampling: Literal["dense", "uniform", "middle"] | None = None
     """dense: every stride-th frame; uniform: one of each of num_frames segments; middle: the centre."""
     image_size: Count = 224
-    """Height and width of a clip in pixels; of what the whole frame is looked at, that of training crops."""
+    """Height and width of a clip in pixels; where whole frames are looked at, of training crops."""
     short_side: Count | None = None
     """Segmentation: short side of images in pixels, before crops and when scoring; null: as they are."""
     ignore_label: Annotated[int, Range(0, 65535)] = 255

@@ -1,7 +1,7 @@
 """The embedded set for segmentation: streets under a sky, as images and short clips with exact masks.
 
 Sky, grass and road are large and even, leaves and windows are textures, cars and people small. Colours
-overlap: water may be as blue as the sky, trees as green as the grass, so that place and texture have to tell.
+overlap: water may be as blue as the sky, trees as green as the grass, so that place and texture tell.
 In clips the camera pans, and cars and people go their own ways.
 """
 
@@ -24,7 +24,7 @@ def prepare_scenes(root: str | Path, *, workers: int = 2) -> Path:
     """Render the set to `root`, once; returns `root`.
 
     images/, masks/ with train.txt, test.txt: lines `image mask`. data/NAME/{origin,mask}/ with
-    clips_train.txt, clips_test.txt: frames of clips as in VSPW, whose masks hold id + 1. classes.txt: names.
+    clips_train.txt, clips_test.txt: clips as in VSPW, whose masks hold id + 1. classes.txt: names.
     Raises InputError where another folder is.
     """
 
@@ -95,9 +95,17 @@ class Scene:
             for _ in range(rng.integers(1, 6))
         ]  # fmt: skip
         lanes = rng.uniform(0.15, 0.9, rng.integers(1, 4)) if self.road is not None else ()
-        self.cars = [(lane, rng.uniform(-6, 6) * unit, rng.uniform(30, 240, 3), rng.choice((-1, 1))) for lane in lanes]
+        self.cars = [
+            (lane, rng.uniform(-6, 6) * unit, rng.uniform(30, 240, 3), rng.choice((-1, 1)))
+            for lane in lanes
+        ]
         self.people = [
-            (rng.uniform(0, 1) * size, rng.uniform(0.1, 0.4) * size, rng.uniform(-2, 2) * unit, rng.uniform(40, 250, 3))
+            (
+                rng.uniform(0, 1) * size,
+                rng.uniform(0.1, 0.4) * size,
+                rng.uniform(-2, 2) * unit,
+                rng.uniform(40, 250, 3),
+            )
             for _ in range(rng.integers(1, 7))
         ]
 
@@ -120,7 +128,9 @@ class Scene:
             depth = (self.rows - horizon) / (size - horizon)
             off = self.x - self.road
             self._paint(below & (np.abs(off) < size * (0.02 + 0.3 * depth)), ROAD, (105, 105, 110), 4)
-            dashes = below & (np.abs(off) < size * 0.012 * depth) & (np.sin(18 * np.sqrt(np.abs(depth))) > 0)
+            dashes = (
+                below & (np.abs(off) < size * 0.012 * depth) & (np.sin(18 * np.sqrt(np.abs(depth))) > 0)
+            )
             self.image[dashes] = 230
         for left, width, height, colour, pane in self.buildings:
             inside = (self.x >= left) & (self.x < left + width)
@@ -135,7 +145,9 @@ class Scene:
             self._person(middle + speed * t, horizon + near, 0.06 * size + 0.15 * near, colour)
         return np.clip(self.image, 0, 255).astype(np.uint8), self.mask
 
-    def _paint(self, where: np.ndarray, label: int, colour: Sequence[float] | np.ndarray, grain: float) -> None:
+    def _paint(
+        self, where: np.ndarray, label: int, colour: Sequence[float] | np.ndarray, grain: float
+    ) -> None:
         colour = np.broadcast_to(np.asarray(colour, np.float32), self.image.shape)
         self.image[where] = colour[where] + grain * self.noise[where][:, None]
         self.mask[where] = label

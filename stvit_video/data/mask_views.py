@@ -34,7 +34,9 @@ class MaskReader:
     classes: int
     ignore: int
 
-    def __call__(self, target: Masks | None, frames: Sequence[int], video: Video, size: Sequence[int]) -> Tensor:
+    def __call__(
+        self, target: Masks | None, frames: Sequence[int], video: Video, size: Sequence[int]
+    ) -> Tensor:
         """All ignored where there is no target."""
         if target is None:
             return torch.full((len(frames), *size), IGNORED, dtype=torch.uint8)
@@ -48,7 +50,7 @@ class MaskTrainViews:
 
     size: of the square crops. short_side: of images before `zoom` scales them at random; None: their own.
     max_share: of one class in a crop, where ten tries give one.
-    mirror: what mirroring does to a mask; None: nothing is mirrored. fill: RGB, what small images are padded with.
+    mirror: what mirroring does to a mask; None: nothing is mirrored. fill: RGB, around small images.
     """
 
     sampling: Sampling
@@ -87,13 +89,17 @@ class MaskTrainViews:
             frames = DISTORT(frames)
         short = [0, self.size - frames.shape[-1], 0, self.size - frames.shape[-2]]
         if any(short):
-            padded = torch.tensor(self.fill, dtype=torch.uint8).view(3, 1, 1).repeat(len(frames), 1, *[self.size] * 2)
+            padded = (
+                torch.tensor(self.fill, dtype=torch.uint8)
+                .view(3, 1, 1)
+                .repeat(len(frames), 1, *[self.size] * 2)
+            )
             padded[..., : frames.shape[-2], : frames.shape[-1]] = frames
             frames, masks = padded, F.pad(masks, short, value=IGNORED)
         return frames, masks
 
     def _crop(self, masks: Tensor) -> tuple[int, int]:
-        """Top and left of a random box; of ten at most the first that has several classes, none too large."""
+        """Top and left of a random box: of ten the first with several classes and none too large."""
         for _ in range(TRIES):
             room = [max(length - self.size, 0) for length in masks.shape[1:]]
             top, left = (torch.randint(free + 1, ()).item() for free in room)
@@ -132,7 +138,7 @@ class MaskTestViews:
 
 
 def resize(frames: Tensor, short_side: int, scale: float = 1.0) -> Tensor:
-    """uint8 (T, 3, H, W), so that the short side is `short_side` x `scale` pixels; bilinear, antialiased."""
+    """uint8 (T, 3, H, W), whose short side becomes `short_side` x `scale` pixels; bilinear, antialiased."""
     factor = short_side * scale / min(frames.shape[2:])
     size = [max(round(length * factor), 1) for length in frames.shape[2:]]
     if size == list(frames.shape[2:]):

@@ -66,9 +66,7 @@ class Masks(NamedTuple):
         return np.stack([_read_mask(files[i], size, table, self.values, classes) for i in frames])
 
 
-def _read_mask(
-    file: Path, size: Sequence[int], table: np.ndarray, rule: str, classes: int
-) -> np.ndarray:
+def _read_mask(file: Path, size: Sequence[int], table: np.ndarray, rule: str, classes: int) -> np.ndarray:
     values = _read_values(file)
     if values.shape != tuple(size):
         (h, w), (height, width) = values.shape, size
@@ -101,7 +99,9 @@ def _read_values(file: Path) -> np.ndarray:
             )
         values = colours[..., 0]
     if values.dtype.kind not in "bui" or values.min(initial=0) < 0:
-        raise DecodeError(f"{file}: values of {values.dtype} from {values.min()}: must be numbers from 0 on")
+        raise DecodeError(
+            f"{file}: values of {values.dtype} from {values.min()}: must be numbers from 0 on"
+        )
     return values.astype(np.int64)
 
 
@@ -238,7 +238,9 @@ class Split(NamedTuple):
         return base / self.images.format(name), base / self.masks.format(name)
 
     def recognises(self, source) -> bool:
-        if not source.path.is_file() or not re.search(self.folders, source.path.absolute().parent.as_posix()):
+        if not source.path.is_file() or not re.search(
+            self.folders, source.path.absolute().parent.as_posix()
+        ):
             return False
         image, mask = self.places(source, next(source.lines())[1].strip())
         return os.path.exists(image) and os.path.exists(mask)  # False, too, of what can be no name

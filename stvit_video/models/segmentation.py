@@ -55,7 +55,7 @@ class Segmenter(WithHead):
         return _clips(outputs, len(x))
 
     def scores(self, outputs: Outputs, size: tuple[int, int, int]) -> Tensor:
-        """What `forward` gave for clips of `size` (T, H, W) -> float32 (B, K, T, H, W), best class highest."""
+        """What `forward` gave for clips of `size` (T, H, W) -> float32 (B, K, T, H, W), best highest."""
         frames, rows, columns = size
         padded = [n - n % -s for n, s in zip(size[1:], self.strides, strict=True)]
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs
@@ -85,7 +85,9 @@ class UPerNetSegmenter(Segmenter):
         super().__init__(backbone, 4, lambda dims: UPerHead(dims, head_dim, num_classes))
 
     def loss(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
-        main, auxiliary = (super(UPerNetSegmenter, self).loss(outputs[name], targets)["loss"] for name in outputs)
+        main, auxiliary = (
+            super(UPerNetSegmenter, self).loss(outputs[name], targets)["loss"] for name in outputs
+        )
         return {"loss": main + self.auxiliary * auxiliary, "auxiliary": auxiliary.detach()}
 
 
@@ -100,7 +102,7 @@ class LinearHead(nn.Module):
 
 
 class UPerHead(nn.Module):
-    """Pyramid pooling of the last of four levels, a feature pyramid from there to the first, and all joined.
+    """Pyramid pooling of the last of four levels, a feature pyramid from there to the first, all joined.
 
     dims: channels of the levels, which have strides 4, 8, 16 and 32; levels of one size (a ViT's) are
     resized to such strides.
@@ -122,7 +124,7 @@ class UPerHead(nn.Module):
         )
 
     def forward(self, levels: list[Tensor]) -> Outputs:
-        """Four of (N, C, h, w) -> logits (N, K, h, w) at the first one's size; in training "auxiliary", too."""
+        """Four of (N, C, h, w) -> logits (N, K, h, w) of the first one's size; in training two of them."""
         levels = [
             norm(level.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             for norm, level in zip(self.norms, levels, strict=True)
@@ -175,7 +177,9 @@ def chosen_layers(backbone: nn.Module, levels: int) -> list[int]:
         free = (layer for layer in known if layer >= first and layer not in layers)
         layers.append(next(free, depth))
     if len(set(layers)) < levels:
-        raise ValueError(f"depth={depth}: there are patch grids after the layers {known}, too few for the head")
+        raise ValueError(
+            f"depth={depth}: there are patch grids after the layers {known}, too few for the head"
+        )
     return layers
 
 

@@ -91,8 +91,8 @@ class Segmentation:
     def train_views(self, sampling: Sampling, data) -> MaskTrainViews:
         if data.augment_on == "device" or data.rand_augment is not None:
             raise InputError(
-                f"data.augment_on={data.augment_on}, data.rand_augment={data.rand_augment}: segmentation has "
-                "pixels of its own (train.zoom, train.distort), changed by workers"
+                f"data.augment_on={data.augment_on}, data.rand_augment={data.rand_augment}: segmentation "
+                "has pixels of its own (train.zoom, train.distort), changed by workers"
             )
         return MaskTrainViews(
             sampling,
@@ -150,13 +150,12 @@ class Segmentation:
             for frame, pair in zip(truth.frames, zip(predicted, truth.masks, strict=True), strict=True):
                 masks.setdefault(frame, pair)
         counts = torch.stack([count(*pair, self.outputs) for pair in masks.values()]).sum(0)
-        record = {"counts": counts}
-        if self.keep_masks or not counts.any():
-            record["masks"] = {frame: as_png(mask, self.colours) for frame, (mask, _) in sorted(masks.items())}
-        elif preview is not None:
-            frame = sorted(masks)[len(masks) // 2]
-            pngs = [as_png(mask, self.colours) for mask in masks[frame]]
-            record["masks"], record["truth"] = ({frame: png} for png in pngs)
+        record, middle = {"counts": counts}, sorted(masks)[len(masks) // 2]
+        if keep_all := self.keep_masks or not counts.any():
+            record["masks"] = {frame: as_png(mask) for frame, (mask, _) in sorted(masks.items())}
+        if preview is not None and counts.any():
+            mask, truth = map(as_png, masks[middle])
+            record |= {"truth": {middle: truth}} | ({} if keep_all else {"masks": {middle: mask}})
         return record
 
     def predict(self, model: nn.Module, clip: Tensor, size: Sequence[int]) -> Tensor:
@@ -222,8 +221,14 @@ class Segmentation:
 
     def report(self, output: Path, outcome, report: Mapping[str, Any]) -> list[str]:
         """`classes.csv`, `predictions.csv` (a line an image), and `worst.png` where masks were kept."""
-        titles = {"mIoU": "mIoU", "accuracy": "pixel accuracy", "mean_class_accuracy": "mean class accuracy"}
-        lines = [f"  {title:<24} {report[key]:7.2%}" for key, title in titles.items() if report[key] is not None]
+        titles = {
+            "mIoU": "mIoU",
+            "accuracy": "pixel accuracy",
+            "mean_class_accuracy": "mean class accuracy",
+        }
+        lines = [
+            f"  {title:<24} {report[key]:7.2%}" for key, title in titles.items() if report[key] is not None
+        ]
         written = [output / "classes.csv", output / "predictions.csv"]
         counts = self.counts(outcome.records)
         columns = zip(self.class_names, counts[2].tolist(), *shares(counts), strict=True)
@@ -254,16 +259,12 @@ class Segmentation:
 
     # ---- what a prediction is shown and written as
 
-    @property
-    def colours(self) -> np.ndarray:
-        return palette(self.outputs)
-
     def draw(self, frame: np.ndarray, record: Mapping[str, Any]) -> np.ndarray:
         """uint8 (H, W, 3) and the record of it -> the same under its classes' colours."""
-        return overlay(frame, read_png(next(iter(record["masks"].values()))), self.colours)
+        return overlay(frame, read_png(next(iter(record["masks"].values()))))
 
     def plain(self, record: Mapping[str, Any]) -> dict[str, float]:
-        """The share of its pixels that each class has, by name, the largest first; classes without are left out."""
+        """The share of the pixels that each class has, by name, the largest first."""
         masks = np.stack([read_png(mask) for mask in record["masks"].values()])
         pixels = np.bincount(masks.ravel(), minlength=self.outputs)
         order = np.argsort(-pixels, kind="stable")
@@ -280,13 +281,14 @@ WORST = 8  # images in worst.png
 
 
 def starts(length: int, window: int, stride: int | None) -> list[int]:
-    """Where windows begin that cover `length` pixels; the last ends at the end. stride None: 2/3 of a window."""
-    stride, last = stride or max(window * 2 // 3, 1), max(length - window, 0)
+    """Where windows begin that cover `length` pixels, the last at their end. stride None: 2/3 of one;
+    more than one is one, which leaves no gaps."""
+    stride, last = min(stride or max(window * 2 // 3, 1), window), max(length - window, 0)
     return [*range(0, last, stride), last]
 
 
 def count(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """Class ids of equal shape -> int64 (3, K): pixels right, predicted and there; ignored ones left out."""
+    """Class ids of one shape -> int64 (3, K): pixels right, predicted and there; no ignored ones."""
     counted = truth != IGNORED
     prediction, truth = prediction[counted], truth[counted].long()
     parts = truth[prediction == truth], prediction, truth
@@ -298,7 +300,8 @@ def shares(counts: np.ndarray) -> tuple[list[float | None], list[float | None]]:
     right, predicted, there = counts
     joined = predicted + there - right
     return tuple(
-        [int(r) / int(n) if n else None for r, n in zip(right, total, strict=True)] for total in (joined, there)
+        [int(r) / int(n) if n else None for r, n in zip(right, total, strict=True)]
+        for total in (joined, there)
     )
 
 
@@ -309,10 +312,10 @@ def resize_scores(scores: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(scores, tuple(size[1:]), mode="bilinear", align_corners=False)
 
 
-def as_png(mask: np.ndarray, colours: np.ndarray) -> bytes:
-    """uint8 (H, W) -> a PNG of these ids with a palette."""
-    image, file = Image.fromarray(mask, "P"), io.BytesIO()
-    image.putpalette(colours.tobytes())
+def as_png(mask: Tensor) -> bytes:
+    """uint8 (H, W) -> a PNG of these ids, which shows their colours."""
+    image, file = Image.fromarray(mask.numpy()), io.BytesIO()
+    image.putpalette(palette().tobytes())
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
