@@ -1,6 +1,7 @@
 """Segmentation: masks read right or not at all, moved with their pixels, scored to the last pixel."""
 
 import csv
+import itertools
 import json
 import shutil
 
@@ -301,7 +302,7 @@ def test_every_frame_of_a_video_is_in_a_clip(frames, length, stride):
     clips = sampling.every_frame(frames, length, stride)
     assert {frame for clip in clips for frame in clip} == set(range(frames))
     assert all(len(clip) == length for clip in clips)
-    steps = {b - a for clip in clips for a, b in zip(clip, clip[1:], strict=False)}
+    steps = {b - a for clip in clips for a, b in itertools.pairwise(clip)}
     assert steps <= {0, stride}
     if frames >= length * stride:
         assert 0 not in steps
@@ -311,7 +312,7 @@ def test_every_frame_of_a_video_is_in_a_clip(frames, length, stride):
 
 
 class Colours(torch.nn.Module):
-    """A segmenter for tests: class 0 where a pixel is dark, 1 where it is red, ...; and what it was shown."""
+    """A segmenter for tests: class 0 where a pixel is dark, 1 where it is red, ...; and what it saw."""
 
     size = None
 
@@ -479,7 +480,7 @@ def test_a_prediction_is_kept_drawn_and_written(tmp_path):
     assert (frame == 100).all()
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) == 3
     six.write(tmp_path / "street", record)
-    with Image.open(tmp_path / "street.png") as image:
+    with Image.open(tmp_path / "street_mask.png") as image:
         assert image.mode == "P"
         np.testing.assert_array_equal(np.asarray(image), said[0, 0])
     known = [[Truth(torch.tensor([[[0, 255, 1], [1, 1, 1]]], dtype=torch.uint8), [0])]]
@@ -693,7 +694,7 @@ def test_unreadable_masks_are_counted_and_left_out(args, scenes, unbroken, tmp_p
     assert report["num_failed"] == 1
     assert "test_0001.png: a mask of 3x3 pixels for an image" in rows[1]["failure"]
     names = sorted(path.name for path in (tmp_path / "scored" / "masks").iterdir())
-    assert names == [f"{i:06d}_test_{i:04d}.png" for i in (0, 2, 3, 4)]
+    assert names == [f"{i:06d}_test_{i:04d}_mask.png" for i in (0, 2, 3, 4)]
 
 
 def test_clips_are_trained_on_and_scored(args, scenes, tmp_path):

@@ -54,16 +54,19 @@ class Segmenter(WithHead):
             return {name: _clips(values, len(x)) for name, values in outputs.items()}
         return _clips(outputs, len(x))
 
-    def scores(self, outputs: Outputs, size: tuple[int, int, int]) -> Tensor:
+    def scores(self, outputs: Tensor, size: tuple[int, int, int]) -> Tensor:
         """What `forward` gave for clips of `size` (T, H, W) -> float32 (B, K, T, H, W), best highest."""
         frames, rows, columns = size
         padded = [n - n % -s for n, s in zip(size[1:], self.strides, strict=True)]
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs
-        return resize(logits.float(), (frames, *padded))[..., :rows, :columns]
+        return resize(outputs.float(), (frames, *padded))[..., :rows, :columns]
 
     def loss(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
         """What `forward` gave, masks (B, T, H, W) -> "loss": the cross entropy of all pixels that count."""
-        return {"loss": pixel_loss(self.scores(outputs, tuple(targets.shape[1:])), targets)}
+        return {"loss": self.cross_entropy(outputs, targets)}
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits of patches (B, K, t, h, w), masks (B, T, H, W) -> the mean over pixels that count."""
+        return pixel_loss(self.scores(logits, tuple(targets.shape[1:])), targets)
 
 
 class LinearSegmenter(Segmenter):
@@ -82,12 +85,11 @@ class UPerNetSegmenter(Segmenter):
     auxiliary = 0.4  # weight of its loss
 
     def __init__(self, backbone: nn.Module, num_classes: int, *, head_dim: int = 512):
-        super().__init__(backbone, 4, lambda dims: UPerHead(dims, head_dim, num_classes))
+        normed = hasattr(backbone, "norms")
+        super().__init__(backbone, 4, lambda dims: UPerHead(dims, head_dim, num_classes, normed))
 
     def loss(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
-        main, auxiliary = (
-            super(UPerNetSegmenter, self).loss(outputs[name], targets)["loss"] for name in outputs
-        )
+        main, auxiliary = (self.cross_entropy(outputs[name], targets) for name in ("logits", "auxiliary"))
         return {"loss": main + self.auxiliary * auxiliary, "auxiliary": auxiliary.detach()}
 
 
@@ -105,14 +107,15 @@ class UPerHead(nn.Module):
     """Pyramid pooling of the last of four levels, a feature pyramid from there to the first, all joined.
 
     dims: channels of the levels, which have strides 4, 8, 16 and 32; levels of one size (a ViT's) are
-    resized to such strides.
+    resized to such strides. normed: whether they come with a norm each.
     """
 
     pools = 1, 2, 3, 6
 
-    def __init__(self, dims: list[int], dim: int, num_classes: int):
+    def __init__(self, dims: list[int], dim: int, num_classes: int, normed: bool = False):
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in dims)
+        norm = nn.Identity if normed else nn.LayerNorm
+        self.norms = nn.ModuleList(norm(width) for width in dims)
         self.pooled = nn.ModuleList(_conv(dims[-1], dim, 1) for _ in self.pools)
         self.bottleneck = _conv(dims[-1] + len(self.pools) * dim, dim, 3)
         self.lateral = nn.ModuleList(_conv(width, dim, 1) for width in dims[:-1])

@@ -251,7 +251,7 @@ class Segmentation:
         return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
 
     def _write_masks(self, folder: Path, outcome) -> None:
-        """NUMBER_NAME.png of each row, by its place in the list."""
+        """NUMBER_NAME_mask.png of each row, by its place in the list."""
         folder.mkdir(exist_ok=True)
         for i, (row, record) in enumerate(zip(outcome.rows, outcome.records, strict=True)):
             if record is not None:
@@ -271,10 +271,10 @@ class Segmentation:
         return {self.class_names[c]: int(pixels[c]) / masks.size for c in order if pixels[c]}
 
     def write(self, stem: Path, record: Mapping[str, Any]) -> None:
-        """STEM.png: class ids with the palette's colours; of several frames STEM_00000.png, ..."""
+        """STEM_mask.png: class ids with the palette's colours; of several frames STEM_mask_00000.png, ..."""
         for frame, mask in record["masks"].items():
             place = f"_{frame:05d}" if len(record["masks"]) > 1 else ""
-            stem.with_name(f"{stem.name}{place}.png").write_bytes(mask)
+            stem.with_name(f"{stem.name}_mask{place}.png").write_bytes(mask)
 
 
 WORST = 8  # images in worst.png
