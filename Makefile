@@ -6,7 +6,7 @@ DEVICE ?= cuda
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-image demo-finetune test lint clean soak gpu wheel
+.PHONY: demo demo-image demo-finetune demo-segment test lint clean soak gpu wheel
 
 demo: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_stvit.yaml --overwrite
@@ -22,6 +22,11 @@ demo-finetune: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_image.yaml --overwrite
 	$(RUN) tools/train_net.py --cfg configs/demo_finetune.yaml --overwrite
 	$(RUN) tools/test_net.py --cfg configs/demo_finetune.yaml --checkpoint runs/demo_finetune/best.pt
+
+# Segmentation: a small ViT on the embedded scenes.
+demo-segment: $(VENV)/installed
+	$(RUN) tools/train_net.py --cfg configs/demo_segment.yaml --overwrite
+	$(RUN) tools/test_net.py --cfg configs/demo_segment.yaml --checkpoint runs/demo_segment/best.pt
 
 test: lint
 	$(RUN) -m pytest

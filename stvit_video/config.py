@@ -88,7 +88,11 @@ class DataConfig:
     sampling: Literal["dense", "uniform", "middle"] | None = None
     """dense: every stride-th frame; uniform: one of each of num_frames segments; middle: the centre."""
     image_size: Count = 224
-    """Height and width of a clip in pixels."""
+    """Height and width of a clip in pixels; where whole frames are looked at, of training crops."""
+    short_side: Count | None = None
+    """Segmentation: short side of images in pixels, before crops and when scoring; null: as they are."""
+    ignore_label: Annotated[int, Range(0, 65535)] = 255
+    """Segmentation: value of the pixels in masks that count nowhere."""
     mean: Colour | Literal["auto"] | None = "auto"
     """Normalisation: RGB mean, of values from 0 to 1; auto: that of model.weights, else the preset's."""
     std: tuple[Positive, Positive, Positive] | Literal["auto"] | None = "auto"
@@ -121,8 +125,13 @@ class DataConfig:
     """Share of an epoch's videos that may be unreadable before training stops."""
 
 
+# Settings that only some task has stand in `train`, too, and those of its scoring in `eval`.
+_TASK_SETTINGS = tuple(dict.fromkeys(task.Settings for task in TASKS.values()))
+_TASK_SCORING = tuple(task.Scoring for task in TASKS.values() if hasattr(task, "Scoring"))
+
+
 @dataclass
-class EvalConfig:
+class EvalConfig(*_TASK_SCORING):
     """Scoring: each video once, its scores averaged over clips x crops views."""
 
     clips: Count | None = None
@@ -143,10 +152,6 @@ class EvalConfig:
     """Small moving pictures of the videos in report.html; auto: of lists with up to 2000 videos."""
 
 
-# Settings that only some task has stand in `train`, too.
-_TASK_SETTINGS = tuple(dict.fromkeys(task.Settings for task in TASKS.values()))
-
-
 @dataclass
 class TrainConfig(LoopConfig, *_TASK_SETTINGS):
     """Training: AdamW, cosine with warm-up."""
@@ -163,7 +168,7 @@ class Config:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: CUDA where there is one."""
     task: Literal[tuple(TASKS)] = "classification"
-    """What is learnt: one class a video, or several (multilabel)."""
+    """What is learnt: one class a video, several (multilabel), or that of each pixel (segmentation)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -205,6 +210,8 @@ def resolve(config: Config) -> Config:
     say more, `data.mean`, `data.std` and `data.interpolation` are left to `settle_pixels`.
     """
     preset, data = PRESETS[config.data.preset], {}
+    if TASKS[config.task].heads != (None,):
+        preset = dataclasses.replace(preset, flips=("all", "none", "swap"), clips=1, crops=1)
     for key, allowed in (("sampling", preset.samplings), ("flip", preset.flips)):
         data[key] = getattr(config.data, key) or allowed[0]
         if data[key] not in allowed:

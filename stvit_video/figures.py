@@ -1,5 +1,6 @@
 """What people would rather look at than read: learning curves, the confusion matrix, where time goes."""
 
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,46 @@ def draw_confusion(
             colour = "white" if matrix[row, column] > 55 else "black"
             axis.text(column, row, f"{matrix[row, column]:.0f}", ha="center", va="center", color=colour)
     figure.savefig(picture, dpi=120)
+
+
+@functools.cache
+def palette() -> np.ndarray:
+    """A colour for each of 256 classes: uint8 (256, 3), Pascal VOC's without its first, black."""
+    ids = np.arange(1, 257)
+    channels = [[(ids >> (3 * i + c) & 1) << (7 - i) for i in range(3)] for c in range(3)]
+    return np.array(channels).sum(1).T.astype(np.uint8)
+
+
+def overlay(frame: np.ndarray, mask: np.ndarray, share: float = 0.55) -> np.ndarray:
+    """uint8 (H, W, 3) under the colours of a mask (H, W); 255, no class, leaves the frame as it is."""
+    out, known = frame.copy(), mask != 255
+    out[known] = np.round((1 - share) * frame[known] + share * palette()[mask[known]])
+    return out
+
+
+def draw_scenes(
+    scenes: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]],
+    class_names: Sequence[str],
+    picture: Path,
+) -> None:
+    """Title, frame (H, W, 3), true and predicted mask (H, W) of each row -> one picture."""
+    from matplotlib.patches import Patch
+
+    present = sorted({int(c) for _, _, *masks in scenes for mask in masks for c in np.unique(mask)})
+    present = [c for c in present if c < len(class_names)]
+    legend = -(-len(present) // 8)
+    height = 2.6 * len(scenes) + 0.4 * legend
+    figure, axes = _axes(len(scenes), 3, figsize=(8, height), squeeze=False)
+    for line, (title, frame, *masks) in zip(axes, scenes, strict=True):
+        pictures = (frame, *(overlay(frame, mask) for mask in masks))
+        for axis, pixels, name in zip(line, pictures, (title, "truth", "prediction"), strict=True):
+            axis.imshow(pixels)
+            axis.set_title(name.replace("$", r"\$"), fontsize=8)
+            axis.axis("off")
+    marks = [Patch(color=palette()[c] / 255) for c in present]
+    names = [class_names[c].replace("$", r"\$") for c in present]
+    figure.legend(marks, names, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    figure.savefig(picture, dpi=110)
 
 
 def draw_trade(rows: Sequence[Mapping], picture: Path) -> None:

@@ -107,6 +107,7 @@ _DATA_OF_CHECKPOINT = (
     "target_fps",
     "sampling",
     "image_size",
+    "short_side",
     *Pixels._fields,
     "hold_back",
 )

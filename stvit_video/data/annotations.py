@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from ..errors import ListError, nearest
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from .masks import MASK_FORMATS
 from .rows import Row, Rows
 from .shards import Place, find_shards, index_shards, visible
 
@@ -98,6 +99,13 @@ class Source:
                 raise ListError(f"{where}: found path {file!r}, expected one inside data.root={self.root}")
         return file
 
+    def located(self, places: Sequence[str], files: Sequence[str]) -> list[str]:
+        """The paths of a list's lines in the folder that the first relative one decides on."""
+        relative = next((file for file in files if not os.path.isabs(file)), "")
+        base = (self.on_disk(relative) or self.bases[-1:])[0]
+        lines = zip(places, files, strict=True)
+        return [self.inside(where, os.path.join(base, file)) for where, file in lines]
+
     def on_disk(self, name: str) -> list[StrPath]:
         """The folders, of those where a relative path of a list without names may lie, that have it."""
         return [base for base in self.bases if os.path.exists(os.path.join(base, name))]
@@ -162,7 +170,7 @@ def _read_lines(source: Source) -> Rows:
     """
     if all(_is_media(line.strip()) for _, line in source.lines()):
         places, files = zip(*source.lines(), strict=True)
-        paths = _located(source, places, [_unquote(file.strip()) for file in files])
+        paths = source.located(places, [_unquote(file.strip()) for file in files])
         return Rows((Row(path, None) for path in paths), source.names)
     lines = []
     for where, line in source.lines():
@@ -184,7 +192,7 @@ def _read_lines(source: Source) -> Rows:
         files, counts = folders, map(int, counts)
     else:
         counts = itertools.repeat(None, len(files))
-    rows = zip(_located(source, places, files), labels, counts, strict=True)
+    rows = zip(source.located(places, files), labels, counts, strict=True)
     return Rows((Row(*row) for row in rows), source.names)
 
 
@@ -214,7 +222,7 @@ def _read_multilabel(source: Source) -> Rows:
         places.append(where)
         files.append(file)
         targets.append(tuple(sorted(ids)))
-    rows = zip(_located(source, places, files), targets, strict=True)
+    rows = zip(source.located(places, files), targets, strict=True)
     return Rows((Row(*row) for row in rows), source.names)
 
 
@@ -240,14 +248,6 @@ def _check_id(where: str, label: int, names: Sequence[str] | None) -> None:
             f"{where}: found label {label}, expected one below {len(names)}, "
             "the number of class names (labels start at 0)"
         )
-
-
-def _located(source: Source, places: Sequence[str], files: Sequence[str]) -> list[str]:
-    """The paths of a list's lines in the folder that the first relative one decides on."""
-    relative = next((file for file in files if not os.path.isabs(file)), "")
-    base = (source.on_disk(relative) or source.bases[-1:])[0]
-    lines = zip(places, files, strict=True)
-    return [source.inside(where, os.path.join(base, file)) for where, file in lines]
 
 
 def _by_name(
@@ -524,6 +524,7 @@ class Format(NamedTuple):
 # Asked in this order.
 FORMATS = (
     Format("shards", lambda source: source.shards, _read_shards),
+    *MASK_FORMATS,
     Format("folders", lambda source: source.path.is_dir(), _read_folders),
     Format("something", _is_json, _read_something),
     Format("kinetics", lambda source: {"youtube_id", "time_start"} & source.columns(), _read_kinetics),

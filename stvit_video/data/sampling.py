@@ -80,3 +80,18 @@ def segments(total: int, num_frames: int, at: Sequence[float]) -> list[int]:
         length = max(end - first, 1)
         frames.append(first + min(int(place * length), length - 1))
     return frames
+
+
+def every_frame(num_frames: int, length: int, stride: int) -> list[list[int]]:
+    """Frame indices of clips that hold every frame; a clip's are `stride` apart, where there are enough.
+
+    The last of a run begins earlier than the one before it ends; a run that is too short ends in its last
+    frame, repeated.
+    """
+    clips = []
+    for first in range(min(stride, num_frames) if length > 1 else 1):
+        run = list(range(first, num_frames, stride if length > 1 else 1))
+        run += [run[-1]] * (length - len(run))
+        starts = [*range(0, len(run) - length, length), len(run) - length]
+        clips += [run[start : start + length] for start in starts]
+    return clips

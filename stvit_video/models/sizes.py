@@ -75,3 +75,5 @@ class Sizes:
     """Initial layer scale from base_depth on (Swin: in stage 3 only); null: none."""
     checkpointing: bool | Auto = "auto"
     """Recompute activations in the backward pass: less memory, a third more time."""
+    head_dim: Count | Auto = "auto"
+    """Channels of the head that stands on the model, where it has some."""

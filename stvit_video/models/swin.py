@@ -261,11 +261,17 @@ class VideoSwin(nn.Module):
         At strides 4, 8, 16 and 32. Raises ValueError where there is none: in stages 3 and 4 of an STViT
         without recovery.
         """
-        patches = 2 if type(self.layers[SEMANTIC_STAGE]) is SemanticStage else 4
-        if not all(1 <= stage <= patches for stage in stages):
-            raise ValueError(f"stages={tuple(stages)}: this model has patch grids in stages 1 to {patches}")
+        if not set(stages) <= self.grid_widths.keys():
+            last = max(self.grid_widths)
+            raise ValueError(f"stages={tuple(stages)}: this model has patch grids in stages 1 to {last}")
         grids = list(itertools.islice(self._grids(x), max(stages, default=0)))
         return [grids[stage - 1] for stage in stages]
+
+    @property
+    def grid_widths(self) -> dict[int, int]:
+        """The stages that `grids` knows, and how many channels it has after each."""
+        stages = 2 if type(self.layers[SEMANTIC_STAGE]) is SemanticStage else 4
+        return {i + 1: self.layers[i].blocks[0].norm1.weight.numel() for i in range(stages)}
 
     def semantic_maps(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> how much each semantic token took from each patch (B, n, T', H', W').

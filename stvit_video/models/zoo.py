@@ -16,6 +16,7 @@ from . import baselines
 from .embed import clip_size
 from .heads import WithHead
 from .reducers import REDUCERS
+from .segmentation import LinearSegmenter, UPerNetSegmenter
 from .semantic import SemanticWindows
 from .sizes import Sizes
 from .superpatches import Superpatches
@@ -122,7 +123,7 @@ def _swin_family() -> dict[str, Entry]:
 
 
 # What makes a `WithHead` of (backbone, num_classes); keyword arguments are its sizes.
-HEADS: dict[str, Callable[..., WithHead]] = {}
+HEADS: dict[str, Callable[..., WithHead]] = {"linear": LinearSegmenter, "upernet": UPerNetSegmenter}
 BASELINES = (baselines.ptv_mvit_base_16x4, baselines.ptv_slowfast_r50, baselines.ptv_x3d_m)
 MODELS: dict[str, Entry] = (
     _vit_family() | _swin_family() | {build.__name__: Entry(build, _sizes(build)) for build in BASELINES}

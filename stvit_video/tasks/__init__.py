@@ -2,5 +2,6 @@
 
 from .classification import Classification
 from .multilabel import MultiLabel
+from .segmentation import Segmentation
 
-TASKS = {"classification": Classification, "multilabel": MultiLabel}
+TASKS = {"classification": Classification, "multilabel": MultiLabel, "segmentation": Segmentation}
