@@ -1,6 +1,5 @@
 """The only place where settings become objects."""
 
-import dataclasses
 import hashlib
 import os
 import re
@@ -13,10 +12,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .config import Config, ConfigError, DataConfig, settle_pixels, to_dict
+from .config import Config, ConfigError, DataConfig, settle_pixels, task_settings, to_dict
+from .data import demo, demo_objects
 from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
-from .data.demo import is_demo, prepare_demo
 from .data.preview import make_preview
 from .data.rows import class_ids
 from .data.shards import find_shards
@@ -90,13 +89,10 @@ def build_task(config: Config, class_names: Sequence[str]) -> Task:
     """The task that `task` names. Raises ConfigError or ListError."""
     config = settle_pixels(config, None)
     kind = TASKS[config.task]
-    settings = {
-        field.name: getattr(config.train, field.name) for field in dataclasses.fields(kind.Settings)
-    }
     return kind(
         class_names,
         normalise=Normalise(config.data.mean, config.data.std),
-        settings=kind.Settings(**settings),
+        settings=kind.Settings(**task_settings(config)),
         view_batch=config.eval.view_batch,
         on_failure=config.eval.on_failure,
         twins=_twins(class_names) if config.data.flip == "swap" else None,
@@ -223,11 +219,15 @@ def highest_class(rows: Sequence[Row]) -> int:
     return max((max(class_ids(row.target), default=0) for row in rows), default=0)
 
 
+# What renders a demo set, by its folder's name; of other names, clips of moving shapes.
+DEMOS = {"demo_objects": demo_objects.prepare_demo}
+
+
 def _prepare_demo(path: Path) -> None:
     """Render the demo set where the list is to be, unless something else lies there, or shards do."""
     absent = not path.exists() and not find_shards(path)
-    if distributed.is_main() and (is_demo(path.parent) or absent):
-        prepare_demo(path.parent)
+    if distributed.is_main() and (demo.is_demo(path.parent) or absent):
+        DEMOS.get(path.parent.name, demo.prepare_demo)(path.parent)
     distributed.barrier()
 
 
@@ -288,7 +288,7 @@ def build_test_loader(
     """previews: samples bring one of their video."""
     task.check([row for row in rows if row.target is not None], "the list to score")
     views = build_test_views(config, task, clips, crops)
-    if previews:
+    if previews and hasattr(views, "preview"):
         views = replace(views, preview=make_preview)
     dataset = _dataset(config, task, rows, views, substitute=False)
     sampler = TestSampler(len(rows), rank=distributed.rank(), world=distributed.world())

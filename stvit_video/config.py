@@ -157,7 +157,7 @@ class Config:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: CUDA where there is one."""
     task: Literal[tuple(TASKS)] = "classification"
-    """What is learnt: one class a video, or several (multilabel)."""
+    """What is learnt: one class a video, several (multilabel), or the objects in images (detection)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -198,6 +198,8 @@ def resolve(config: Config) -> Config:
     say more, `data.mean` and `data.std` are left to `settle_pixels`.
     """
     preset, data = PRESETS[config.data.preset], {}
+    if TASKS[config.task].heads != (None,):
+        preset = dataclasses.replace(preset, clips=1, crops=1)
     for key, allowed in (("sampling", preset.samplings), ("flip", preset.flips)):
         data[key] = getattr(config.data, key) or allowed[0]
         if data[key] not in allowed:
@@ -236,6 +238,14 @@ def settle_pixels(config: Config, pixels: Pixels | None) -> Config:
     values = {key: getattr(config.data, key) for key in ("mean", "std")}
     values = {k: getattr(source, k) if v in ("auto", None) else v for k, v in values.items()}
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **values))
+
+
+def task_settings(config: Config) -> dict[str, Any]:
+    """The settings that only this task has."""
+    return {
+        field.name: getattr(config.train, field.name)
+        for field in dataclasses.fields(TASKS[config.task].Settings)
+    }
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -30,11 +30,11 @@ from stvit_video.tasks.multilabel import MultiLabel
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 NORMALISE = Normalise((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-# what a list's line says of a video of class c, so that every task has something to learn
+# what a list's line says of a video of class c, so that every task of videos has something to learn
 LABELS = {"classification": lambda c: f"{c}", "multilabel": lambda c: f"{c // 2},{4 + c % 3}"}
 
 
-@pytest.fixture(scope="module", params=sorted(TASKS))
+@pytest.fixture(scope="module", params=sorted(LABELS))
 def task(request):
     return request.param
 

@@ -8,8 +8,10 @@ nothing of the class, and a class played backwards is its opposite.
 
 import json
 import multiprocessing
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -32,43 +34,64 @@ MARKER = "demo.json"  # in a folder that this made
 SETTINGS = {"version": 9, "train": 2400, "test": 320, "seed": 0}
 
 
+Job = tuple[Path, str, int]  # where to, "train" or "test", the number of the sample
+
+
 def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
     """Render the demo set to `root`/{train,test}/<class>/<number>_<shape>.mp4, once; returns `root`.
 
     `root`/{train,test}_by_shape.txt list the same clips by shape, a label that single frames do tell, and
     shapes.txt names those labels.
-    Made beside `root` and moved there, so that a broken-off rendering leaves nothing half-done. An older
-    rendering is replaced; another folder at `root` is an InputError.
     """
-    root = Path(root)
-    if is_demo(root) and (root / MARKER).read_text() == json.dumps(SETTINGS):
-        return root
-    if root.exists() and not is_demo(root):
-        raise InputError(f"{root} exists and was not made by the demo renderer: not replaced")
-    with written_whole(root) as part:
-        for split in ("train", "test"):
-            for name in CLASSES:
-                (part / split / name).mkdir(parents=True)
-        jobs = [(part, split, i) for split in ("train", "test") for i in range(SETTINGS[split])]
-        with multiprocessing.Pool(workers) as pool:
-            done = pool.imap_unordered(_render_job, jobs, chunksize=16)
-            for _ in tqdm(done, total=len(jobs), desc=f"rendering {root}", unit="clip"):
-                pass
+
+    def lists(part: Path, _: list) -> None:
         for split in ("train", "test"):
             files = sorted(part.glob(f"{split}/*/*.mp4"))
             lines = [f"{p.relative_to(part)} {SHAPES.index(p.stem.partition('_')[2])}\n" for p in files]
             (part / f"{split}_by_shape.txt").write_text("".join(lines))
         (part / "shapes.txt").write_text("".join(f"{shape}\n" for shape in SHAPES))
-        (part / MARKER).write_text(json.dumps(SETTINGS))
+
+    folders = [f"{split}/{name}" for split in ("train", "test") for name in CLASSES]
+    return render_once(Path(root), SETTINGS, folders, _render_job, lists, workers)
+
+
+def render_once(
+    root: Path,
+    settings: dict[str, Any],
+    folders: Sequence[str],
+    render: Callable[[Job], Any],
+    lists: Callable[[Path, list], None],
+    workers: int,
+) -> Path:
+    """A demo set with these settings at `root`, unless it is there; returns `root`.
+
+    render: makes a sample's file in one of the `folders`. lists: writes the lists, of what `render` gave of
+        each sample, those to train on first.
+    Made beside `root` and moved there, so that a broken-off rendering leaves nothing half-done. An older
+    rendering is replaced; another folder at `root` is an InputError.
+    """
+    if is_demo(root) and (root / MARKER).read_text() == json.dumps(settings):
+        return root
+    if root.exists() and not is_demo(root):
+        raise InputError(f"{root} exists and was not made by the demo renderer: not replaced")
+    with written_whole(root) as part:
+        for folder in folders:
+            (part / folder).mkdir(parents=True)
+        jobs = [(part, split, i) for split in ("train", "test") for i in range(settings[split])]
+        with multiprocessing.Pool(workers) as pool:
+            done = pool.imap(render, jobs, chunksize=16)
+            done = list(tqdm(done, total=len(jobs), desc=f"rendering {root}", unit="sample"))
+        lists(part, done)
+        (part / MARKER).write_text(json.dumps(settings))
     return root
 
 
 def is_demo(root: Path) -> bool:
-    """Whether `root` was made by `prepare_demo`."""
+    """Whether `root` was made by `render_once`."""
     return (root / MARKER).exists()
 
 
-def _render_job(job: tuple[Path, str, int]) -> None:
+def _render_job(job: Job) -> None:
     folder, split, index = job
     rng = np.random.default_rng((SETTINGS["seed"], ("train", "test").index(split), index))
     name, shape = CLASSES[index % len(CLASSES)], SHAPES[rng.integers(len(SHAPES))]
@@ -105,32 +128,32 @@ def render(name: str, shape: str, rng: np.random.Generator, frames: int | None =
     along, across = (cos * dx + sin * dy) / 1.2, (cos * dy - sin * dx) / 0.8
     distance = np.hypot(along, across) + 0.01
     radius = RADII[0] * (RADII[1] / RADII[0]) ** (size % 1)
-    cover = np.clip((radius * _outline(shape, np.arctan2(across, along)) - distance) + 0.5, 0, 1)
+    cover = np.clip((radius * outline(shape, np.arctan2(across, along)) - distance) + 0.5, 0, 1)
     head = np.clip(along - 0.1 * radius + 0.5, 0, 1)  # one end in ink, the other in the second colour
 
     back = rng.uniform(0, 255, 3)
-    ink, second = (_contrasting(back, rng) for _ in range(2))
-    back = back + rng.uniform(10, 40) * _noise(rng)[..., None] * rng.uniform(0.3, 1, 3)
+    ink, second = (contrasting(back, rng) for _ in range(2))
+    back = back + rng.uniform(10, 40) * noise(rng)[..., None] * rng.uniform(0.3, 1, 3)
     back, ink, second = (np.float32(colour) for colour in (back, ink, second))
     image = back + cover[..., None] * (second + head[..., None] * (ink - second) - back)
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def _contrasting(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def contrasting(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     while True:
         other = rng.uniform(0, 255, 3)
         if np.abs(other - colour).sum() > 220:
             return other
 
 
-def _noise(rng: np.random.Generator) -> np.ndarray:
-    """A smooth random field (HEIGHT, WIDTH) within about -1..1: a few waves."""
-    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+def noise(rng: np.random.Generator, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """A smooth random field (height, width) within about -1..1: a few waves."""
+    rows, columns = np.mgrid[:height, :width]
     waves = rng.uniform(-0.4, 0.4, (5, 2))
     return sum(np.sin(a * rows + b * columns + rng.uniform(0, 6)) for a, b in waves) / 3
 
 
-def _outline(shape: str, angle: np.ndarray) -> np.ndarray:
+def outline(shape: str, angle: np.ndarray) -> np.ndarray:
     """How far the shape of radius 1 reaches in each direction."""
     match shape:
         case "disc":

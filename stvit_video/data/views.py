@@ -130,7 +130,7 @@ class WholeView:
         clip = self.sampling.train(video) if self.random else self.sampling.test(video, 0.5)
         frames, (places,) = read_once(video, [clip])
         frames, target = self.transform(frames[places], target)
-        return _stack([frames], make), [target]
+        return _stack([tuple(frames)], make), [target]
 
 
 def read_once(

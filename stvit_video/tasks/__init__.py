@@ -1,6 +1,7 @@
 """Tasks by name: `task: NAME` in the settings. A new one is a file here and a line in `TASKS`."""
 
 from .classification import Classification
+from .detection import Detection
 from .multilabel import MultiLabel
 
-TASKS = {"classification": Classification, "multilabel": MultiLabel}
+TASKS = {"classification": Classification, "multilabel": MultiLabel, "detection": Detection}
