@@ -47,7 +47,7 @@ def model(args: Sequence[str]) -> None:
     parser.add_argument("--batch", type=_numbers(1), default=[1, 8], help="clips a call: 1,8")
     parser.add_argument("--modes", type=_names(MODES), default=MODES, help="forward,training")
     parser.add_argument("--num-frames", type=_positive, default=16)
-    parser.add_argument("--image-size", type=_positive, default=224)
+    parser.add_argument("--image-size", type=_size, default=224, help="pixels: 224, or HEIGHTxWIDTH")
     parser.add_argument("--num-classes", type=_positive, default=400)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
@@ -202,3 +202,11 @@ def _positive(value: str | int) -> int:
 
 
 KINDS: dict[str, Callable[[Sequence[str]], None]] = {"model": model, "data": data, "accuracy": accuracy}
+
+
+def _size(value: str) -> int | tuple[int, int]:
+    """A side, or height and width."""
+    sides = [_positive(side) for side in str(value).split("x")]
+    if len(sides) > 2:
+        raise ArgumentTypeError(f"{value!r}: must be a side, or height and width as in 800x1216")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])

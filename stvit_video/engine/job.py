@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -14,7 +15,7 @@ from ..data.views import Sampling
 
 Views = Callable[..., tuple]  # as `data.views.TrainViews`
 
-Figures = dict[str, float | None]
+Figures = dict[str, Any]  # fractions or None; tables of them by class
 
 
 class Task(Protocol):
@@ -62,6 +63,12 @@ class Task(Protocol):
 
     def figures(self, outcome: "Outcome") -> Figures:
         """What the records say, as fractions from 0 to 1; None where nothing counts."""
+
+    def draw(self, frame: np.ndarray, record: Any) -> np.ndarray:
+        """uint8 (H, W, 3) -> the same with what the record says drawn in. Of tasks with heads, as `plain`."""
+
+    def plain(self, record: Any) -> dict[str, Any]:
+        """What a record says, for json. `write(stem, record)`, if there is one, writes further files."""
 
     def report(self, output: Path, outcome: "Outcome", report: Mapping[str, Any]) -> list[str]:
         """Write the task's tables, pictures and page into `output`; -> lines to print.
