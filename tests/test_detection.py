@@ -112,6 +112,14 @@ def test_any_backbone_with_grids_detects_and_every_parameter_learns(name):
     again.load_state_dict(model.state_dict())
 
 
+def test_images_without_objects_leave_no_parameter_without_a_gradient():
+    """DistributedDataParallel would wait for it."""
+    model, (image, target) = build("swin_tiny_patch4_window7_224"), sample()
+    losses = model.train()([image], [{key: value[:0] for key, value in target.items()}])
+    sum(losses.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
 def test_regions_are_pooled_at_the_strides_of_the_levels():
     """torchvision would take an 8th for the finest level of this image, whose side is no multiple of 32."""
     model = build("swin_tiny_patch4_window7_224").eval()

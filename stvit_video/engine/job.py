@@ -65,10 +65,11 @@ class Task(Protocol):
         """What the records say, as fractions from 0 to 1; None where nothing counts."""
 
     def draw(self, frame: np.ndarray, record: Any) -> np.ndarray:
-        """uint8 (H, W, 3) -> the same with what the record says drawn in. Of tasks with heads, as `plain`."""
+        """Of tasks with heads: uint8 (H, W, 3) -> the same with what the record says drawn in."""
 
     def plain(self, record: Any) -> dict[str, Any]:
-        """What a record says, for json. `write(stem, record)`, if there is one, writes further files."""
+        """Of tasks with heads: what a record says, for json. `write(stem, record)`, where there is one,
+        writes further files."""
 
     def report(self, output: Path, outcome: "Outcome", report: Mapping[str, Any]) -> list[str]:
         """Write the task's tables, pictures and page into `output`; -> lines to print.

@@ -28,40 +28,37 @@ def results(
     targets: Sequence[Objects], records: Sequence, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Records of images, None where there is none -> detections as COCO's results file has them."""
-    return [
-        {
-            "image_id": target.image,
-            "category_id": category_ids[label],
-            "bbox": list(box),
-            "score": score,
-        }
-        | ({} if masks is None else {"segmentation": {"size": list(target.size), "counts": masks[i]}})
-        for target, record in zip(targets, records, strict=True)
-        if record is not None
-        for masks in [record.get("masks")]
-        for i, (label, box, score) in enumerate(
-            zip(record["labels"], record["boxes"], record["scores"], strict=True)
-        )
-    ]
+    detections = []
+    for target, record in zip(targets, records, strict=True):
+        for i, label in enumerate([] if record is None else record["labels"]):
+            detection = {
+                "image_id": target.image,
+                "category_id": category_ids[label],
+                "bbox": list(record["boxes"][i]),
+                "score": record["scores"][i],
+            }
+            if "masks" in record:
+                detection["segmentation"] = {"size": list(target.size), "counts": record["masks"][i]}
+            detections.append(detection)
+    return detections
 
 
 def truth(targets: Sequence[Objects], category_ids: Sequence[int]) -> COCO:
     """What the list says, in pycocotools' form."""
-    annotations = [
-        {
-            "id": 0,
-            "image_id": target.image,
-            "category_id": category_ids[target.classes[i]],
-            "bbox": list(target.boxes[i]),
-            "area": target.areas[i],
-            "iscrowd": int(target.crowds[i]),
-        }
-        | ({} if target.masks is None else {"segmentation": _code(target, i)})
-        for target in targets
-        for i in range(len(target.classes))
-    ]
-    for number, annotation in enumerate(annotations, 1):  # 0 would be taken for unmatched
-        annotation["id"] = number
+    annotations = []
+    for target in targets:
+        for i, label in enumerate(target.classes):
+            annotation = {
+                "id": len(annotations) + 1,  # 0 would be taken for unmatched
+                "image_id": target.image,
+                "category_id": category_ids[label],
+                "bbox": list(target.boxes[i]),
+                "area": target.areas[i],
+                "iscrowd": int(target.crowds[i]),
+            }
+            if target.masks is not None:
+                annotation["segmentation"] = {"size": list(target.size), "counts": target.masks[i]}
+            annotations.append(annotation)
     coco = COCO()
     coco.dataset = {
         "images": [{"id": t.image, "height": t.size[0], "width": t.size[1]} for t in targets],
@@ -71,10 +68,6 @@ def truth(targets: Sequence[Objects], category_ids: Sequence[int]) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
-
-
-def _code(target: Objects, i: int) -> dict[str, Any]:
-    return {"size": list(target.size), "counts": target.masks[i]}
 
 
 def average_precisions(coco: COCO, detections: list[dict], kind: str) -> tuple[dict, list[float | None]]:
