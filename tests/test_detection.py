@@ -597,6 +597,23 @@ def test_objects_are_drawn_into_images_and_videos(sure, demo_objects_root, tmp_p
         assert [round(frame.time, 2) for frame in video.decode(video=0)] == [0, 0.2, 0.4, 0.6, 0.8]
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        (cli.predict, ["--timeline=t", "a.mp4"], "--timeline: "),
+        (cli.predict, ["--features=f.npz", "a.mp4"], "--features: "),
+        (cli.export, ["--to=model.onnx"], "task=detection; only models that name classes are exported"),
+    ],
+)
+def test_what_a_detector_does_not_do_is_one_line(
+    sure, tmp_path, monkeypatch, capsys, command, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(command, f"--checkpoint={sure}", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_library_user_finds_objects(sure, demo_objects_root):
     detector, image = Detector(sure, device="cpu"), demo_objects_root / "test" / "00000.png"
     first, *_ = detector.detect(image)

@@ -1,5 +1,6 @@
 """Lists of images with the objects in them: COCO's json, and Pascal VOC's xml files."""
 
+import itertools
 import json
 import math
 import os
@@ -88,39 +89,43 @@ def read_coco(source) -> Rows:
         raise ListError(f"{path}: found {has}, expected COCO's json: images, annotations, categories")
     images = _by_id(values["images"], f"{path}: image", file_name=str, height=int, width=int)
     categories = dict(sorted(_by_id(values["categories"], f"{path}: category", name=str).items()))
-    listed = _by_id(values.get("annotations", []), f"{path}: annotation", image_id=int, category_id=int)
-    names = [category["name"] for category in categories.values()]
-    if len(set(names)) < len(names):
-        raise ListError(f"{path}: found two categories of one name, expected each once: {names}"[:300])
-    names = names if source.names is None else list(source.names)
-    labels = {i: names.index(c["name"]) for i, c in categories.items() if c["name"] in names}
-    masked = any(annotation.get("segmentation") for annotation in listed.values())
-    objects: dict[int, list[tuple]] = {i: [] for i in images}
-    for number, annotation in listed.items():
-        where, category = f"{path}: annotation {number}", annotation["category_id"]
-        if annotation["image_id"] not in images:
-            raise ListError(f"{where}: found image_id {annotation['image_id']}, expected one of the images")
-        if category not in categories:
-            raise ListError(
-                f"{where}: found category_id {category}, expected one of {list(categories)}"[:300]
-            )
-        if category not in labels:
-            name = categories[category]["name"]
-            raise ListError(f"{where}: found class {name!r}, expected a known one{nearest(name, names)}")
-        image = images[annotation["image_id"]]
-        size = (image["height"], image["width"])
-        box = _checked_box(where, annotation.get("bbox"), size)
-        mask = _checked_mask(where, annotation.get("segmentation"), size) if masked else None
-        crowd, area = bool(annotation.get("iscrowd", 0)), annotation.get("area", box[2] * box[3])
-        objects[annotation["image_id"]].append((labels[category], box, mask, crowd, float(area)))
-    folder = _folder_of_images(source, [image["file_name"] for image in images.values()][:1])
-    rows = []
-    for i, image in images.items():
-        file = source.inside(f"{path}: image {i}", os.path.join(folder, image["file_name"]))
-        rows.append(Row(file, _objects(i, (image["height"], image["width"]), objects[i], masked)))
-    ids = {name: i for i, name in zip(categories, [c["name"] for c in categories.values()], strict=True)}
-    unused = iter(range(max(categories, default=0) + 1, 2**31))  # for classes that this list has not
+    ids = {category["name"]: number for number, category in categories.items()}
+    if len(ids) < len(categories):
+        raise ListError(f"{path}: found two categories of one name, expected each once: {list(ids)}"[:300])
+    names = list(ids) if source.names is None else list(source.names)
+    annotations = _by_id(
+        values.get("annotations", []), f"{path}: annotation", image_id=int, category_id=int
+    )
+    masked = any(annotation.get("segmentation") for annotation in annotations.values())
+    objects: dict[int, list[tuple]] = {number: [] for number in images}
+    for number, annotation in annotations.items():
+        one = _object(f"{path}: annotation {number}", annotation, images, categories, names, masked)
+        objects[annotation["image_id"]].append(one)
+    folder, rows = _folder_of_images(source, [image["file_name"] for image in images.values()][:1]), []
+    for number, image in images.items():
+        file = source.inside(f"{path}: image {number}", os.path.join(folder, image["file_name"]))
+        rows.append(Row(file, _objects(number, (image["height"], image["width"]), objects[number], masked)))
+    unused = itertools.count(max(categories, default=0) + 1)  # for classes that this list has not
     return Rows(rows, names, [ids[name] if name in ids else next(unused) for name in names])
+
+
+def _object(
+    where: str, annotation: dict, images: dict, categories: dict, names: Sequence[str], masked: bool
+) -> tuple[int, Box, str | None, bool, float]:
+    """Class, box, mask, crowd and area of a COCO annotation. Raises ListError."""
+    image, category = annotation["image_id"], annotation["category_id"]
+    if image not in images:
+        raise ListError(f"{where}: found image_id {image}, expected one of the images")
+    if category not in categories:
+        raise ListError(f"{where}: found category_id {category}, expected one of {list(categories)}"[:300])
+    name = categories[category]["name"]
+    if name not in names:
+        raise ListError(f"{where}: found class {name!r}, expected a known one{nearest(name, names)}")
+    size = (images[image]["height"], images[image]["width"])
+    box = _checked_box(where, annotation.get("bbox"), size)
+    mask = _checked_mask(where, annotation.get("segmentation"), size) if masked else None
+    area = float(annotation.get("area", box[2] * box[3]))
+    return names.index(name), box, mask, bool(annotation.get("iscrowd", 0)), area
 
 
 def _objects(image: int, size: tuple[int, int], objects: Sequence[tuple], masked: bool) -> Objects:
