@@ -6,7 +6,7 @@ DEVICE ?= cuda
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-image demo-finetune demo-segment test lint clean soak gpu wheel
+.PHONY: demo demo-image demo-finetune demo-segment demo-detect demo-detect-swin test lint clean soak gpu wheel
 
 demo: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_stvit.yaml --overwrite
@@ -27,6 +27,15 @@ demo-finetune: $(VENV)/installed
 demo-segment: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_segment.yaml --overwrite
 	$(RUN) tools/test_net.py --cfg configs/demo_segment.yaml --checkpoint runs/demo_segment/best.pt
+
+# Objects in images: a detector on STViT-R, and on the dense Swin of the same size; each scored on unseen images.
+demo-detect: $(VENV)/installed
+	$(RUN) tools/train_net.py --cfg configs/demo_detect.yaml --overwrite
+	$(RUN) tools/test_net.py --cfg configs/demo_detect.yaml --checkpoint runs/demo_detect/best.pt
+
+demo-detect-swin: $(VENV)/installed
+	$(RUN) tools/train_net.py --cfg configs/demo_detect_swin.yaml --overwrite
+	$(RUN) tools/test_net.py --cfg configs/demo_detect_swin.yaml --checkpoint runs/demo_detect_swin/best.pt
 
 test: lint
 	$(RUN) -m pytest

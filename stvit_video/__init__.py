@@ -9,7 +9,9 @@ import importlib
 
 __version__ = "0.4.0"
 _HOMES = {  # imported when they are first asked for: each command and each notebook pays for what it uses
+    "Detector": "predictor",
     "LoadReport": "weights",
+    "Predictor": "predictor",
     "Recognizer": "recognizer",
     "WeightsError": "weights",
     "Moment": "timeline",

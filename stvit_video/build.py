@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .config import Config, ConfigError, DataConfig, from_dict, settle_pixels, to_dict
+from .config import Config, ConfigError, DataConfig, from_dict, settle_pixels, task_settings, to_dict
 from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
+from .data.demo_objects import prepare_objects
 from .data.demo_scenes import prepare_scenes
 from .data.preview import make_preview
 from .data.rows import class_ids
@@ -45,7 +46,8 @@ def with_model(config: Config) -> Config:
     return replace(config, model=replace(config.model, **sizes | config.model.sizes()))
 
 
-RENDERERS = {"demo_scenes": prepare_scenes}  # by the name of the folder; of all others: prepare_demo
+# What renders a demo set, by its folder's name; of other names, clips of one moving shape.
+RENDERERS = {"demo_objects": prepare_objects, "demo_scenes": prepare_scenes}
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -147,17 +149,15 @@ def build_task(config: Config, class_names: Sequence[str]) -> Task:
     """The task that `task` names. Raises ConfigError or ListError."""
     config = settle_pixels(config, None)
     kind = TASKS[config.task]
-
-    def settings_of(settings: type, group: Any) -> Any:
-        return settings(
-            **{field.name: getattr(group, field.name) for field in dataclasses.fields(settings)}
-        )
-
+    scoring = {}
+    if hasattr(kind, "Scoring"):
+        names = [field.name for field in dataclasses.fields(kind.Scoring)]
+        scoring["scoring"] = kind.Scoring(**{name: getattr(config.eval, name) for name in names})
     return kind(
         class_names,
         normalise=Normalise(config.data.mean, config.data.std),
-        settings=settings_of(kind.Settings, config.train),
-        **({"scoring": settings_of(kind.Scoring, config.eval)} if hasattr(kind, "Scoring") else {}),
+        settings=kind.Settings(**task_settings(config)),
+        **scoring,
         view_batch=config.eval.view_batch,
         on_failure=config.eval.on_failure,
         twins=_twins(class_names) if config.data.flip == "swap" else None,
@@ -382,7 +382,7 @@ def build_test_loader(
     """previews: samples bring one of their video."""
     task.check([row for row in rows if row.target is not None], "the list to score")
     views = build_test_views(config, task, clips, crops)
-    if previews:
+    if previews and hasattr(views, "preview"):
         views = replace(views, preview=make_preview)
     dataset = _dataset(config, task, rows, views, substitute=False)
     sampler = TestSampler(len(rows), rank=distributed.rank(), world=distributed.world())

@@ -168,7 +168,8 @@ class Config:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: CUDA where there is one."""
     task: Literal[tuple(TASKS)] = "classification"
-    """What is learnt: one class a video, several (multilabel), or that of each pixel (segmentation)."""
+    """What is learnt: one class a video, several (multilabel), that of each pixel (segmentation), or the
+    objects in images (detection)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -211,7 +212,8 @@ def resolve(config: Config) -> Config:
     """
     preset, data = PRESETS[config.data.preset], {}
     if TASKS[config.task].heads != (None,):
-        preset = dataclasses.replace(preset, flips=("all", "none", "swap"), clips=1, crops=1)
+        flips = tuple(dict.fromkeys((*preset.flips, "all", "none", "swap")))
+        preset = dataclasses.replace(preset, flips=flips, clips=1, crops=1)
     for key, allowed in (("sampling", preset.samplings), ("flip", preset.flips)):
         data[key] = getattr(config.data, key) or allowed[0]
         if data[key] not in allowed:
@@ -250,6 +252,14 @@ def settle_pixels(config: Config, pixels: Pixels | None) -> Config:
     values = {key: getattr(config.data, key) for key in Pixels._fields}
     values = {k: getattr(source, k) if v in ("auto", None) else v for k, v in values.items()}
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **values))
+
+
+def task_settings(config: Config) -> dict[str, Any]:
+    """The settings that only this task has."""
+    return {
+        field.name: getattr(config.train, field.name)
+        for field in dataclasses.fields(TASKS[config.task].Settings)
+    }
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -68,7 +68,8 @@ class Recognizer:
         self.task = build_task(self.config, self.class_names).to(self.device)
         if self.task.heads != (None,):
             raise InputError(
-                f"{self.path}: was trained for task={self.config.task}, which names no classes"
+                f"{self.path}: was trained for task={self.config.task}, which names no classes: "
+                "stvit-predict or a Predictor takes it"
             )
         settings = self.config.eval
         self.views = self._test_views(clips or settings.clips, crops or settings.crops)

@@ -492,10 +492,12 @@ def _choose_classes(
         )
         return contents.by_class
     order = [theirs.index(name) for name in ours]
-    for name in contents.by_class:
+    by_row = {name for name in contents.by_class if len(state[name]) == len(theirs)}  # no background
+    for name in by_row:
         state[name] = state[name][order]
-    report.notes.append(f"{', '.join(sorted(contents.by_class))}: rows chosen by class name")
-    return frozenset()
+    if by_row:
+        report.notes.append(f"{', '.join(sorted(by_row))}: rows chosen by class name")
+    return contents.by_class - by_row
 
 
 def _only_numbers(names: Sequence[str]) -> bool:

@@ -86,7 +86,7 @@ def test_bfloat16_takes_less_than_float32():
 
 def test_the_command(tmp_path, capsys):
     cli.bench(["model", "--models", "vit_tiny_patch16_224,stvit_tiny_patch16_224", "--batch", "1",
-               "--modes", "forward", "--image-size", "64", "--rounds", "1",
+               "--modes", "forward", "--image-size", "64x96", "--rounds", "1",
                "--no-memory", "--output", str(tmp_path)])  # fmt: skip
     printed = capsys.readouterr().out
     assert "cores" in printed
@@ -107,6 +107,7 @@ def test_the_command(tmp_path, capsys):
         (["model", "--models", "vit_tiny_patch16_224", "--rounds", "0"], ("--rounds",)),
         (["model", "--models", "vit_tiny_patch16_224", "--num-frames", "3"], ("3 frames",)),
         (["model", "--models", ","], ("--models",)),
+        (["model", "--models", "vit_tiny_patch16_224", "--image-size", "8x8x8"], ("800x1216",)),
         (["data", "--videos", "absent.mp4"], ("absent.mp4", "no such file")),
         (["data", "--videos", "README.md"], ("README.md",)),
         (["data", "--rounds", "0"], ("--rounds",)),

@@ -487,7 +487,6 @@ def test_a_damaged_video_keeps_its_timeline_and_is_tried_again(tmp_path, checkpo
         ["--window=-1"],
         ["--enter=0.2"],
         ["--workers=0"],
-        ["--draw"],
         ["--timeline=t", "--json"],
         ["--timeline=t", "--maps=m"],
         ["--timeline=t", "--features=f.npz"],

@@ -48,7 +48,7 @@ def model(args: Sequence[str]) -> None:
     parser.add_argument("--batch", type=_numbers(1), default=[1, 8], help="clips a call: 1,8")
     parser.add_argument("--modes", type=_names(MODES), default=MODES, help="forward,training")
     parser.add_argument("--num-frames", type=_positive, default=16)
-    parser.add_argument("--image-size", type=_positive, default=224)
+    parser.add_argument("--image-size", type=_size, default=224, help="pixels: 224, or HEIGHTxWIDTH")
     parser.add_argument("--num-classes", type=_positive, default=400)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
@@ -152,7 +152,7 @@ def convert(args: Sequence[str]) -> None:
     parser.add_argument("--base-depths", type=_numbers(0), default=[4, 6], help="Layers before: 4,6.")
     parser.add_argument(
         "--tokens",
-        type=_sizes,
+        type=_tokens,
         default=[],
         help="TxHxW or HxW, with commas between; default: 3 of the grid.",
     )
@@ -233,7 +233,7 @@ def _positive(value: str | int) -> int:
     return int(value)
 
 
-def _sizes(value: str | list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def _tokens(value: str | list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     sizes = []
     for word in _names()(value) if value else ():
         size = tuple(int(n) for n in word.split("x") if n.isdecimal()) if isinstance(word, str) else word
@@ -242,6 +242,14 @@ def _sizes(value: str | list[tuple[int, ...]]) -> list[tuple[int, ...]]:
             raise ArgumentTypeError(f"{word!r}: must be TxHxW or, of images, HxW, as in 7x7")
         sizes.append(size)
     return sizes
+
+
+def _size(value: str) -> int | tuple[int, int]:
+    """A side, or height and width."""
+    sides = [_positive(side) for side in str(value).split("x")]
+    if len(sides) > 2:
+        raise ArgumentTypeError(f"{value!r}: must be a side, or height and width as in 800x1216")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
 KINDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -28,6 +28,7 @@ from ..engine.logs import progress
 from ..engine.run import Update
 from ..engine.train import LoopConfig, start_run
 from ..engine.uploads import Uploads
+from ..models.embed import clip_size
 from ..models.zoo import create_model, multiply_adds
 from ..tasks.classification import Classification
 
@@ -41,7 +42,7 @@ def measure_models(
     models: Mapping[str, nn.Module],
     *,
     num_frames: int,
-    image_size: int,
+    image_size: int | tuple[int, int],
     batches: Sequence[int],
     modes: Sequence[str] = MODES,
     dtype: torch.dtype = torch.float32,
@@ -60,7 +61,7 @@ def measure_models(
     for mode in modes:
         for batch in batches:
             for name, model in models.items():
-                shape = (batch, 3, num_frames, image_size, image_size)
+                shape = (batch, 3, *clip_size(num_frames, image_size))
                 call = _call(model, torch.randn(shape), mode, dtype, compiled, device)
                 cases.append({"model": name, "batch": batch, "mode": mode, "call": call, "rounds": []})
     reference = _matrix_product(dtype, device)
@@ -89,9 +90,10 @@ def measure_models(
     return rows
 
 
-def random_batch(size: int, num_frames: int, image_size: int, repeats: int = 1) -> Batch:
+def random_batch(size: int, num_frames: int, image_size: int | tuple[int, int], repeats: int = 1) -> Batch:
     """As a loader gives it: uint8 clips (B, V, 3, T, H, W), all of class 0."""
-    clips = torch.randint(256, (size, repeats, 3, num_frames, image_size, image_size), dtype=torch.uint8)
+    shape = (size, repeats, 3, *clip_size(num_frames, image_size))
+    clips = torch.randint(256, shape, dtype=torch.uint8)
     return Batch(torch.arange(size), clips, torch.zeros(size, repeats, dtype=torch.long))
 
 
@@ -133,7 +135,8 @@ def _call(
 
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     config = LoopConfig(precision=precision, compile=compiled is not None, lr=1e-6)
-    return trainers_update(model, random_batch(len(clips), *clips.shape[2:4]), device, config)
+    batch = random_batch(len(clips), clips.shape[2], tuple(clips.shape[3:]))
+    return trainers_update(model, batch, device, config)
 
 
 def _matrix_product(dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
@@ -203,7 +206,7 @@ def _peak(name, sizes, num_frames, image_size, batch, mode, dtype, device) -> fl
     model = create_model(name, num_frames=num_frames, image_size=image_size, **sizes)
     if mode == "forward":
         model = model.to(dtype)
-    clips = torch.randn(batch, 3, num_frames, image_size, image_size)
+    clips = torch.randn(batch, 3, *clip_size(num_frames, image_size))
     call = _call(model, clips, mode, dtype, None, device)
     torch.cuda.reset_peak_memory_stats(device) if cuda else _resident()  # making it does not count
     for _ in range(2):  # the second step has AdamW's moments, too

@@ -1,4 +1,4 @@
-"""The command predict: what happens in videos."""
+"""The command predict: what happens in videos, or what is in images."""
 
 import argparse
 import json
@@ -12,15 +12,20 @@ from tqdm import tqdm
 from ..data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
 from ..data.stream import EVERY
 from ..errors import InputError
+from ..predictor import has_head
 from ..recognizer import Recognizer
 from ..timeline import ENTER, LEAVE
 from .common import command, make_folder, output_names, videos_of
+from .drawing import predict_each
 from .timeline import write_timelines
 
 
 @command
 def predict(args: Sequence[str]) -> None:
-    """Print the five best classes of each video, with names and scores; or write what happens when."""
+    """Print the five best classes of each video, with names and scores; or write what happens when.
+
+    With a checkpoint of another task: a line of json of each image and of each frame of a video.
+    """
     parser = argparse.ArgumentParser(description=predict.__doc__, allow_abbrev=False)
     parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, folders of files, or shards")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="which model")
@@ -30,6 +35,13 @@ def predict(args: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line and video")
     parser.add_argument("--features", metavar="FILE.npz", help="also save pooled features here")
     parser.add_argument("--maps", metavar="FOLDER", help="also draw what the semantic tokens look at")
+    timeline = any(word.partition("=")[0] == "--timeline" for word in args)
+    parser.add_argument(
+        "--draw",
+        **({"action": "store_true"} if timeline else {"metavar": "FOLDER"}),
+        help="write images and videos here, objects or other predictions drawn in; with --timeline, "
+        "without FOLDER: also NAME.mp4, labels drawn into the frames",
+    )
     long = parser.add_argument_group("timelines of long videos")
     long.add_argument(
         "--timeline",
@@ -40,9 +52,19 @@ def predict(args: Sequence[str]) -> None:
     long.add_argument("--window", type=float, metavar="SECONDS", help="length (the checkpoint's clips')")
     long.add_argument("--enter", type=float, default=ENTER, help="score at which a class begins (0.5)")
     long.add_argument("--leave", type=float, default=LEAVE, help="score below which it ends (0.3)")
-    long.add_argument("--draw", action="store_true", help="also NAME.mp4, labels drawn into the frames")
     options = parser.parse_args(args)
     _check(parser, options)
+    if has_head(options.checkpoint):
+        for name in ("timeline", "features", "maps"):
+            if getattr(options, name):
+                parser.error(f"--{name}: {options.checkpoint} names no classes of videos")
+        if predict_each(options):
+            sys.exit(1)
+        return
+    if options.draw and not options.timeline:
+        parser.error(
+            f"--draw FOLDER: {options.checkpoint} names classes; --timeline FOLDER --draw draws them"
+        )
     recognize = Recognizer(options.checkpoint, device=options.device, timeout=options.timeout)
     folders = (options.maps, options.features and Path(options.features).parent, options.timeline)
     for folder in filter(None, folders):
@@ -99,8 +121,6 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             parser.error(f"--{name} {value}: must be more than 0")
     if not 0 <= options.leave <= options.enter <= 1:
         parser.error(f"--enter {options.enter} --leave {options.leave}: must be 0 <= leave <= enter <= 1")
-    if options.draw and not options.timeline:
-        parser.error("--draw needs --timeline FOLDER")
     for name in ("json", "features", "maps"):
         if options.timeline and getattr(options, name):
             parser.error(f"--{name} is not written with --timeline FOLDER: two commands")

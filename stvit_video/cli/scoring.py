@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from .. import build
-from ..config import Config, ConfigError, make_parser, parse, resolve, to_dict
+from ..config import Config, ConfigError, make_parser, parse, resolve, task_settings, to_dict
 from ..engine import distributed
 from ..engine.device import pick_precision
 from ..engine.evaluate import Shares, score, write_report
@@ -68,6 +68,7 @@ def test(args: Sequence[str]) -> None:
         build.digest(rows),
         precision,
         *(settings[key] for key in ("task", "model", "data", "eval")),
+        task_settings(config),
     ]
     shares = Shares(output / "shares", scored)
     outcome = score(
@@ -127,7 +128,10 @@ def _with_checkpoint(config: Config, own: Config, asked: Collection[str]) -> Con
         if ours not in (value, "auto") and f"{group}.{key}" in asked:
             raise ConfigError(f"--{group}.{key} {ours}: the checkpoint was made with {value}")
     data = replace(config.data, **{key: getattr(own.data, key) for key in _DATA_OF_CHECKPOINT})
-    return replace(config, task=own.task, model=own.model, data=data, seed=own.seed)  # holds the same back
+    settings = {k: v for k, v in task_settings(own).items() if f"train.{k}" not in asked}
+    train = replace(config.train, **settings)  # a longest side is one
+    config = replace(config, task=own.task, model=own.model, data=data, train=train)
+    return replace(config, seed=own.seed)  # holds the same back
 
 
 def _state_of(source: str) -> list[int] | None:

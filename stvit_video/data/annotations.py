@@ -20,6 +20,7 @@ from typing import NamedTuple
 from ..errors import ListError, nearest
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from .masks import MASK_FORMATS
+from .objects import is_coco, is_voc, read_coco, read_voc
 from .rows import Row, Rows
 from .shards import Place, find_shards, index_shards, visible
 
@@ -525,7 +526,9 @@ class Format(NamedTuple):
 FORMATS = (
     Format("shards", lambda source: source.shards, _read_shards),
     *MASK_FORMATS,
+    Format("voc", is_voc, read_voc),
     Format("folders", lambda source: source.path.is_dir(), _read_folders),
+    Format("coco", is_coco, read_coco),
     Format("something", _is_json, _read_something),
     Format("kinetics", lambda source: {"youtube_id", "time_start"} & source.columns(), _read_kinetics),
     Format("charades", lambda source: set(CHARADES_COLUMNS) <= source.columns(), _read_charades),

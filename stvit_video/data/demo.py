@@ -34,13 +34,14 @@ MARKER = "demo.json"  # in a folder that this made
 SETTINGS = {"version": 9, "train": 2400, "test": 320, "seed": 0}
 
 
+Job = tuple[Path, str, int]  # where to, "train" or "test", the number of the sample
+
+
 def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
     """Render the demo set to `root`/{train,test}/<class>/<number>_<shape>.mp4, once; returns `root`.
 
     `root`/{train,test}_by_shape.txt list the same clips by shape, a label that single frames do tell, and
     shapes.txt names those labels.
-    Made beside `root` and moved there, so that a broken-off rendering leaves nothing half-done. An older
-    rendering is replaced; another folder at `root` is an InputError.
     """
 
     def fill(part: Path) -> None:
@@ -61,7 +62,8 @@ def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
 def made_once(root: Path, settings: dict, fill: Callable[[Path], None]) -> Path:
     """The folder `root` with what `fill` puts into it, unless a rendering with these settings is there.
 
-    Made beside `root` and moved there. Raises InputError where another folder is.
+    Made beside `root` and moved there, so that a broken-off rendering leaves nothing half-done. An older
+    rendering is replaced. Raises InputError where another folder is.
     """
     if is_demo(root) and (root / MARKER).read_text() == json.dumps(settings):
         return root
@@ -82,11 +84,11 @@ def render_all(render_job: Callable[[tuple], Any], jobs: Sequence[tuple], worker
 
 
 def is_demo(root: Path) -> bool:
-    """Whether `root` was made by `prepare_demo`."""
+    """Whether `root` was made by `made_once`."""
     return (root / MARKER).exists()
 
 
-def _render_job(job: tuple[Path, str, int]) -> None:
+def _render_job(job: Job) -> None:
     folder, split, index = job
     rng = np.random.default_rng((SETTINGS["seed"], ("train", "test").index(split), index))
     name, shape = CLASSES[index % len(CLASSES)], SHAPES[rng.integers(len(SHAPES))]
@@ -141,7 +143,7 @@ def contrasting(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
             return other
 
 
-def noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def noise(rng: np.random.Generator, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     """A smooth random field (height, width) within about -1..1: a few waves."""
     rows, columns = np.mgrid[:height, :width]
     waves = rng.uniform(-0.4, 0.4, (5, 2))

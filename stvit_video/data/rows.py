@@ -56,13 +56,19 @@ class Rows(Sequence[Row]):
     A worker that is forked from this process shares the block. Objects it would copy, page by page, as
     soon as it counts references to them.
     class_names: names by class id, None where the format carries none.
+    category_ids: what a list of objects calls the classes, by class id; None for other lists.
     """
 
-    def __init__(self, rows: Iterable[Row] = (), class_names: list[str] | None = None):
+    def __init__(
+        self,
+        rows: Iterable[Row] = (),
+        class_names: list[str] | None = None,
+        category_ids: list[int] | None = None,
+    ):
         parts = [pickle.dumps((row.path, row.target, row.num_frames, row.place), 5) for row in rows]
         self._ends = np.cumsum([0, *map(len, parts)])
         self._block = b"".join(parts)
-        self.class_names = class_names
+        self.class_names, self.category_ids = class_names, category_ids
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import av
 import numpy as np
@@ -36,6 +36,7 @@ UNIFORM_WINDOW = 4.0  # seconds, where a checkpoint's clips span whole videos (S
 EVERY = 2.0  # seconds from window to window; about the length of Kinetics' clips of 16x4
 ANSWER = 1.0  # seconds after which a child process hands over what it has, to show that it lives
 CUT, CUT_BYTES = 8, 1 << 19  # small frames are resized some at a time, larger ones one by one: cache
+CHUNK = 1 << 26  # bytes of frames that wait to be worked on
 TICK = 1e-6  # seconds, or frames: less is rounding
 
 
@@ -301,6 +302,67 @@ def pictures_at(path: str | os.PathLike[str], seconds: float, height: int = 120)
         return np.asarray(image.resize((max(round(image.width * height / image.height), 1), height)))
 
 
+class FrameReader:
+    """The frames of a video file from start to end: a call gives as many as a second or `CHUNK` bytes hold.
+
+    -> (time, how long it lasts, uint8 (H, W, 3)) of each; None: no more. Raises DecodeError for what cannot
+    be read, after the frames before it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path, self._frames, self._error = path, None, None
+
+    def __call__(self, _: object = None) -> list[tuple[float, float, np.ndarray]] | None:
+        self._frames = self._frames or self._read()
+        until, frames, size = time.monotonic() + ANSWER, [], 0
+        for frame in self._frames:
+            frames.append(frame)
+            size += frame[2].nbytes
+            if size >= CHUNK or time.monotonic() > until:
+                break
+        if not frames and self._error is not None:
+            raise self._error
+        return frames or None
+
+    def _read(self) -> Iterator[tuple[float, float, np.ndarray]]:
+        try:
+            with open_stream(self.path) as stream:
+                for shown in stream:
+                    yield shown.time, shown.lasts, np.ascontiguousarray(stream.pixels(shown.frame))
+        except DecodeError as error:
+            self._error = error
+
+
+class VideoWriter:
+    """A video as H.264 in mp4, without sound, frame by frame; an odd height or width loses a pixel."""
+
+    def __init__(self, path: str | os.PathLike[str], fps: float):
+        self.path, self.fps, self._out = path, fps, None
+
+    def __enter__(self) -> Self:
+        self._container = av.open(str(self.path), "w", format="mp4")
+        return self
+
+    def add(self, pixels: np.ndarray, time: float, lasts: float) -> None:
+        """uint8 (H, W, 3), shown at `time` for so long (seconds)."""
+        unit = Fraction(1, 90_000)
+        if self._out is None:
+            rate = Fraction(self.fps).limit_denominator(1001)
+            out = self._container.add_stream("libx264", rate=rate, options=ENCODER | {"threads": "0"})
+            out.height, out.width = (max(side // 2 * 2, 2) for side in pixels.shape[:2])
+            out.pix_fmt, out.codec_context.time_base = "yuv420p", unit
+            self._out = out
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        frame = frame.reformat(self._out.width, self._out.height, "yuv420p")
+        frame.pts, frame.time_base, frame.duration = round(time / unit), unit, round(lasts / unit)
+        self._container.mux(self._out.encode(frame))
+
+    def __exit__(self, *exception: object) -> None:
+        with self._container:
+            if self._out is not None and exception[0] is None:
+                self._container.mux(self._out.encode(None))
+
+
 class LabelledCopy:
     """Writes a video as H.264 in mp4, without sound, labels (start, end, name, score) drawn in.
 
@@ -321,28 +383,14 @@ class LabelledCopy:
         return None
 
     def _write(self) -> Iterator[float]:
-        with open_stream(self.source) as stream, av.open(str(self.target), "w", format="mp4") as container:
-            unit, out, signs = Fraction(1, 90_000), None, {}
+        with open_stream(self.source) as stream, VideoWriter(self.target, stream.fps) as out:
+            signs: dict[str, np.ndarray] = {}
             with contextlib.suppress(DecodeError):
                 for shown in stream:
-                    pixels = np.ascontiguousarray(stream.pixels(shown.frame))
-                    height, width = (max(side // 2 * 2, 2) for side in pixels.shape[:2])
-                    if out is None:
-                        rate = Fraction(stream.fps).limit_denominator(1001)
-                        options = ENCODER | {"threads": "0"}
-                        out = container.add_stream("libx264", rate=rate, options=options)
-                        out.width, out.height, out.pix_fmt = width, height, "yuv420p"
-                        out.codec_context.time_base = unit
                     texts = [f"{n} {s:.0%}" for a, b, n, s in self.labels if a <= shown.time < b]
-                    pixels = _labelled(pixels, "\n".join(texts), signs)
-                    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                    frame = frame.reformat(out.width, out.height, "yuv420p")
-                    frame.pts, frame.time_base = round(shown.time / unit), unit
-                    frame.duration = round(shown.lasts / unit)
-                    container.mux(out.encode(frame))
+                    pixels = _labelled(stream.pixels(shown.frame), "\n".join(texts), signs)
+                    out.add(pixels, shown.time, shown.lasts)
                     yield shown.time
-            if out is not None:
-                container.mux(out.encode(None))
 
 
 def _labelled(pixels: np.ndarray, text: str, signs: dict[str, np.ndarray]) -> np.ndarray:

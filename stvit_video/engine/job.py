@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -63,6 +64,13 @@ class Task(Protocol):
 
     def figures(self, outcome: "Outcome") -> Figures:
         """What the records say, as fractions from 0 to 1; None where nothing counts."""
+
+    def draw(self, frame: np.ndarray, record: Any) -> np.ndarray:
+        """Of tasks with heads: uint8 (H, W, 3) -> the same with what the record says drawn in."""
+
+    def plain(self, record: Any) -> dict[str, Any]:
+        """Of tasks with heads: what a record says, for json. `write(stem, record)`, where there is one,
+        writes further files."""
 
     def report(self, output: Path, outcome: "Outcome", report: Mapping[str, Any]) -> list[str]:
         """Write the task's tables, pictures and page into `output`; -> lines to print.
