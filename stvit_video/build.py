@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from .config import Config, ConfigError, DataConfig, settle_pixels, to_dict
 from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
+from .data.demo_movers import prepare_movers
 from .data.preview import make_preview
 from .data.rows import class_ids
 from .data.shards import find_shards
@@ -27,6 +29,9 @@ from .engine.job import Job, Task, Views
 from .models.zoo import create_model
 from .tasks import TASKS
 from .weights import LoadReport, Pixels, load_weights
+
+
+RENDERERS = {"demo_movers": prepare_movers}  # by the name of the folder; of all others: prepare_demo
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -90,13 +95,15 @@ def build_task(config: Config, class_names: Sequence[str]) -> Task:
     """The task that `task` names. Raises ConfigError or ListError."""
     config = settle_pixels(config, None)
     kind = TASKS[config.task]
-    settings = {
-        field.name: getattr(config.train, field.name) for field in dataclasses.fields(kind.Settings)
-    }
+
+    def settings_of(settings: type, group: Any) -> Any:
+        return settings(**{field.name: getattr(group, field.name) for field in dataclasses.fields(settings)})
+
     return kind(
         class_names,
         normalise=Normalise(config.data.mean, config.data.std),
-        settings=kind.Settings(**settings),
+        settings=settings_of(kind.Settings, config.train),
+        **({"scoring": settings_of(kind.Scoring, config.eval)} if hasattr(kind, "Scoring") else {}),
         view_batch=config.eval.view_batch,
         on_failure=config.eval.on_failure,
         twins=_twins(class_names) if config.data.flip == "swap" else None,
@@ -227,7 +234,7 @@ def _prepare_demo(path: Path) -> None:
     """Render the demo set where the list is to be, unless something else lies there, or shards do."""
     absent = not path.exists() and not find_shards(path)
     if distributed.is_main() and (is_demo(path.parent) or absent):
-        prepare_demo(path.parent)
+        RENDERERS.get(path.parent.name, prepare_demo)(path.parent)
     distributed.barrier()
 
 

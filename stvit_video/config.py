@@ -57,7 +57,7 @@ class ModelConfig(Sizes):
 class DataConfig:
     """The data: lists, which frames, which pixels."""
 
-    preset: Literal["custom", "kinetics", "ssv2", "imagenet", "demo"] = "custom"
+    preset: Literal["custom", "kinetics", "ssv2", "imagenet", "ava", "demo"] = "custom"
     """Carries sampling, flip, mean, std and views of a data set; custom leaves them free."""
     train: str | None = None
     """Training list: any format of the field, a folder of class folders, or WebDataset shards."""
@@ -70,7 +70,9 @@ class DataConfig:
     root: str | None = None
     """Folder that the lists' paths are relative to."""
     labels: str | None = None
-    """Something-Something's labels json; null: found beside the list."""
+    """Something-Something's labels json; null: found beside the list. AVA's label map."""
+    first_second: Annotated[float, Range(0)] = 0.0
+    """Key frames: which second of the list is the start of the video files (AVA in 15 minutes: 900)."""
     class_names: str | None = None
     """File with one class name a line (or `0 name`, with all ids), for lists that hold numbers only."""
     num_classes: Count | None = None
@@ -115,8 +117,13 @@ class DataConfig:
     """Share of an epoch's videos that may be unreadable before training stops."""
 
 
+# Settings that only some task has stand in `train`, too, and those of its scoring in `eval`.
+_TASK_SETTINGS = tuple(dict.fromkeys(task.Settings for task in TASKS.values()))
+_TASK_SCORING = tuple(task.Scoring for task in TASKS.values() if hasattr(task, "Scoring"))
+
+
 @dataclass
-class EvalConfig:
+class EvalConfig(*_TASK_SCORING):
     """Scoring: each video once, its scores averaged over clips x crops views."""
 
     clips: Count | None = None
@@ -137,10 +144,6 @@ class EvalConfig:
     """Small moving pictures of the videos in report.html; auto: of lists with up to 2000 videos."""
 
 
-# Settings that only some task has stand in `train`, too.
-_TASK_SETTINGS = tuple(dict.fromkeys(task.Settings for task in TASKS.values()))
-
-
 @dataclass
 class TrainConfig(LoopConfig, *_TASK_SETTINGS):
     """Training: AdamW, cosine with warm-up."""
@@ -157,7 +160,7 @@ class Config:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: CUDA where there is one."""
     task: Literal[tuple(TASKS)] = "classification"
-    """What is learnt: one class a video, or several (multilabel)."""
+    """What is learnt: one class a video, several (multilabel), or what each person does (action_detection)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -186,6 +189,7 @@ PRESETS = {
     "kinetics": Preset(("dense",), ("all", "none"), clips=5, crops=3),
     "ssv2": Preset(("uniform",), ("none", "swap"), clips=2, crops=3),
     "imagenet": Preset(("middle",), ("all", "none"), clips=1, crops=1, crop_ratio=0.875),
+    "ava": Preset(("dense",), ("all", "none"), clips=1, crops=1),
     "demo": Preset(("dense", "middle"), ("swap", "none"), clips=2, crops=3),
 }
 

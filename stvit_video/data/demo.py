@@ -8,8 +8,10 @@ nothing of the class, and a class played backwards is its opposite.
 
 import json
 import multiprocessing
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -40,27 +42,43 @@ def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
     Made beside `root` and moved there, so that a broken-off rendering leaves nothing half-done. An older
     rendering is replaced; another folder at `root` is an InputError.
     """
-    root = Path(root)
-    if is_demo(root) and (root / MARKER).read_text() == json.dumps(SETTINGS):
-        return root
-    if root.exists() and not is_demo(root):
-        raise InputError(f"{root} exists and was not made by the demo renderer: not replaced")
-    with written_whole(root) as part:
+
+    def fill(part: Path) -> None:
         for split in ("train", "test"):
             for name in CLASSES:
                 (part / split / name).mkdir(parents=True)
         jobs = [(part, split, i) for split in ("train", "test") for i in range(SETTINGS[split])]
-        with multiprocessing.Pool(workers) as pool:
-            done = pool.imap_unordered(_render_job, jobs, chunksize=16)
-            for _ in tqdm(done, total=len(jobs), desc=f"rendering {root}", unit="clip"):
-                pass
+        render_all(_render_job, jobs, workers)
         for split in ("train", "test"):
             files = sorted(part.glob(f"{split}/*/*.mp4"))
             lines = [f"{p.relative_to(part)} {SHAPES.index(p.stem.partition('_')[2])}\n" for p in files]
             (part / f"{split}_by_shape.txt").write_text("".join(lines))
         (part / "shapes.txt").write_text("".join(f"{shape}\n" for shape in SHAPES))
-        (part / MARKER).write_text(json.dumps(SETTINGS))
+
+    return made_once(Path(root), SETTINGS, fill)
+
+
+def made_once(root: Path, settings: dict, fill: Callable[[Path], None]) -> Path:
+    """The folder `root` with what `fill` puts into a folder, unless a rendering with these settings is there.
+
+    Made beside `root` and moved there. Raises InputError where another folder is.
+    """
+    if is_demo(root) and (root / MARKER).read_text() == json.dumps(settings):
+        return root
+    if root.exists() and not is_demo(root):
+        raise InputError(f"{root} exists and was not made by the demo renderer: not replaced")
+    with written_whole(root) as part:
+        part.mkdir(parents=True)
+        fill(part)
+        (part / MARKER).write_text(json.dumps(settings))
     return root
+
+
+def render_all(render_job: Callable[[tuple], Any], jobs: Sequence[tuple], workers: int) -> list:
+    """What `render_job` gives of each job, in order."""
+    with multiprocessing.Pool(workers) as pool:
+        done = pool.imap(render_job, jobs, chunksize=16)
+        return list(tqdm(done, total=len(jobs), desc="rendering the demo set", unit="clip"))
 
 
 def is_demo(root: Path) -> bool:
@@ -105,32 +123,32 @@ def render(name: str, shape: str, rng: np.random.Generator, frames: int | None =
     along, across = (cos * dx + sin * dy) / 1.2, (cos * dy - sin * dx) / 0.8
     distance = np.hypot(along, across) + 0.01
     radius = RADII[0] * (RADII[1] / RADII[0]) ** (size % 1)
-    cover = np.clip((radius * _outline(shape, np.arctan2(across, along)) - distance) + 0.5, 0, 1)
+    cover = np.clip((radius * outline(shape, np.arctan2(across, along)) - distance) + 0.5, 0, 1)
     head = np.clip(along - 0.1 * radius + 0.5, 0, 1)  # one end in ink, the other in the second colour
 
     back = rng.uniform(0, 255, 3)
-    ink, second = (_contrasting(back, rng) for _ in range(2))
-    back = back + rng.uniform(10, 40) * _noise(rng)[..., None] * rng.uniform(0.3, 1, 3)
+    ink, second = (contrasting(back, rng) for _ in range(2))
+    back = back + rng.uniform(10, 40) * noise(rng, HEIGHT, WIDTH)[..., None] * rng.uniform(0.3, 1, 3)
     back, ink, second = (np.float32(colour) for colour in (back, ink, second))
     image = back + cover[..., None] * (second + head[..., None] * (ink - second) - back)
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def _contrasting(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def contrasting(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     while True:
         other = rng.uniform(0, 255, 3)
         if np.abs(other - colour).sum() > 220:
             return other
 
 
-def _noise(rng: np.random.Generator) -> np.ndarray:
-    """A smooth random field (HEIGHT, WIDTH) within about -1..1: a few waves."""
-    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+def noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A smooth random field (height, width) within about -1..1: a few waves."""
+    rows, columns = np.mgrid[:height, :width]
     waves = rng.uniform(-0.4, 0.4, (5, 2))
     return sum(np.sin(a * rows + b * columns + rng.uniform(0, 6)) for a, b in waves) / 3
 
 
-def _outline(shape: str, angle: np.ndarray) -> np.ndarray:
+def outline(shape: str, angle: np.ndarray) -> np.ndarray:
     """How far the shape of radius 1 reaches in each direction."""
     match shape:
         case "disc":

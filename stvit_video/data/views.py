@@ -40,12 +40,18 @@ class Sampling:
         last); uniform, how far into its segment each frame lies."""
         if self.kind == "uniform":
             return sampling.uniform(video.num_frames, self.num_frames, at)
-        stride = self.stride
+        at = 0.5 if self.kind == "middle" else at
+        return sampling.dense(video.num_frames, self.num_frames, self._stride(video), at)
+
+    def around(self, video: Video, centre: int) -> list[int]:
+        """Frame indices of the dense clip around this frame."""
+        return sampling.around(video.num_frames, self.num_frames, self._stride(video), centre)
+
+    def _stride(self, video: Video) -> float:
+        """In the video's own frames."""
         if self.target_fps and video.fps:
-            stride = self.stride * video.fps / self.target_fps
-        return sampling.dense(
-            video.num_frames, self.num_frames, stride, 0.5 if self.kind == "middle" else at
-        )
+            return self.stride * video.fps / self.target_fps
+        return self.stride
 
     def train(self, video: Video) -> list[int]:
         """Frame indices of a random clip (torch's global generator)."""
@@ -109,7 +115,7 @@ class TestViews:
         crops = self.transform(frames)
         views = [[crop[place] for place in clip] for clip in clips for crop in crops]
         extra = () if self.preview is None else (None, self.preview(frames))
-        return _stack(views, make), [target] * len(views), *extra
+        return stacked(views, make), [target] * len(views), *extra
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,7 @@ class WholeView:
         clip = self.sampling.train(video) if self.random else self.sampling.test(video, 0.5)
         frames, (places,) = read_once(video, [clip])
         frames, target = self.transform(frames[places], target)
-        return _stack([frames], make), [target]
+        return stacked([frames], make), [target]
 
 
 def read_once(
@@ -145,9 +151,9 @@ def read_once(
     return video.read(needed, short_side), [[place[frame] for frame in clip] for clip in clips]
 
 
-def _stack(views: Sequence[Sequence[Tensor]], make: Make) -> Tensor:
+def stacked(views: Sequence[Sequence[Tensor]], make: Make) -> Tensor:
     """Frames (3, H, W) of each view -> (V, 3, T, H, W), contiguous: each pixel is copied once."""
     out = make((len(views), 3, len(views[0]), *views[0][0].shape[1:]))
     for view, frames in zip(out, views, strict=True):
-        torch.stack(frames, 1, out=view)
+        torch.stack(list(frames), 1, out=view)
     return out

@@ -53,3 +53,5 @@ class Sizes:
     """Initial layer scale from base_depth on (Swin: in stage 3 only); null: none."""
     checkpointing: bool | Auto = "auto"
     """Recompute activations in the backward pass: less memory, a third more time."""
+    head_dropout: Annotated[float, Range(0, 0.999)] | Auto = "auto"
+    """Head for actions: share of a box's features that training drops."""

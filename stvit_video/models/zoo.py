@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..bounds import Range, check
 from ..errors import nearest
 from . import baselines
+from .action_head import ActionDetector
 from .embed import clip_size
 from .heads import WithHead
 from .reducers import REDUCERS
@@ -106,7 +107,7 @@ def _swin_family() -> dict[str, Entry]:
 
 
 # What makes a `WithHead` of (backbone, num_classes); keyword arguments are its sizes.
-HEADS: dict[str, Callable[..., WithHead]] = {}
+HEADS: dict[str, Callable[..., WithHead]] = {"actions": ActionDetector}
 BASELINES = (baselines.ptv_mvit_base_16x4, baselines.ptv_slowfast_r50, baselines.ptv_x3d_m)
 MODELS: dict[str, Entry] = (
     _vit_family() | _swin_family() | {build.__name__: Entry(build, _sizes(build)) for build in BASELINES}
