@@ -30,8 +30,8 @@ from .models.zoo import create_model
 from .tasks import TASKS
 from .weights import LoadReport, Pixels, load_weights
 
-
-RENDERERS = {"demo_movers": prepare_movers}  # by the name of the folder; of all others: prepare_demo
+# What fills a demo's folder, by its name; any other: prepare_demo.
+RENDERERS = {"demo_movers": prepare_movers}
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -97,7 +97,9 @@ def build_task(config: Config, class_names: Sequence[str]) -> Task:
     kind = TASKS[config.task]
 
     def settings_of(settings: type, group: Any) -> Any:
-        return settings(**{field.name: getattr(group, field.name) for field in dataclasses.fields(settings)})
+        return settings(
+            **{field.name: getattr(group, field.name) for field in dataclasses.fields(settings)}
+        )
 
     return kind(
         class_names,

@@ -160,7 +160,7 @@ class Config:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: CUDA where there is one."""
     task: Literal[tuple(TASKS)] = "classification"
-    """What is learnt: one class a video, several (multilabel), or what each person does (action_detection)."""
+    """What is learnt: one class a video, several (multilabel), what each person does (action_detection)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

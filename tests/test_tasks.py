@@ -34,7 +34,7 @@ NORMALISE = Normalise((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 LABELS = {"classification": lambda c: f"{c}", "multilabel": lambda c: f"{c // 2},{4 + c % 3}"}
 
 
-@pytest.fixture(scope="module", params=sorted(TASKS))
+@pytest.fixture(scope="module", params=sorted(LABELS))
 def task(request):
     return request.param
 

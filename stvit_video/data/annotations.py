@@ -347,7 +347,9 @@ def _read_ava(source: Source) -> Rows:
     if source.root is None:
         raise ListError(f"{source.path}: found an AVA csv, expected a video root for it (data.root)")
     if source.labels is None and source.names is None:
-        raise ListError(f"{source.path}: found an AVA csv, expected its label map (data.labels) or data.class_names")
+        raise ListError(
+            f"{source.path}: found an AVA csv, expected its label map (data.labels) or data.class_names"
+        )
     labels = {} if source.labels is None else ava.read_label_map(source.labels)
     names = ava.class_names(labels) if source.names is None else source.names
     files: dict[str, str] = {}

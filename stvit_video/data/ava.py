@@ -27,7 +27,8 @@ def key_frames(lines: Iterator[tuple[str, str]], known: set[int]) -> Iterator[tu
     """(where it stands, text) of each line -> (where it starts, KeyFrame), in the order of the list.
 
     Lines of one person's box are one box with several actions. A line `video,second` is a key frame without
-    boxes; an action that is empty or -1 none. known: the ids there are, from 1 up; a class is its id less one.
+    boxes; an action that is empty or -1 is none.
+    known: the ids there are, from 1 up; a class is its id less one.
     Raises ListError.
     """
     places, people = {}, {}
@@ -44,7 +45,7 @@ def key_frames(lines: Iterator[tuple[str, str]], known: set[int]) -> Iterator[tu
 
 
 def read_people(path: str, least: float) -> dict[At, tuple[np.ndarray, np.ndarray]]:
-    """People's boxes with a score of at least this: (n, 4) as shares of the frame, scores (n,), by key frame.
+    """People's boxes with a score of at least this, by key frame: (n, 4), shares of the frame; scores.
 
     Lines `video,second,x1,y1,x2,y2,score`, or with an action before the score, which does not count: a box
     that comes several times is one. Raises ListError.
@@ -63,7 +64,10 @@ def read_people(path: str, least: float) -> dict[At, tuple[np.ndarray, np.ndarra
 
 def read_excluded(path: str) -> set[At]:
     """Lines `video,second`. Raises ListError."""
-    return {(fields[0], _second(where, fields[1])) for where, fields in _rows(_lines(path), (2,), "video,second")}
+    return {
+        (fields[0], _second(where, fields[1]))
+        for where, fields in _rows(_lines(path), (2,), "video,second")
+    }
 
 
 def read_label_map(path: str | os.PathLike[str]) -> dict[int, str]:
@@ -74,10 +78,14 @@ def read_label_map(path: str | os.PathLike[str]) -> dict[int, str]:
             name = match[1]
         elif match := re.match(r"\s*(?:label_)?id:\s*([0-9]{1,9})\s*$", line):
             if name is None or int(match[1]) < 1 or int(match[1]) in names:
-                raise ListError(f"{where}: found {line.strip()!r}, expected a name before it and a new id from 1 up")
+                raise ListError(
+                    f"{where}: found {line.strip()!r}, expected a name before it and a new id from 1 up"
+                )
             names[int(match[1])], name = name, None
     if not names:
-        raise ListError(f'{path}: found no classes, expected a label map with lines `name: "..."` and `id: 1`')
+        raise ListError(
+            f'{path}: found no classes, expected a label map with lines `name: "..."` and `id: 1`'
+        )
     return names
 
 
@@ -141,5 +149,7 @@ def _action(where: str, text: str, known: set[int]) -> set[int]:
     if text in ("", "-1"):
         return set()
     if not text.isdecimal() or int(text) not in known:
-        raise ListError(f"{where}: found action {text!r}, expected an id of the {len(known)} in the label map")
+        raise ListError(
+            f"{where}: found action {text!r}, expected an id of the {len(known)} in the label map"
+        )
     return {int(text) - 1}

@@ -104,7 +104,11 @@ class VideoDataset(Dataset):
         row = self.rows[index]
         try:
             # a video is kept once, whatever a list says of it and however often
-            opened = open_kept(replace(row, target=None), self.decoder) if self.keep else _open(row, self.decoder)
+            opened = (
+                open_kept(replace(row, target=None), self.decoder)
+                if self.keep
+                else _open(row, self.decoder)
+            )
             with (
                 torch.random.fork_rng(devices=[]),
                 opened as video,

@@ -59,7 +59,7 @@ def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
 
 
 def made_once(root: Path, settings: dict, fill: Callable[[Path], None]) -> Path:
-    """The folder `root` with what `fill` puts into a folder, unless a rendering with these settings is there.
+    """The folder `root` with what `fill` puts into one, unless a rendering with these settings is there.
 
     Made beside `root` and moved there. Raises InputError where another folder is.
     """

@@ -1,8 +1,8 @@
-"""The embedded set for action detection: several shapes that act side by side, as real mp4 files and AVA's csv.
+"""The embedded set for action detection: shapes that act side by side, as mp4 files and AVA's csv.
 
 Each of two to four shapes has a quarter of the frame for itself. It moves left, right, up or down, grows,
-shrinks, turns left or right, or does two of these at once; around every key frame it does something else. As in
-the demo set, position, size and angle are spread alike whatever it does, so that one frame says nothing of it.
+shrinks, turns left or right, or does two of these at once; around every key frame it does something else.
+As in the demo set, position, size and angle are spread alike whatever it does: no frame says what it is.
 """
 
 import csv
@@ -15,16 +15,21 @@ from .demo import CLASSES, SHAPES, contrasting, made_once, noise, outline, rende
 SIDE, FPS, SECONDS = 64, 8, 6  # pixels, frames a second, length: key frames are at seconds 1 to 5
 ROOM = 10  # pixels: the middle of a shape stays within this square of its quarter
 RADII = (7.0, 13.0)  # the smallest and the largest in pixels: where growing starts anew
-KINDS = (("move_down", "move_left", "move_right", "move_up"), ("grow", "shrink"), ("turn_left", "turn_right"))
+KINDS = (
+    ("move_down", "move_left", "move_right", "move_up"),
+    ("grow", "shrink"),
+    ("turn_left", "turn_right"),
+)
 SPEEDS = {  # a frame: what changes, and by how much
     "move_left": ("x", -1.5), "move_right": ("x", 1.5), "move_up": ("y", -1.5), "move_down": ("y", 1.5),
-    "shrink": ("size", -0.08), "grow": ("size", 0.08), "turn_left": ("angle", -0.22), "turn_right": ("angle", 0.22),
+    "shrink": ("size", -0.08), "grow": ("size", 0.08),
+    "turn_left": ("angle", -0.22), "turn_right": ("angle", 0.22),
 }  # fmt: skip
 SETTINGS = {"movers": 1, "train": 600, "test": 80, "seed": 0}
 
 
 def prepare_movers(root: str | Path, *, workers: int = 2) -> Path:
-    """Render the set to `root`/videos/*.mp4, once, with train.csv, test.csv and labels.pbtxt; returns `root`.
+    """Render the set to `root`: videos/*.mp4, train.csv, test.csv and labels.pbtxt, once; returns `root`.
 
     Raises InputError where another folder is.
     """
@@ -58,8 +63,8 @@ def _render_job(job: tuple[Path, str, int]) -> list[list]:
 
 
 def render(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[list[tuple[str, ...]]]]:
-    """-> frames uint8 (T, SIDE, SIDE, 3); boxes (n, T, 4) of n shapes, x1 y1 x2 y2 as shares of the frame; what
-    each shape does around each second, which is from half a second before it to half a second after."""
+    """-> frames uint8 (T, SIDE, SIDE, 3); boxes (n, T, 4) of n shapes, as shares of the frame; what each
+    does around each second: from half a second before it to half a second after."""
     back = rng.uniform(0, 255, 3)
     frames = back + rng.uniform(10, 40) * noise(rng, SIDE, SIDE)[..., None] * rng.uniform(0.3, 1, 3)
     frames = np.repeat(frames[None].astype(np.float32), SECONDS * FPS, 0)

@@ -62,8 +62,8 @@ class KeyFrameViews:
             raise InputError(f"data.sampling={self.sampling.kind}: clips lie around key frames: dense")
 
     def __call__(self, video: Video, key: KeyFrame, make: Make = empty) -> tuple:
-        """-> clips uint8 (V, 3, T, H', W'); V dicts: boxes (n, 4) in pixels, `frame` (which the key frame is),
-        and what `target` gives. Boxes that a crop left less than a pixel of are gone.
+        """-> clips uint8 (V, 3, T, H', W'); V dicts: boxes (n, 4) in pixels, `frame` (the key frame's
+        index), and what `target` gives. Boxes that a crop left less than a pixel of are gone.
 
         Raises DecodeError for a second that is not in the video.
         """
@@ -79,7 +79,9 @@ class KeyFrameViews:
             moved = target["boxes"].as_subclass(Tensor)
             left = (moved[:, 2:] - moved[:, :2]).amin(1) >= 1
             views.append(clip)
-            targets.append({"boxes": moved[left]} | {key: target[key][left] for key in each} | {"frame": at})
+            targets.append(
+                {"boxes": moved[left]} | {key: target[key][left] for key in each} | {"frame": at}
+            )
         extra = () if self.preview is None else (None, self.preview(frames))
         return stacked(views, make), targets, *extra
 

@@ -55,7 +55,7 @@ def dense(total: int, num_frames: int, stride: float, at: float) -> list[int]:
 
 
 def around(total: int, num_frames: int, stride: float, centre: int) -> list[int]:
-    """`num_frames` indices, every `stride`-th, around the frame `centre`, which has the place num_frames // 2.
+    """`num_frames` indices, every `stride`-th; the one at num_frames // 2 is `centre`.
 
     What lies outside the video is its first or last frame (SlowFast's rule for key frames).
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -301,15 +301,16 @@ def pictures_at(path: str | os.PathLike[str], seconds: float, height: int = 120)
         return np.asarray(image.resize((max(round(image.width * height / image.height), 1), height)))
 
 
-class LabelledCopy:
-    """Writes a video as H.264 in mp4, without sound, labels (start, end, name, score) drawn in.
+class DrawnCopy:
+    """Writes a video as H.264 in mp4, without sound, each frame as `draw` makes it.
 
+    draw: uint8 (H, W, 3), its time in seconds -> uint8 (H', W', 3), of one size.
     A call works for `ANSWER` seconds: -> the time it got to; None: at the end, also where a frame cannot be
     read.
     """
 
-    def __init__(self, source: Path, target: Path, labels: list[tuple[float, float, str, float]]):
-        self.source, self.target, self.labels = source, target, labels
+    def __init__(self, source: Path, target: Path, draw: Callable[[np.ndarray, float], np.ndarray]):
+        self.source, self.target, self.draw = source, target, draw
         self._times: Iterator[float] | None = None
 
     def __call__(self, _: object = None) -> float | None:
@@ -322,10 +323,10 @@ class LabelledCopy:
 
     def _write(self) -> Iterator[float]:
         with open_stream(self.source) as stream, av.open(str(self.target), "w", format="mp4") as container:
-            unit, out, signs = Fraction(1, 90_000), None, {}
+            unit, out = Fraction(1, 90_000), None
             with contextlib.suppress(DecodeError):
                 for shown in stream:
-                    pixels = np.ascontiguousarray(stream.pixels(shown.frame))
+                    pixels = self.draw(np.ascontiguousarray(stream.pixels(shown.frame)), shown.time)
                     height, width = (max(side // 2 * 2, 2) for side in pixels.shape[:2])
                     if out is None:
                         rate = Fraction(stream.fps).limit_denominator(1001)
@@ -333,8 +334,6 @@ class LabelledCopy:
                         out = container.add_stream("libx264", rate=rate, options=options)
                         out.width, out.height, out.pix_fmt = width, height, "yuv420p"
                         out.codec_context.time_base = unit
-                    texts = [f"{n} {s:.0%}" for a, b, n, s in self.labels if a <= shown.time < b]
-                    pixels = _labelled(pixels, "\n".join(texts), signs)
                     frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                     frame = frame.reformat(out.width, out.height, "yuv420p")
                     frame.pts, frame.time_base = round(shown.time / unit), unit
@@ -343,6 +342,18 @@ class LabelledCopy:
                     yield shown.time
             if out is not None:
                 container.mux(out.encode(None))
+
+
+class LabelledCopy(DrawnCopy):
+    """A copy with labels (start, end, name, score) drawn in."""
+
+    def __init__(self, source: Path, target: Path, labels: list[tuple[float, float, str, float]]):
+        super().__init__(source, target, self._label)
+        self.labels, self._signs = labels, {}
+
+    def _label(self, pixels: np.ndarray, time: float) -> np.ndarray:
+        texts = [f"{name} {score:.0%}" for start, end, name, score in self.labels if start <= time < end]
+        return _labelled(pixels, "\n".join(texts), self._signs)
 
 
 def _labelled(pixels: np.ndarray, text: str, signs: dict[str, np.ndarray]) -> np.ndarray:

@@ -15,9 +15,9 @@ RESOLUTION = 7  # samples of a box along each side, of which the strongest count
 class ActionDetector(WithHead):
     """Logits of K actions for each box: mean over time, RoIAlign, max over the box, dropout, linear layer.
 
-    As SlowFast's and VideoMAE's models for AVA. The grid is that of the backbone's last layer, with its norm: of
-    patches, also behind semantic tokens of a ViT (each patch has its token's features); of a Video Swin that
-    does not recover its patches it is that of the semantic tokens.
+    As SlowFast's and VideoMAE's models for AVA. The grid is that of the backbone's last layer, with its
+    norm: of patches, also behind semantic tokens of a ViT (each patch has its token's features); of a Video
+    Swin that does not recover its patches it is that of the semantic tokens.
 
     head_dropout: share of a box's features that training drops.
     Raises ValueError for a backbone without such a grid.
@@ -41,7 +41,7 @@ class ActionDetector(WithHead):
         return self.backbone.norm(self.backbone.forward_features(x))
 
     def forward(self, x: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """Clips (B, 3, T, H, W), B times boxes (n, 4), x1 y1 x2 y2 in their pixels -> logits (sum of n, K)."""
+        """Clips (B, 3, T, H, W), B times boxes (n, 4), x1 y1 x2 y2 in pixels -> logits (sum of n, K)."""
         grid = self.features(x).mean(1).permute(0, 3, 1, 2)  # (B, C, h, w)
         scale = grid.new_tensor([grid.shape[3] / x.shape[-1], grid.shape[2] / x.shape[-2]]).repeat(2)
         boxes = [part.to(grid) * scale for part in boxes]

@@ -42,8 +42,8 @@ class Scoring:
     scored_classes: str | None = None
     """Action detection: label map of the classes that count; null: all."""
     keep_shape: bool = False
-    """Action detection: frames keep their shape, with a short side of data.image_size / eval.crop_ratio, for
-    models that take any (Swin); false: all of a frame is made the model's square."""
+    """Action detection: frames keep their shape, with a short side of data.image_size / eval.crop_ratio:
+    for Swin, which takes any; false: all of a frame is made the model's square."""
 
 
 class ActionDetection:
@@ -106,7 +106,9 @@ class ActionDetection:
     def check(self, rows: Sequence, source: str) -> None:
         for row in rows:
             if not isinstance(row.target, KeyFrame):
-                raise InputError(f"{source}: {row.path} is no key frame with boxes: the list must be an AVA csv")
+                raise InputError(
+                    f"{source}: {row.path} is no key frame with boxes: the list must be an AVA csv"
+                )
         # files that settings name are read before there are other processes
         _ = self.proposals, self.excluded, self.counted
 
@@ -156,7 +158,9 @@ class ActionDetection:
         return target | {"actions": target["actions"][:, list(self.twins)]}
 
     def loss(self, model: nn.Module, batch) -> dict[str, Tensor]:
-        boxes, actions = ([view for views in batch.targets[key] for view in views] for key in ("boxes", "actions"))
+        boxes, actions = (
+            [view for views in batch.targets[key] for view in views] for key in ("boxes", "actions")
+        )
         logits, wanted = model(self.normalise(batch.clips.flatten(0, 1)), boxes).float(), torch.cat(actions)
         loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
         return {"loss": loss / max(wanted.numel(), 1)}  # a batch may have no box
@@ -164,7 +168,9 @@ class ActionDetection:
     @torch.no_grad()
     def records(self, model: nn.Module, batch) -> list[dict[str, Any]]:
         """boxes: shares of the frame (n, 4) float64; scores: (n, K); frame: which the key frame is."""
-        boxes, shares, frames = ([views[0] for views in batch.targets[k]] for k in ("boxes", "shares", "frame"))
+        boxes, shares, frames = (
+            [views[0] for views in batch.targets[k]] for k in ("boxes", "shares", "frame")
+        )
         scores = []
         step = self.view_batch if isinstance(batch.clips, Tensor) else 1  # of one shape, or of several
         for start in range(0, len(boxes), step):
@@ -209,7 +215,9 @@ class ActionDetection:
     def _true(self, key: KeyFrame) -> tuple[np.ndarray, list[list[int]]]:
         """Boxes (n, 4), and of their actions those that count."""
         counted = set(self.counted)
-        return np.array(key.boxes).reshape(-1, 4), [[c for c in each if c in counted] for each in key.actions]
+        return np.array(key.boxes).reshape(-1, 4), [
+            [c for c in each if c in counted] for each in key.actions
+        ]
 
     def report(self, output: Path, outcome, report: Mapping[str, Any]) -> list[str]:
         """`predictions.csv` in AVA's format, `classes.csv`, `key_frames.png`."""
@@ -237,14 +245,12 @@ class ActionDetection:
             yield ava.line_of(key, box, int(action), float(score))
 
     def plain(self, record: dict) -> dict[str, Any]:
-        """frame, and of each box its place, as shares of the frame, and the scores of its actions by name."""
+        """frame: its index; of each box its place, in shares of the frame, and its actions' scores."""
         names = [self.class_names[c] for c in self.counted]
         boxes = [
             {
                 "box": [round(x, 5) for x in box],
-                "actions": {
-                    name: round(scores[c], 5) for name, c in zip(names, self.counted, strict=True)
-                },
+                "actions": {name: round(scores[c], 5) for name, c in zip(names, self.counted, strict=True)},
             }
             for box, scores in zip(record["boxes"].tolist(), record["scores"].tolist(), strict=True)
         ]
@@ -254,7 +260,7 @@ class ActionDetection:
         """uint8 (H, W, 3) -> the same, with each box and its actions: those above a half, or the best."""
         texts = []
         for scores in record["scores"]:
-            best = sorted(self.counted, key=lambda c: -scores[c])  # noqa: B023 (called here)
+            best = sorted(self.counted, key=lambda c: -scores[c])
             shown = [c for c in best[:4] if scores[c] >= 0.5] or best[:1]
             texts.append("\n".join(f"{self.class_names[c]} {scores[c]:.0%}" for c in shown))
         return draw_boxes(frame, record["boxes"].numpy(), texts)

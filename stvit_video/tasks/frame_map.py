@@ -1,9 +1,9 @@
 """Frame mean average precision, AVA's protocol: boxes of 50% overlap or more, each true action found once.
 
-The official evaluation (ActivityNet, Evaluation/get_ava_performance.py) takes the 50 best detections of a key
-frame. Best first, each is right if the true box of its class that overlaps it most does so by half or more and
-was not found before. The average precision of a class is the area under its precision, made falling, over recall.
-Where scores are alike, what comes first stays first.
+The official evaluation (ActivityNet, Evaluation/get_ava_performance.py) takes the 50 best detections of a
+key frame. Best first, each is right if the true box of its class that overlaps it most does so by half or
+more and was not found before. The average precision of a class is the area under its precision, made
+falling, over recall. Where scores are alike, what comes first stays first.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,7 +34,10 @@ def detections(boxes: np.ndarray, scores: np.ndarray, counted: Sequence[int]) ->
 
 def overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Boxes (n, 4) and (m, 4) -> intersection over union (n, m); 0 for boxes without area."""
-    low, high = np.maximum(one[:, None, :2], other[None, :, :2]), np.minimum(one[:, None, 2:], other[None, :, 2:])
+    low, high = (
+        np.maximum(one[:, None, :2], other[None, :, :2]),
+        np.minimum(one[:, None, 2:], other[None, :, 2:]),
+    )
     shared = (high - low).clip(0).prod(-1)
     areas = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (one, other)]
     union = areas[0][:, None] + areas[1][None] - shared
@@ -51,7 +54,7 @@ def hits(found: Detections, boxes: np.ndarray, actions: Sequence[Sequence[int]])
     for i, c in enumerate(found.classes.tolist()):
         if not doing[c]:
             continue
-        best = max(doing[c], key=lambda box: shared[i, box])  # noqa: B023 (called here)
+        best = max(doing[c], key=lambda box: shared[i, box])
         if shared[i, best] >= OVERLAP and (best, c) not in taken:
             right[i] = True
             taken.add((best, c))
@@ -71,7 +74,7 @@ def average_precision(scores: np.ndarray, right: np.ndarray, total: int) -> floa
 def average_precisions(
     frames: Iterable[tuple[Detections, np.ndarray, Sequence[Sequence[int]]]], num_classes: int
 ) -> tuple[list[float | None], list[int]]:
-    """(detections, true boxes (m, 4), their actions) of each key frame -> by class: precision, true boxes."""
+    """(detections, true boxes (m, 4), their actions) of each key frame -> by class: precision, how many."""
     classes, scores, right, totals = [], [], [], np.zeros(num_classes, int)
     for found, boxes, actions in frames:
         classes.append(found.classes)
