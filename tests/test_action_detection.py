@@ -11,11 +11,12 @@ from launch import finish, launch
 from test_end_to_end import assert_same, figures, run
 
 from stvit_video import build, cli, create_model
+from stvit_video.cli import actions
 from stvit_video.config import make_parser, parse, resolve
 from stvit_video.data import ava, demo_movers, sampling
 from stvit_video.data.annotations import read_rows
 from stvit_video.data.batch import Batch
-from stvit_video.data.decode import DecodeError
+from stvit_video.data.decode import DecodeError, open_video
 from stvit_video.data.key_frames import KeyFrame, KeyFrameViews, Resized
 from stvit_video.data.rows import Row, class_ids
 from stvit_video.data.transforms import Normalise, TrainTransform
@@ -23,6 +24,7 @@ from stvit_video.data.views import Sampling
 from stvit_video.engine import checkpoint
 from stvit_video.engine.job import Outcome
 from stvit_video.errors import InputError, ListError
+from stvit_video.figures import draw_boxes
 from stvit_video.tasks.action_detection import ActionDetection, Scoring
 from stvit_video.tasks.frame_map import DETECTIONS, Detections, average_precision, detections, hits
 
@@ -700,3 +702,102 @@ def test_one_frame_says_nothing_of_the_action():
                     values[name].append([(x1 + x2) / 2 % 0.5, (y1 + y2) / 2 % 0.5, x2 - x1, y2 - y1])
     means = np.array([np.mean(rows, 0) for rows in values.values()])
     assert (np.ptp(means, axis=0) < 0.05).all()
+
+
+# --- predict -------------------------------------------------------------------------------------
+
+
+class Finder(torch.nn.Module):
+    """A detector that sees a person in the left half of a frame, a car, and a person it is not sure of."""
+
+    def forward(self, images):
+        height, width = images[0].shape[1:]
+        boxes = torch.tensor([[0.0, 0, width / 2, height], [0, 0, width, height], [0, 0, 9, 9]])
+        return [
+            {"boxes": boxes, "labels": torch.tensor([1, 3, 1]), "scores": torch.tensor([0.9, 0.99, 0.5])}
+        ]
+
+
+def shown(path):
+    with open_video(path) as video:
+        return video.num_frames, video.fps, tuple(video.read([8, 9]).shape[1:])
+
+
+def same_list(movers):
+    """What a checkpoint is scored on, in the settings of the movers."""
+    files = {"test": "test.csv", "root": "videos", "labels": "labels.pbtxt"}
+    more = ["--device=cpu", "--data.workers=0", "--eval.clips=1", "--eval.crops=1", "--data.preset=demo"]
+    return [*(f"--data.{key}={movers}/{name}" for key, name in files.items()), *more]
+
+
+def test_predict_writes_who_does_what(trained, movers, tmp_path, monkeypatch, capsys):
+    given = [f"--checkpoint={trained}/best.pt", "--device=cpu", "--workers=1", f"--actions={tmp_path}/out"]
+    video = movers / "videos" / "test_0001.mp4"
+    people = [
+        ",".join([*line[:6], "", "1"]) + "\n"
+        for line in lines_of(movers / "test.csv")
+        if line[0] == "test_0001"
+    ]
+    (tmp_path / "people.csv").write_text("".join(people))
+    assert run(cli.predict, video, *given, f"--proposals={tmp_path}/people.csv") == 0
+    assert (
+        run(cli.test, f"--checkpoint={trained}/best.pt", *same_list(movers), f"--output={tmp_path}/scored")
+        == 0
+    )
+    written = {tuple(line[:7]): float(line[7]) for line in lines_of(tmp_path / "out" / "test_0001.csv")}
+    wanted = {
+        tuple(line[:7]): float(line[7]) for line in scored(tmp_path / "scored")[1] if line[0] == "test_0001"
+    }
+    assert written == {key: pytest.approx(value, abs=1e-5) for key, value in wanted.items()}
+    assert len(written) == len(set(people)) * 8
+    assert shown(tmp_path / "out" / "test_0001.mp4") == (48, 8.0, (3, 192, 192))
+
+    monkeypatch.setattr(actions, "read_detector", lambda path: Finder())
+    gone = tmp_path / "gone.mp4"
+    assert run(cli.predict, video, gone, *given, "--detector=weights.pt", "--every=2") == 1
+    lines = lines_of(tmp_path / "out" / "test_0001.csv")
+    assert {tuple(line[:6]) for line in lines} == {
+        ("test_0001", second, "0.0", "0.0", "0.5", "1.0") for second in ("0002", "0004")
+    }
+    assert "gone.mp4: no such file" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*.part"))
+
+
+def test_predict_says_what_it_needs(trained, movers, tmp_path, capsys):
+    video = movers / "videos" / "test_0001.mp4"
+    given = [video, f"--checkpoint={trained}/best.pt", "--device=cpu"]
+    for more, message in (
+        ([f"--actions={tmp_path}"], "--actions needs --proposals FILE.csv or --detector FILE"),
+        ([f"--actions={tmp_path}", "--proposals=a", "--detector=b"], "one of them"),
+        (["--proposals=a"], "--proposals and --detector need --actions"),
+        ([f"--actions={tmp_path}", "--proposals=a", "--json"], "--json is not written with --actions"),
+        (
+            [f"--actions={movers}/videos", f"--proposals={movers}/test.csv"],
+            "--actions needs another folder",
+        ),
+    ):
+        assert run(cli.predict, *given, *more) == 2
+        assert message in capsys.readouterr().err
+    torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pt")
+    assert run(cli.predict, *given, f"--actions={tmp_path}/out", f"--detector={tmp_path}/weights.pt") == 2
+    assert "no state dict of torchvision's fasterrcnn_resnet50_fpn" in capsys.readouterr().err
+
+
+def test_a_record_is_drawn_and_told():
+    judge = task(2)
+    record = {
+        "boxes": torch.tensor([[0.25, 0.5, 0.75, 1.0]], dtype=torch.float64),
+        "scores": torch.tensor([[0.7, 0.2]]),
+        "frame": 8,
+    }
+    assert judge.plain(record) == {
+        "frame": 8, "boxes": [{"box": [0.25, 0.5, 0.75, 1.0], "actions": {"c1": 0.7, "c2": 0.2}}],
+    }  # fmt: skip
+    frame = np.zeros((480, 640, 3), np.uint8)
+    assert judge.draw(frame, record).shape == frame.shape
+    rows, columns = draw_boxes(frame, record["boxes"].numpy(), [""]).any(2).nonzero()
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (160, 480, 240, 479)
+    assert judge.draw(frame[::8, ::8], record).shape == (240, 320, 3)  # large enough to be read
+    assert not judge.draw(
+        frame, record | {"boxes": record["boxes"][:0], "scores": record["scores"][:0]}
+    ).any()
