@@ -6,7 +6,7 @@ DEVICE ?= cuda
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-image demo-finetune test lint clean soak gpu wheel
+.PHONY: demo demo-image demo-finetune demo-actions demo-actions-control test lint clean soak gpu wheel
 
 demo: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_stvit.yaml --overwrite
@@ -22,6 +22,15 @@ demo-finetune: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_image.yaml --overwrite
 	$(RUN) tools/train_net.py --cfg configs/demo_finetune.yaml --overwrite
 	$(RUN) tools/test_net.py --cfg configs/demo_finetune.yaml --checkpoint runs/demo_finetune/best.pt
+
+# Who does what: several shapes at a time, each in a box, scored by frame mAP; then its control on single frames.
+demo-actions: $(VENV)/installed
+	$(RUN) tools/train_net.py --cfg configs/demo_actions.yaml --overwrite
+	$(RUN) tools/test_net.py --cfg configs/demo_actions.yaml --checkpoint runs/demo_actions/best.pt
+
+demo-actions-control: $(VENV)/installed
+	$(RUN) tools/train_net.py --cfg configs/demo_actions_control.yaml --overwrite
+	$(RUN) tools/test_net.py --cfg configs/demo_actions_control.yaml --checkpoint runs/demo_actions_control/best.pt
 
 test: lint
 	$(RUN) -m pytest
@@ -54,4 +63,4 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs data/demo
+	rm -rf $(VENV) runs data/demo data/demo_movers
