@@ -294,10 +294,10 @@ def build_test_loader(
     crops: int,
     previews: bool = False,
 ) -> DataLoader:
-    """previews: samples bring one of their video."""
+    """previews: samples bring one of their video, where the task's views make some."""
     task.check([row for row in rows if row.target is not None], "the list to score")
     views = build_test_views(config, task, clips, crops)
-    if previews:
+    if previews and hasattr(views, "preview"):
         views = replace(views, preview=make_preview)
     dataset = _dataset(config, task, rows, views, substitute=False)
     sampler = TestSampler(len(rows), rank=distributed.rank(), world=distributed.world())

@@ -15,7 +15,8 @@ from stvit_video.cli import actions
 from stvit_video.config import make_parser, parse, resolve
 from stvit_video.data import ava, demo_movers, sampling
 from stvit_video.data.annotations import read_rows
-from stvit_video.data.batch import Batch
+from stvit_video.data.batch import Batch, Sample, collate
+from stvit_video.data.dataset import open_kept
 from stvit_video.data.decode import DecodeError, open_video
 from stvit_video.data.key_frames import KeyFrame, KeyFrameViews, Resized
 from stvit_video.data.rows import Row, class_ids
@@ -468,6 +469,27 @@ def training_batch(boxes, actions, size=64):
     return Batch(torch.arange(len(boxes)), clips, {"boxes": boxes, "actions": actions})
 
 
+def test_clips_of_any_shape_are_scored_as_they_are_alone():
+    """Frames that keep their shape come as a list; key frames without boxes have no scores."""
+    model, judge = detector("video_swin_tiny").eval(), task(5)
+    samples = []
+    for i, (height, width, count) in enumerate(((64, 96, 2), (64, 48, 0), (80, 64, 1))):
+        shares = torch.tensor([[0.1, 0.2, 0.8, 0.9], [0.0, 0.0, 1.0, 0.5]], dtype=torch.float64)[:count]
+        target = {
+            "boxes": (shares * torch.tensor([width, height] * 2)).float(),
+            "shares": shares,
+            "frame": i,
+        }
+        clip = torch.randint(0, 255, (1, 3, 4, height, width), dtype=torch.uint8)
+        samples.append(Sample(i, clip, [target], []))
+    together = judge.records(model, collate(samples))
+    for i, (sample, record) in enumerate(zip(samples, together, strict=True)):
+        (alone,) = judge.records(model, collate([sample]))
+        assert (record["frame"], record["scores"].shape) == (i, ((2, 0, 1)[i], 5))
+        torch.testing.assert_close(record["scores"], alone["scores"])
+        assert torch.equal(record["boxes"], sample.targets[0]["shares"])
+
+
 def test_a_batch_without_boxes_has_no_gradient_and_no_error():
     model = detector("vit_tiny_patch16_224")
     loss = task(5).loss(model, training_batch(torch.zeros(2, 1, 0, 4), torch.zeros(2, 1, 0, 5)))["loss"]
@@ -626,6 +648,19 @@ def test_proposals_take_the_place_of_true_boxes(args, trained, movers, tmp_path)
     assert (none["mAP"], no_lines) == (0.0, [])
 
 
+def test_videos_that_are_kept_are_kept_once(movers, args):
+    config, _ = parse(make_parser(""), [*args, "--data.keep=true", "--data.timeout=null"])
+    config = resolve(config)
+    rows, names = build.read_split(config, "train")
+    judge = build.build_task(config, names)
+    data = build.build_train_loader(config, judge, rows, torch.device("cpu")).dataset
+    open_kept.cache_clear()
+    for index in range(10):  # five key frames of each of two videos
+        data[0, index]
+    assert open_kept.cache_info().currsize == len({row.path for row in rows[:10]}) == 2
+    open_kept.cache_clear()
+
+
 def test_a_missing_video_is_counted_and_named(args, trained, movers, tmp_path, capsys):
     text = (
         movers / "test.csv"
@@ -778,6 +813,8 @@ def test_predict_says_what_it_needs(trained, movers, tmp_path, capsys):
     ):
         assert run(cli.predict, *given, *more) == 2
         assert message in capsys.readouterr().err
+    assert run(cli.export, f"--checkpoint={trained}/best.pt", f"--to={tmp_path}/a.onnx") == 2
+    assert "only classifiers are exported" in capsys.readouterr().err
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pt")
     assert run(cli.predict, *given, f"--actions={tmp_path}/out", f"--detector={tmp_path}/weights.pt") == 2
     assert "no state dict of torchvision's fasterrcnn_resnet50_fpn" in capsys.readouterr().err

@@ -47,6 +47,10 @@ def export(args: Sequence[str]) -> None:
         raise InputError(f"--clips {flags.clips}: must be 1 or more")
     config, class_names, model = load_model(flags.checkpoint)
     task = build.build_task(config, class_names)
+    if task.heads != (None,):
+        raise InputError(
+            f"{flags.checkpoint}: trained for task={config.task}: only classifiers are exported"
+        )
     clips = _clips(config, class_names, flags.videos, flags.clips)
     tolerance = TOLERANCE[flags.precision] if flags.tolerance is None else flags.tolerance
 

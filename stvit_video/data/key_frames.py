@@ -47,7 +47,6 @@ class KeyFrameViews:
     transform: frames uint8 (T, 3, H, W), target with tv_tensors -> both changed.
     first_second: which second of the list is the start of a video file.
     repeats: clips of one decoded video; they differ where the transform is random.
-    preview: makes one of the frames that were decoded, for the scoring's report.
     """
 
     sampling: Sampling
@@ -55,13 +54,12 @@ class KeyFrameViews:
     target: Callable[[KeyFrame], tuple[np.ndarray, dict[str, Tensor]]]
     first_second: float = 0.0
     repeats: int = 1
-    preview: Callable[[Tensor], bytes] | None = None
 
     def __post_init__(self):
         if self.sampling.kind != "dense":
             raise InputError(f"data.sampling={self.sampling.kind}: clips lie around key frames: dense")
 
-    def __call__(self, video: Video, key: KeyFrame, make: Make = empty) -> tuple:
+    def __call__(self, video: Video, key: KeyFrame, make: Make = empty) -> tuple[Tensor, list]:
         """-> clips uint8 (V, 3, T, H', W'); V dicts: boxes (n, 4) in pixels, `frame` (the key frame's
         index), and what `target` gives. Boxes that a crop left less than a pixel of are gone.
 
@@ -82,8 +80,7 @@ class KeyFrameViews:
             targets.append(
                 {"boxes": moved[left]} | {key: target[key][left] for key in each} | {"frame": at}
             )
-        extra = () if self.preview is None else (None, self.preview(frames))
-        return stacked(views, make), targets, *extra
+        return stacked(views, make), targets
 
     def frame(self, video: Video, key: KeyFrame) -> int:
         """Which frame the key frame is. Frames without a rate of their own have `data.target_fps`."""
