@@ -352,11 +352,12 @@ def _read_ava(source: Source) -> Rows:
         )
     labels = {} if source.labels is None else ava.read_label_map(source.labels)
     names = ava.class_names(labels) if source.names is None else source.names
+    suffixes = (*SUFFIXES, *sorted(VIDEO_SUFFIXES - set(SUFFIXES)), "")  # "": a folder of frames
     files: dict[str, str] = {}
     rows = []
     for where, key in ava.key_frames(source.lines(), set(labels or range(1, len(names) + 1))):
         if key.video not in files:
-            files[key.video] = source.video(where, ava.video_files(key.video))
+            files[key.video] = source.video(where, [key.video + suffix for suffix in suffixes])
         rows.append(Row(files[key.video], key))
     return Rows(rows, names)
 

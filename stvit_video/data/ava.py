@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ListError
-from .decode import VIDEO_SUFFIXES
 from .key_frames import KeyFrame
 
 COLUMNS = "video,second,x1,y1,x2,y2,action[,person]"
@@ -92,12 +91,6 @@ def read_label_map(path: str | os.PathLike[str]) -> dict[int, str]:
 def class_names(labels: dict[int, str]) -> list[str]:
     """Names by class id, which is AVA's less one; an id that is left out is its own name."""
     return [labels.get(i, str(i)) for i in range(1, max(labels) + 1)]
-
-
-def video_files(video: str) -> list[str]:
-    """Names that a video may have on disk: with any suffix, or a folder of frames."""
-    first = (".mp4", ".mkv", ".webm")
-    return [video + suffix for suffix in (*first, *sorted(VIDEO_SUFFIXES - set(first)), "")]
 
 
 def line_of(key: KeyFrame, box, action: int, score: float) -> list:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torchvision.transforms import v2
 
 from ..errors import InputError
 from .batch import empty
-from .decode import DecodeError, Video
 from .views import Make, Sampling, read_once, stacked
+
+if TYPE_CHECKING:
+    from .decode import Video
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 as shares of the frame's width and height
 
@@ -59,7 +61,7 @@ class KeyFrameViews:
         if self.sampling.kind != "dense":
             raise InputError(f"data.sampling={self.sampling.kind}: clips lie around key frames: dense")
 
-    def __call__(self, video: Video, key: KeyFrame, make: Make = empty) -> tuple[Tensor, list]:
+    def __call__(self, video: "Video", key: KeyFrame, make: Make = empty) -> tuple[Tensor, list]:
         """-> clips uint8 (V, 3, T, H', W'); V dicts: boxes (n, 4) in pixels, `frame` (the key frame's
         index), and what `target` gives. Boxes that a crop left less than a pixel of are gone.
 
@@ -82,13 +84,15 @@ class KeyFrameViews:
             )
         return stacked(views, make), targets
 
-    def frame(self, video: Video, key: KeyFrame) -> int:
+    def frame(self, video: "Video", key: KeyFrame) -> int:
         """Which frame the key frame is. Frames without a rate of their own have `data.target_fps`."""
         fps = video.fps or self.sampling.target_fps
         if not fps:
             raise InputError(f"{key.video}: images have no times; data.target_fps: frames a second")
         at, end = round((key.second - self.first_second) * fps), video.num_frames / fps
         if not 0 <= at < video.num_frames:
+            from .decode import DecodeError  # a machine that only computes may have no decoder
+
             raise DecodeError(
                 f"{key.video}: second {key.second:g} is outside the video, which has seconds "
                 f"{self.first_second:g} to {self.first_second + end:g} (data.first_second)"

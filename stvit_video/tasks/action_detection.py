@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..bounds import Range
 from ..data import ava
-from ..data.decode import DecodeError, open_video
 from ..data.key_frames import KeyFrame, KeyFrameViews, Resized
 from ..data.transforms import Normalise, TrainTransform
 from ..data.views import Sampling
@@ -284,6 +283,11 @@ class ActionDetection:
         return True
 
     def _drawn(self, outcome, index: int) -> tuple[np.ndarray, np.ndarray] | None:
+        from ..data.decode import (  # a machine that only computes may have no decoder
+            DecodeError,
+            open_video,
+        )
+
         row, record = outcome.rows[index], outcome.records[index]
         try:
             with open_video(row.path, contents=row.contents()) as video:
