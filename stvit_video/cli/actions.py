@@ -111,12 +111,12 @@ def find_people(
         for _, cause in batch.failures:
             raise DecodeError(cause)
         image = batch.clips[0, 0, :, 0].to(device).float() / 255
-        (found,) = finder([image])
-        kept = (found["labels"] == PERSON) & (found["scores"] >= config.eval.proposal_score)
+        (output,) = finder([image])
+        kept = (output["labels"] == PERSON) & (output["scores"] >= config.eval.proposal_score)
         if kept.any():
-            sides = found["boxes"].new_tensor([*image.shape[:0:-1]] * 2)
-            boxes = (found["boxes"][kept] / sides).clamp(0, 1).double().cpu().numpy()
-            people[rows[int(batch.indices)].target.at] = boxes, found["scores"][kept].cpu().numpy()
+            sides = output["boxes"].new_tensor([*image.shape[:0:-1]] * 2)
+            boxes = (output["boxes"][kept] / sides).clamp(0, 1).double().cpu().numpy()
+            people[rows[int(batch.indices)].target.at] = boxes, output["scores"][kept].cpu().numpy()
     return people
 
 
@@ -141,7 +141,7 @@ def _moments(path: Path, every: float, timeout: float) -> list[Row]:
 
 
 def _scored(config: Config, task, model, rows: list[Row], device) -> list[tuple[Row, dict]]:
-    """The key frames and what was found in each; those that cannot be read are told."""
+    """The key frames and what was detected in each; of those that cannot be read, the cause is printed."""
     loader = build.build_test_loader(config, task, rows, device, clips=1, crops=1)
     precision = pick_precision(config.train.precision, device)
     outcome = score(model, task, loader, device, precision=precision, title=Path(rows[0].path).name)

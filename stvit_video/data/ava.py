@@ -49,16 +49,16 @@ def read_people(path: str, least: float) -> dict[At, tuple[np.ndarray, np.ndarra
     Lines `video,second,x1,y1,x2,y2,score`, or with an action before the score, which does not count: a box
     that comes several times is one. Raises ListError.
     """
-    found: dict[At, dict] = {}
+    people: dict[At, dict] = {}
     for where, fields in _rows(_lines(path), (7, 8), "video,second,x1,y1,x2,y2[,action],score"):
         score = _number(fields[-1])
         if score is None:
             raise ListError(f"{where}: found score {fields[-1]!r}, expected a number")
         if score >= least:
-            boxes = found.setdefault((fields[0], _second(where, fields[1])), {})
+            boxes = people.setdefault((fields[0], _second(where, fields[1])), {})
             box = _box(where, fields[2:6])
             boxes[box] = max(score, boxes.get(box, score))
-    return {at: (np.array(list(boxes)), np.array(list(boxes.values()))) for at, boxes in found.items()}
+    return {at: (np.array(list(boxes)), np.array(list(boxes.values()))) for at, boxes in people.items()}
 
 
 def read_excluded(path: str) -> set[At]:
@@ -89,7 +89,7 @@ def read_label_map(path: str | os.PathLike[str]) -> dict[int, str]:
 
 
 def class_names(labels: dict[int, str]) -> list[str]:
-    """Names by class id, which is AVA's less one; an id that is left out is its own name."""
+    """Names by class id, which is AVA's less one; an id without a name is its name."""
     return [labels.get(i, str(i)) for i in range(1, max(labels) + 1)]
 
 

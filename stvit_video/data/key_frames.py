@@ -85,7 +85,7 @@ class KeyFrameViews:
         return stacked(views, make), targets
 
     def frame(self, video: "Video", key: KeyFrame) -> int:
-        """Which frame the key frame is. Frames without a rate of their own have `data.target_fps`."""
+        """Which frame the key frame is. Frames without a rate have `data.target_fps`."""
         fps = video.fps or self.sampling.target_fps
         if not fps:
             raise InputError(f"{key.video}: images have no times; data.target_fps: frames a second")

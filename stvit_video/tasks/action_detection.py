@@ -33,7 +33,7 @@ class Settings:
 @dataclass
 class Scoring:
     proposals: str | None = None
-    """Action detection: csv of people's boxes that are scored; null: the list's own."""
+    """Action detection: csv of people's boxes that are scored; null: the list's boxes."""
     proposal_score: Annotated[float, Range(0, 1)] = 0.8
     """Action detection: lowest score of a proposal that counts."""
     excluded: str | None = None
@@ -190,7 +190,7 @@ class ActionDetection:
 
     def by_class(self, outcome) -> tuple[list[float | None], list[int]]:
         """Average precision and number of true boxes of each class; None where it does not count."""
-        frames = ((found, *self._true(row.target)) for _, row, found in self._counting(outcome))
+        frames = ((detected, *self._true(row.target)) for _, row, detected in self._counting(outcome))
         return average_precisions(frames, self.outputs)
 
     def _counting(self, outcome) -> Iterator[tuple[int, Any, Detections]]:
@@ -227,8 +227,8 @@ class ActionDetection:
         lines = [f"  {title:<26} {value}  ({counting} of {self.outputs} classes)"]
         written = [output / "predictions.csv", output / "classes.csv"]
         with open(written[0], "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            for _, row, found in self._counting(outcome):
-                csv.writer(file).writerows(self.lines(row.target, found))
+            for _, row, detected in self._counting(outcome):
+                csv.writer(file).writerows(self.lines(row.target, detected))
         with open(written[1], "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["id", "class", "boxes", "average_precision"])
@@ -238,9 +238,9 @@ class ActionDetection:
             written.append(output / "key_frames.png")
         return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
 
-    def lines(self, key: KeyFrame, found: Detections) -> Iterator[list]:
+    def lines(self, key: KeyFrame, detected: Detections) -> Iterator[list]:
         """Lines `video,second,x1,y1,x2,y2,action,score`, best first."""
-        for box, action, score in zip(*found, strict=True):
+        for box, action, score in zip(*detected, strict=True):
             yield ava.line_of(key, box, int(action), float(score))
 
     def plain(self, record: dict) -> dict[str, Any]:
@@ -267,10 +267,10 @@ class ActionDetection:
     def _draw_key_frames(self, picture: Path, outcome) -> bool:
         """The first, best and worst key frames, a line each; what was detected left, the truth right."""
         scored = []
-        for i, row, found in self._counting(outcome):
+        for i, row, detected in self._counting(outcome):
             boxes, actions = self._true(row.target)
-            right = hits(found, boxes, actions)
-            value = average_precision(found.scores, right, sum(map(len, actions)))
+            right = hits(detected, boxes, actions)
+            value = average_precision(detected.scores, right, sum(map(len, actions)))
             if value is not None and outcome.records[i] is not None:
                 scored.append((value, i))
         best = sorted(scored, key=lambda each: (-each[0], each[1]))

@@ -1,8 +1,8 @@
-"""Frame mean average precision, AVA's protocol: boxes of 50% overlap or more, each true action found once.
+"""Frame mean average precision, AVA's protocol: boxes of 50% overlap or more, each true action detected once.
 
 The official evaluation (ActivityNet, Evaluation/get_ava_performance.py) takes the 50 best detections of a
 key frame. Best first, each is right if the true box of its class that overlaps it most does so by half or
-more and was not found before. The average precision of a class is the area under its precision, made
+more and was not detected before. The average precision of a class is the area under its precision, made
 falling, over recall. Where scores are alike, what comes first stays first.
 """
 
@@ -44,14 +44,14 @@ def overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
-def hits(found: Detections, boxes: np.ndarray, actions: Sequence[Sequence[int]]) -> np.ndarray:
+def hits(detected: Detections, boxes: np.ndarray, actions: Sequence[Sequence[int]]) -> np.ndarray:
     """Which of one key frame's detections are right (n,). boxes (m, 4), actions: what is true of it."""
-    right, taken = np.zeros(len(found.boxes), bool), set()
+    right, taken = np.zeros(len(detected.boxes), bool), set()
     if not len(boxes):
         return right
-    shared = overlaps(found.boxes, boxes)
-    doing = {c: [i for i, each in enumerate(actions) if c in each] for c in set(found.classes.tolist())}
-    for i, c in enumerate(found.classes.tolist()):
+    shared = overlaps(detected.boxes, boxes)
+    doing = {c: [i for i, each in enumerate(actions) if c in each] for c in set(detected.classes.tolist())}
+    for i, c in enumerate(detected.classes.tolist()):
         if not doing[c]:
             continue
         best = max(doing[c], key=lambda box: shared[i, box])
@@ -76,10 +76,10 @@ def average_precisions(
 ) -> tuple[list[float | None], list[int]]:
     """(detections, true boxes (m, 4), their actions) of each key frame -> by class: precision, how many."""
     classes, scores, right, totals = [], [], [], np.zeros(num_classes, int)
-    for found, boxes, actions in frames:
-        classes.append(found.classes)
-        scores.append(found.scores)
-        right.append(hits(found, boxes, actions))
+    for detected, boxes, actions in frames:
+        classes.append(detected.classes)
+        scores.append(detected.scores)
+        right.append(hits(detected, boxes, actions))
         for each in actions:
             totals[list(each)] += 1
     if not classes:
