@@ -6,7 +6,8 @@ DEVICE ?= cuda
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-image demo-finetune demo-segment demo-detect demo-detect-swin test lint clean soak gpu wheel
+.PHONY: demo demo-image demo-finetune demo-segment demo-detect demo-detect-swin demo-actions demo-actions-control \
+	test lint clean soak gpu wheel
 
 demo: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_stvit.yaml --overwrite
@@ -36,6 +37,15 @@ demo-detect: $(VENV)/installed
 demo-detect-swin: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_detect_swin.yaml --overwrite
 	$(RUN) tools/test_net.py --cfg configs/demo_detect_swin.yaml --checkpoint runs/demo_detect_swin/best.pt
+
+# Who does what: several shapes at a time, each in a box, scored by frame mAP; then its control on single frames.
+demo-actions: $(VENV)/installed
+	$(RUN) tools/train_net.py --cfg configs/demo_actions.yaml --overwrite
+	$(RUN) tools/test_net.py --cfg configs/demo_actions.yaml --checkpoint runs/demo_actions/best.pt
+
+demo-actions-control: $(VENV)/installed
+	$(RUN) tools/train_net.py --cfg configs/demo_actions_control.yaml --overwrite
+	$(RUN) tools/test_net.py --cfg configs/demo_actions_control.yaml --checkpoint runs/demo_actions_control/best.pt
 
 test: lint
 	$(RUN) -m pytest
@@ -68,4 +78,4 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs data/demo
+	rm -rf $(VENV) runs data/demo data/demo_movers

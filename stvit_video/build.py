@@ -19,6 +19,7 @@ from .config import Config, ConfigError, DataConfig, from_dict, settle_pixels, t
 from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
+from .data.demo_movers import prepare_movers
 from .data.demo_objects import prepare_objects
 from .data.demo_scenes import prepare_scenes
 from .data.preview import make_preview
@@ -47,7 +48,11 @@ def with_model(config: Config) -> Config:
 
 
 # What renders a demo set, by its folder's name; of other names, clips of one moving shape.
-RENDERERS = {"demo_objects": prepare_objects, "demo_scenes": prepare_scenes}
+RENDERERS = {
+    "demo_objects": prepare_objects,
+    "demo_scenes": prepare_scenes,
+    "demo_movers": prepare_movers,
+}
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -379,7 +384,7 @@ def build_test_loader(
     crops: int,
     previews: bool = False,
 ) -> DataLoader:
-    """previews: samples bring one of their video."""
+    """previews: samples bring one of their video, where the task's views make some."""
     task.check([row for row in rows if row.target is not None], "the list to score")
     views = build_test_views(config, task, clips, crops)
     if previews and hasattr(views, "preview"):

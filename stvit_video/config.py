@@ -57,7 +57,7 @@ class ModelConfig(Sizes):
 class DataConfig:
     """The data: lists, which frames, which pixels."""
 
-    preset: Literal["custom", "kinetics", "ssv2", "imagenet", "demo"] = "custom"
+    preset: Literal["custom", "kinetics", "ssv2", "imagenet", "ava", "demo"] = "custom"
     """Carries sampling, flip, mean, std and views of a data set; custom leaves them free."""
     train: str | None = None
     """Training list: any format of the field, a folder of class folders, or WebDataset shards."""
@@ -72,7 +72,9 @@ class DataConfig:
     root: str | None = None
     """Folder that the lists' paths are relative to."""
     labels: str | None = None
-    """Something-Something's labels json; null: found beside the list."""
+    """Something-Something's labels json; null: found beside the list. AVA's label map."""
+    first_second: Annotated[float, Range(0)] = 0.0
+    """Key frames: which second of the list is the start of the video files (AVA in 15 minutes: 900)."""
     class_names: str | None = None
     """File with one class name a line (or `0 name`, with all ids), for lists that hold numbers only."""
     num_classes: Count | None = None
@@ -168,8 +170,8 @@ class Config:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: CUDA where there is one."""
     task: Literal[tuple(TASKS)] = "classification"
-    """What is learnt: one class a video, several (multilabel), that of each pixel (segmentation), or the
-    objects in images (detection)."""
+    """What is learnt: one class a video, several (multilabel), the class of each pixel (segmentation), the
+    objects in images (detection), or what each person does (action_detection)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -199,6 +201,7 @@ PRESETS = {
     "kinetics": Preset(("dense",), ("all", "none"), clips=5, crops=3),
     "ssv2": Preset(("uniform",), ("none", "swap"), clips=2, crops=3),
     "imagenet": Preset(("middle",), ("all", "none"), clips=1, crops=1, crop_ratio=0.875),
+    "ava": Preset(("dense",), ("all", "none"), clips=1, crops=1),
     "demo": Preset(("dense", "middle"), ("swap", "none"), clips=2, crops=3),
 }
 

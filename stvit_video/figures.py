@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 WATCHED = "val_"  # begins the keys of a validation's figures in the log
+READABLE = 240  # pixels: the short side of a frame with letters in it
+COLOURS = ("#ffd54f", "#4fc3f7", "#aed581", "#ff8a65", "#ce93d8", "#80cbc4")
 PLAYED, FRAME = 192, 125  # a clip that plays: its height at least, and milliseconds of a frame
 
 
@@ -220,6 +222,27 @@ def play_maps(frames: np.ndarray, maps: np.ndarray | None) -> bytes:
         file, "WEBP", save_all=True, append_images=rest, duration=FRAME, loop=0, quality=80, method=2
     )
     return file.getvalue()
+
+
+def draw_boxes(frame: np.ndarray, boxes: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """uint8 (H, W, 3), boxes (n, 4) as shares of it, what each says -> the same frame with them drawn in.
+
+    A frame too small for letters comes out enlarged, by a whole number.
+    """
+    enlarged = max(READABLE // min(frame.shape[:2]), 1)
+    image = Image.fromarray(frame.repeat(enlarged, 0).repeat(enlarged, 1))
+    brush, font = ImageDraw.Draw(image), ImageFont.load_default(max(image.height // 24, 10))
+    for i, (box, text) in enumerate(zip(boxes, texts, strict=True)):
+        colour = COLOURS[i % len(COLOURS)]
+        corners = [float(share * side) for share, side in zip(box, image.size * 2, strict=True)]
+        brush.rectangle(corners, outline=colour, width=max(image.height // 150, 2))
+        left, top, right, bottom = brush.multiline_textbbox((0, 0), text, font=font)
+        x = min(max(corners[0], 0), max(image.width - right, 0))
+        y = min(max(corners[1] - bottom, 0), max(image.height - bottom, 0))
+        if text:
+            brush.rectangle([x + left - 1, y + top - 1, x + right + 1, y + bottom + 1], fill=colour)
+        brush.multiline_text((x, y), text, "black", font)
+    return np.asarray(image)
 
 
 def draw_timeline(

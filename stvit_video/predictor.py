@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .build import build_task, build_test_views
+from .build import build_task, build_test_views, load_model
 from .data.batch import Sample, collate
 from .data.decode import DecodeError, Video, open_video
 from .data.guard import GivenUp, Guard, guarded_in_order
@@ -18,7 +18,6 @@ from .engine import checkpoint as checkpoints
 from .engine.device import autocast, pick_device, pick_precision
 from .errors import InputError
 from .export import FORMATS
-from .recognizer import load_model
 from .tasks import TASKS
 from .tasks.detection import Instance
 

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..predictor import has_head
 from ..recognizer import Recognizer
 from ..timeline import ENTER, LEAVE
+from .actions import write_actions
 from .common import command, make_folder, output_names, videos_of
 from .drawing import predict_each
 from .timeline import write_timelines
@@ -52,8 +53,24 @@ def predict(args: Sequence[str]) -> None:
     long.add_argument("--window", type=float, metavar="SECONDS", help="length (the checkpoint's clips')")
     long.add_argument("--enter", type=float, default=ENTER, help="score at which a class begins (0.5)")
     long.add_argument("--leave", type=float, default=LEAVE, help="score below which it ends (0.3)")
+    people = parser.add_argument_group("what each person does")
+    people.add_argument(
+        "--actions", metavar="FOLDER", help="write NAME.csv and NAME.mp4 of each video here"
+    )
+    people.add_argument(
+        "--proposals", metavar="FILE.csv", help="people's boxes at key frames, as AVA's csv"
+    )
+    people.add_argument(
+        "--detector", metavar="FILE", help="weights of torchvision's fasterrcnn_resnet50_fpn: find people"
+    )
     options = parser.parse_args(args)
     _check(parser, options)
+    if options.actions:
+        make_folder(Path(options.actions))
+        paths = [path for name in options.videos for path in videos_of(Path(name), VIDEO_SUFFIXES)]
+        if write_actions(list(dict.fromkeys(paths)), Path(options.actions), options):
+            sys.exit(1)
+        return
     if has_head(options.checkpoint):
         for name in ("timeline", "features", "maps"):
             if getattr(options, name):
@@ -121,6 +138,13 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             parser.error(f"--{name} {value}: must be more than 0")
     if not 0 <= options.leave <= options.enter <= 1:
         parser.error(f"--enter {options.enter} --leave {options.leave}: must be 0 <= leave <= enter <= 1")
+    if options.actions and not bool(options.proposals) ^ bool(options.detector):
+        parser.error("--actions needs --proposals FILE.csv or --detector FILE, one of them")
+    if not options.actions and (options.proposals or options.detector):
+        parser.error("--proposals and --detector need --actions FOLDER")
+    for name in ("json", "features", "maps", "timeline"):
+        if options.actions and getattr(options, name):
+            parser.error(f"--{name} is not written with --actions FOLDER: two commands")
     for name in ("json", "features", "maps"):
         if options.timeline and getattr(options, name):
             parser.error(f"--{name} is not written with --timeline FOLDER: two commands")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ListError, nearest
+from . import ava
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from .masks import MASK_FORMATS
 from .objects import is_coco, is_voc, read_coco, read_voc
@@ -131,7 +132,7 @@ def read_rows(
         outside it but through links that lie there. Without root absolute paths are free, and relative
         ones lie in the current directory if the first of them exists there, else in the list's folder:
         decided once for all lines. Class folders and shards need no root and ignore it.
-    labels: labels json of a Something-Something list, by default the one beside the list.
+    labels: labels json of a Something-Something list, by default the one beside the list; AVA's label map.
     class_names: names by class id. They decide the ids where classes are named (instead of sorted
         order or the labels json; a space equals an underscore), and bound them where numbered.
     format: a name in `FORMATS`; None: the first of them that recognises the list.
@@ -143,8 +144,8 @@ def read_rows(
     if format not in (None, *formats):
         raise ListError(f"{path}: found data.format={format}, unknown{nearest(format, formats)}")
     chosen = formats[format] if format else next(entry for entry in FORMATS if entry.recognises(source))
-    if labels is not None and chosen.name != "something":
-        raise ListError(f"{path}: found labels={labels}, expected only with Something-Something")
+    if labels is not None and chosen.name not in ("something", "ava"):
+        raise ListError(f"{path}: found labels={labels}, expected only with Something-Something and AVA")
     return chosen.read(source)
 
 
@@ -342,6 +343,26 @@ def _read_charades(source: Source) -> Rows:
     return Rows(rows, source.names)
 
 
+def _read_ava(source: Source) -> Rows:
+    """AVA's csv, a row for each key frame; a file is root/id.mp4, or has another video's suffix."""
+    if source.root is None:
+        raise ListError(f"{source.path}: found an AVA csv, expected a video root for it (data.root)")
+    if source.labels is None and source.names is None:
+        raise ListError(
+            f"{source.path}: found an AVA csv, expected its label map (data.labels) or data.class_names"
+        )
+    labels = {} if source.labels is None else ava.read_label_map(source.labels)
+    names = ava.class_names(labels) if source.names is None else source.names
+    suffixes = (*SUFFIXES, *sorted(VIDEO_SUFFIXES - set(SUFFIXES)), "")  # "": a folder of frames
+    files: dict[str, str] = {}
+    rows = []
+    for where, key in ava.key_frames(source.lines(), set(labels or range(1, len(names) + 1))):
+        if key.video not in files:
+            files[key.video] = source.video(where, [key.video + suffix for suffix in suffixes])
+        rows.append(Row(files[key.video], key))
+    return Rows(rows, names)
+
+
 def _is_json(source: Source) -> bool:
     starts = re.match(r'\s*(\[\s*[{\]]|\{\s*["}])', source.text)
     return source.path.suffix.lower() == ".json" or starts is not None
@@ -532,6 +553,7 @@ FORMATS = (
     Format("something", _is_json, _read_something),
     Format("kinetics", lambda source: {"youtube_id", "time_start"} & source.columns(), _read_kinetics),
     Format("charades", lambda source: set(CHARADES_COLUMNS) <= source.columns(), _read_charades),
+    Format("ava", lambda source: ava.is_ava(next(source.lines())[1]), _read_ava),
     Format("multilabel", _is_multilabel, _read_multilabel),
     Format("lines", lambda source: True, _read_lines),
 )

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,15 @@ class VideoDataset(Dataset):
         """The views of a row, clips as an array. Raises DecodeError; other errors name the file, too."""
         row = self.rows[index]
         try:
+            # a video is kept once, whatever a list says of it and however often
+            opened = (
+                open_kept(replace(row, target=None), self.decoder)
+                if self.keep
+                else _open(row, self.decoder)
+            )
             with (
                 torch.random.fork_rng(devices=[]),
-                (open_kept if self.keep else _open)(row, self.decoder) as video,
+                opened as video,
             ):
                 if cause := row.missing_frames(video.num_frames):
                     raise DecodeError(cause)

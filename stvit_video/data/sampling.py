@@ -54,6 +54,18 @@ def dense(total: int, num_frames: int, stride: float, at: float) -> list[int]:
     return [min(start + offset, total - 1) for offset in offsets]
 
 
+def around(total: int, num_frames: int, stride: float, centre: int) -> list[int]:
+    """`num_frames` indices, every `stride`-th; the one at num_frames // 2 is `centre`.
+
+    What lies outside the video is its first or last frame (SlowFast's rule for key frames).
+
+    >>> around(20, 4, 2, 10), around(20, 4, 2, 1), around(20, 3, 4, 18), around(20, 1, 4, 7)
+    ([6, 8, 10, 12], [0, 0, 1, 3], [14, 18, 19], [7])
+    """
+    offsets = (round((i - num_frames // 2) * stride) for i in range(num_frames))
+    return [min(max(centre + offset, 0), total - 1) for offset in offsets]
+
+
 def uniform(total: int, num_frames: int, at: float) -> list[int]:
     """One frame from each of `num_frames` equal segments of a video, `at` (below 1) of the way into it.
 

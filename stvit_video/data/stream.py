@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -363,15 +363,16 @@ class VideoWriter:
                 self._container.mux(self._out.encode(None))
 
 
-class LabelledCopy:
-    """Writes a video as H.264 in mp4, without sound, labels (start, end, name, score) drawn in.
+class DrawnCopy:
+    """Writes a video as H.264 in mp4, without sound, each frame as `draw` makes it.
 
+    draw: uint8 (H, W, 3), its time in seconds -> uint8 (H', W', 3), of one size.
     A call works for `ANSWER` seconds: -> the time it got to; None: at the end, also where a frame cannot be
     read.
     """
 
-    def __init__(self, source: Path, target: Path, labels: list[tuple[float, float, str, float]]):
-        self.source, self.target, self.labels = source, target, labels
+    def __init__(self, source: Path, target: Path, draw: Callable[[np.ndarray, float], np.ndarray]):
+        self.source, self.target, self.draw = source, target, draw
         self._times: Iterator[float] | None = None
 
     def __call__(self, _: object = None) -> float | None:
@@ -383,14 +384,27 @@ class LabelledCopy:
         return None
 
     def _write(self) -> Iterator[float]:
-        with open_stream(self.source) as stream, VideoWriter(self.target, stream.fps) as out:
-            signs: dict[str, np.ndarray] = {}
-            with contextlib.suppress(DecodeError):
-                for shown in stream:
-                    texts = [f"{n} {s:.0%}" for a, b, n, s in self.labels if a <= shown.time < b]
-                    pixels = _labelled(stream.pixels(shown.frame), "\n".join(texts), signs)
-                    out.add(pixels, shown.time, shown.lasts)
-                    yield shown.time
+        with (
+            open_stream(self.source) as stream,
+            VideoWriter(self.target, stream.fps) as out,
+            contextlib.suppress(DecodeError),
+        ):
+            for shown in stream:
+                pixels = self.draw(np.ascontiguousarray(stream.pixels(shown.frame)), shown.time)
+                out.add(pixels, shown.time, shown.lasts)
+                yield shown.time
+
+
+class LabelledCopy(DrawnCopy):
+    """A copy with labels (start, end, name, score) drawn in."""
+
+    def __init__(self, source: Path, target: Path, labels: list[tuple[float, float, str, float]]):
+        super().__init__(source, target, self._label)
+        self.labels, self._signs = labels, {}
+
+    def _label(self, pixels: np.ndarray, time: float) -> np.ndarray:
+        texts = [f"{name} {score:.0%}" for start, end, name, score in self.labels if start <= time < end]
+        return _labelled(pixels, "\n".join(texts), self._signs)
 
 
 def _labelled(pixels: np.ndarray, text: str, signs: dict[str, np.ndarray]) -> np.ndarray:

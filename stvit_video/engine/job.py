@@ -21,8 +21,8 @@ Figures = dict[str, Any]  # numbers; or, by class, a dict of them
 class Task(Protocol):
     """What is learnt and how it is scored. The loop and the scorer know no more of a task than this.
 
-    Settings: a dataclass of the settings that only this task has; they are read as `train.*`. Those
-        of a second one, Scoring, which a task may have, as `eval.*`.
+    Settings: a dataclass of the settings that only this task has; they are read as `train.*`. A task may
+        also have `Scoring`, which is read as `eval.*` and given to it as `scoring`.
     watched: the figures that a validation logs and draws; the highest of the first picks `best.pt`.
     outputs: how many outputs the model has for it (`num_classes`).
     heads: names in `models.zoo.HEADS` that give such outputs, the default first; (None,): the classifier's.

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..bounds import Range, check
 from ..errors import nearest
 from . import baselines
+from .action_head import ActionDetector
 from .detection import FasterRCNN, MaskRCNN
 from .embed import clip_size
 from .heads import WithHead
@@ -129,6 +130,7 @@ HEADS: dict[str, Callable[..., WithHead]] = {
     "upernet": UPerNetSegmenter,
     "mask_rcnn": MaskRCNN,
     "faster_rcnn": FasterRCNN,
+    "actions": ActionDetector,
 }
 BASELINES = (baselines.ptv_mvit_base_16x4, baselines.ptv_slowfast_r50, baselines.ptv_x3d_m)
 MODELS: dict[str, Entry] = (

@@ -1,5 +1,6 @@
 """Tasks by name: `task: NAME` in the settings. A new one is a file here and a line in `TASKS`."""
 
+from .action_detection import ActionDetection
 from .classification import Classification
 from .detection import Detection
 from .multilabel import MultiLabel
@@ -10,4 +11,5 @@ TASKS = {
     "multilabel": MultiLabel,
     "segmentation": Segmentation,
     "detection": Detection,
+    "action_detection": ActionDetection,
 }

@@ -1,0 +1,49 @@
+"""Who does what: a head that pools a video backbone's last grid over each person's box."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from .heads import WithHead
+from .swin import VideoSwin
+from .vit import VideoViT
+
+RESOLUTION = 7  # samples of a box along each side, of which the strongest counts
+
+
+class ActionDetector(WithHead):
+    """Logits of K actions for each box: mean over time, RoIAlign, max over the box, dropout, linear layer.
+
+    As SlowFast's and VideoMAE's models for AVA. The grid is that of the backbone's last layer, with its
+    norm: of patches, also behind semantic tokens of a ViT (each patch has its token's features); of a Video
+    Swin that does not recover its patches it is that of the semantic tokens.
+
+    dropout: share of a box's features that training drops.
+    Raises ValueError for a backbone without such a grid.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, *, dropout: float = 0.0):
+        if type(backbone) not in (VideoViT, VideoSwin):
+            raise ValueError(f"head=actions: {type(backbone).__name__} has no grid over space and time")
+        self._is_vit = isinstance(backbone, VideoViT)
+        norm = backbone.fc_norm if self._is_vit else backbone.norm
+        head = nn.Sequential(nn.Dropout(dropout), nn.Linear(norm.weight.numel(), num_classes))
+        super().__init__(backbone, head)
+        nn.init.trunc_normal_(head[1].weight, std=0.02)
+        nn.init.zeros_(head[1].bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> the backbone's last grid (B, t, h, w, C), normed."""
+        if self._is_vit:
+            (grid,) = self.backbone.grids(x)
+            return self.backbone.fc_norm(grid)
+        return self.backbone.norm(self.backbone.forward_features(x))
+
+    def forward(self, x: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """Clips (B, 3, T, H, W), B times boxes (n, 4), x1 y1 x2 y2 in pixels -> logits (sum of n, K)."""
+        grid = self.features(x).mean(1).permute(0, 3, 1, 2)  # (B, C, h, w)
+        scale = grid.new_tensor([grid.shape[3] / x.shape[-1], grid.shape[2] / x.shape[-2]]).repeat(2)
+        boxes = [part.to(grid) * scale for part in boxes]
+        pooled = roi_align(grid, boxes, RESOLUTION, aligned=True).amax((2, 3))
+        return self.head(pooled)

@@ -1,0 +1,315 @@
+"""Action detection: what each person does at a key frame (AVA). Sigmoid, frame mean average precision."""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..bounds import Range
+from ..data import ava
+from ..data.key_frames import KeyFrame, KeyFrameViews, Resized
+from ..data.transforms import Normalise, TrainTransform
+from ..data.views import Sampling
+from ..errors import InputError
+from ..figures import draw_boxes
+from .frame_map import Detections, average_precision, average_precisions, detections, hits
+
+PICTURED = 3  # key frames of each kind
+
+
+@dataclass
+class Settings:
+    pass
+
+
+@dataclass
+class Scoring:
+    proposals: str | None = None
+    """Action detection: csv of people's boxes that are scored; null: the list's boxes."""
+    proposal_score: Annotated[float, Range(0, 1)] = 0.8
+    """Action detection: lowest score of a proposal that counts."""
+    excluded: str | None = None
+    """Action detection: csv of the key frames that do not count (video, second)."""
+    scored_classes: str | None = None
+    """Action detection: label map of the classes that count; null: all."""
+    keep_shape: bool = False
+    """Action detection: frames keep their shape, with a short side of data.image_size / eval.crop_ratio:
+    for Swin, which takes any; false: all of a frame is made the model's square."""
+
+
+class ActionDetection:
+    """Clips (B, V, 3, T, H, W) around key frames and boxes in them to a yes or no for each of K actions.
+
+    Training: true boxes; random resized crops (`data.scale`, `data.ratio`) and flips, with which they move.
+    Scoring: one view with all of the frame, true boxes or proposals, and AVA's frame mAP: see `frame_map`.
+    A class without a true box has no average precision and is left out of the mean.
+
+    class_names: by id, which is AVA's less one. twins: class id -> that of its mirror image.
+    on_failure: a key frame that cannot be read counts as "wrong" (nothing is detected), or is left out.
+    """
+
+    Settings, Scoring = Settings, Scoring
+    watched = ("mAP",)
+    heads, items = ("actions",), "key frames"
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        *,
+        normalise: Normalise,
+        settings: Settings | None = None,
+        scoring: Scoring | None = None,
+        view_batch: int = 16,
+        on_failure: str = "wrong",
+        twins: Sequence[int] | None = None,
+        dump_views: bool = False,
+    ):
+        self.class_names, self.outputs = list(class_names), len(class_names)
+        self.normalise, self.scoring = normalise, scoring or Scoring()
+        self.view_batch, self.on_failure, self.twins = view_batch, on_failure, twins
+
+    @cached_property
+    def proposals(self) -> dict[ava.At, tuple[np.ndarray, np.ndarray]] | None:
+        path, least = self.scoring.proposals, self.scoring.proposal_score
+        return None if path is None else ava.read_people(path, least)
+
+    @cached_property
+    def excluded(self) -> set[ava.At]:
+        return set() if self.scoring.excluded is None else ava.read_excluded(self.scoring.excluded)
+
+    @cached_property
+    def counted(self) -> list[int]:
+        """The classes that count."""
+        path = self.scoring.scored_classes
+        if path is None:
+            return list(range(self.outputs))
+        ids = [i - 1 for i in ava.read_label_map(path)]
+        if max(ids) >= self.outputs:
+            raise InputError(
+                f"eval.scored_classes={path}: has id {max(ids) + 1}, but there are {self.outputs} classes"
+            )
+        return sorted(ids)
+
+    def to(self, device: torch.device) -> "ActionDetection":
+        self.normalise.to(device)
+        return self
+
+    def check(self, rows: Sequence, source: str) -> None:
+        for row in rows:
+            if not isinstance(row.target, KeyFrame):
+                raise InputError(
+                    f"{source}: {row.path} is no key frame with boxes: the list must be an AVA csv"
+                )
+        # files that settings name are read before there are other processes
+        _ = self.proposals, self.excluded, self.counted
+
+    def train_views(self, sampling: Sampling, data: Any) -> KeyFrameViews:
+        transform = TrainTransform(
+            data.image_size,
+            scale=data.scale,
+            ratio=data.ratio,
+            rand_augment=data.rand_augment,
+            flip=data.flip != "none",
+            mirror=self.mirror,
+        )
+        if data.augment_on == "device":
+            raise InputError("data.augment_on=device: boxes move with the pixels, in the worker")
+        return KeyFrameViews(sampling, transform, self._truth, data.first_second, data.repeats)
+
+    def test_views(
+        self, sampling: Sampling, data: Any, *, clips: int, crops: int, crop_ratio: float
+    ) -> KeyFrameViews:
+        if clips * crops != 1:
+            raise InputError(f"eval.clips={clips}, eval.crops={crops}: a key frame has one view, 1 and 1")
+        size = [data.image_size] * 2
+        if self.scoring.keep_shape:
+            size = [round(data.image_size / crop_ratio)]
+        return KeyFrameViews(sampling, Resized(size), self._people, data.first_second)
+
+    def encode(self, target: KeyFrame) -> KeyFrame:
+        return target
+
+    def _truth(self, key: KeyFrame) -> tuple[np.ndarray, dict[str, Tensor]]:
+        """Boxes (n, 4) and their actions (n, K) of zeros and ones."""
+        chosen = torch.zeros(len(key.boxes), self.outputs)
+        for row, actions in zip(chosen, key.actions, strict=True):
+            row[list(actions)] = 1
+        return np.array(key.boxes).reshape(-1, 4), {"actions": chosen}
+
+    def _people(self, key: KeyFrame) -> tuple[np.ndarray, dict[str, Tensor]]:
+        """The boxes to score, and the same once more, as shares of the frame."""
+        boxes = np.array(key.boxes).reshape(-1, 4)
+        if self.proposals is not None:
+            boxes, _ = self.proposals.get(key.at, (np.zeros((0, 4)), None))
+        return boxes, {"shares": torch.from_numpy(boxes)}
+
+    def mirror(self, target: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.twins is None:
+            return target
+        return target | {"actions": target["actions"][:, list(self.twins)]}
+
+    def loss(self, model: nn.Module, batch) -> dict[str, Tensor]:
+        boxes, actions = (
+            [view for views in batch.targets[key] for view in views] for key in ("boxes", "actions")
+        )
+        logits, wanted = model(self.normalise(batch.clips.flatten(0, 1)), boxes).float(), torch.cat(actions)
+        loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+        return {"loss": loss / max(wanted.numel(), 1)}  # a batch may have no box
+
+    @torch.no_grad()
+    def records(self, model: nn.Module, batch) -> list[dict[str, Any]]:
+        """boxes: shares of the frame (n, 4) float64; scores: (n, K); frame: which the key frame is."""
+        boxes, shares, frames = (
+            [views[0] for views in batch.targets[k]] for k in ("boxes", "shares", "frame")
+        )
+        scores = []
+        step = self.view_batch if isinstance(batch.clips, Tensor) else 1  # of one shape, or of several
+        for start in range(0, len(boxes), step):
+            part = batch.clips[start : start + step]
+            clips = part.flatten(0, 1) if isinstance(part, Tensor) else part[0]
+            of_part = boxes[start : start + step]
+            logits = model(self.normalise(clips), of_part).float().sigmoid().cpu()
+            scores += logits.split([len(each) for each in of_part])
+        return [
+            {"boxes": at.cpu(), "scores": score.clone(), "frame": int(frame)}
+            for at, score, frame in zip(shares, scores, frames, strict=True)
+        ]
+
+    def figures(self, outcome) -> dict[str, float | None]:
+        precisions, _ = self.by_class(outcome)
+        known = [value for value in precisions if value is not None]
+        return {"mAP": float(np.mean(known)) if known else None}
+
+    def by_class(self, outcome) -> tuple[list[float | None], list[int]]:
+        """Average precision and number of true boxes of each class; None where it does not count."""
+        frames = ((detected, *self._true(row.target)) for _, row, detected in self._counting(outcome))
+        return average_precisions(frames, self.outputs)
+
+    def _counting(self, outcome) -> Iterator[tuple[int, Any, Detections]]:
+        """Index, row and detections of each key frame that counts."""
+        for i, (row, record) in enumerate(zip(outcome.rows, outcome.records, strict=True)):
+            left_out = record is None and self.on_failure == "exclude"
+            if row.target.at not in self.excluded and not left_out:
+                yield i, row, self.detections(record)
+
+    def detections(self, record: dict | None) -> Detections:
+        """Of one key frame, best first; none where it could not be read."""
+        if record is None:
+            return Detections(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
+        boxes, scores = record["boxes"].numpy(), record["scores"].numpy()
+        if not np.isfinite(scores).all():
+            raise InputError(
+                "the model's scores are no numbers: it diverged, or train.precision is too low"
+            )
+        return detections(boxes, scores, self.counted)
+
+    def _true(self, key: KeyFrame) -> tuple[np.ndarray, list[list[int]]]:
+        """Boxes (n, 4), and of their actions those that count."""
+        counted = set(self.counted)
+        return np.array(key.boxes).reshape(-1, 4), [
+            [c for c in each if c in counted] for each in key.actions
+        ]
+
+    def report(self, output: Path, outcome, report: Mapping[str, Any]) -> list[str]:
+        """`predictions.csv` in AVA's format, `classes.csv`, `key_frames.png`."""
+        precisions, boxes = self.by_class(outcome)
+        counting = sum(value is not None for value in precisions)
+        title = "frame mAP@0.5, " + ("true boxes" if self.proposals is None else "proposals")
+        value = "n/a" if report["mAP"] is None else f"{report['mAP']:7.2%}"
+        lines = [f"  {title:<26} {value}  ({counting} of {self.outputs} classes)"]
+        written = [output / "predictions.csv", output / "classes.csv"]
+        with open(written[0], "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            for _, row, detected in self._counting(outcome):
+                csv.writer(file).writerows(self.lines(row.target, detected))
+        with open(written[1], "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "class", "boxes", "average_precision"])
+            for i, (name, count, value) in enumerate(zip(self.class_names, boxes, precisions, strict=True)):
+                writer.writerow([i + 1, name, count, "" if value is None else f"{value:.6f}"])
+        if self._draw_key_frames(output / "key_frames.png", outcome):
+            written.append(output / "key_frames.png")
+        return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
+
+    def lines(self, key: KeyFrame, detected: Detections) -> Iterator[list]:
+        """Lines `video,second,x1,y1,x2,y2,action,score`, best first."""
+        for box, action, score in zip(*detected, strict=True):
+            yield ava.line_of(key, box, int(action), float(score))
+
+    def plain(self, record: dict) -> dict[str, Any]:
+        """frame: its index; of each box its place, in shares of the frame, and its actions' scores."""
+        names = [self.class_names[c] for c in self.counted]
+        boxes = [
+            {
+                "box": [round(x, 5) for x in box],
+                "actions": {name: round(scores[c], 5) for name, c in zip(names, self.counted, strict=True)},
+            }
+            for box, scores in zip(record["boxes"].tolist(), record["scores"].tolist(), strict=True)
+        ]
+        return {"frame": record["frame"], "boxes": boxes}
+
+    def draw(self, frame: np.ndarray, record: dict) -> np.ndarray:
+        """uint8 (H, W, 3) -> the same, with each box and its actions: those above a half, or the best."""
+        texts = []
+        for scores in record["scores"]:
+            best = sorted(self.counted, key=lambda c: -scores[c])
+            shown = [c for c in best[:4] if scores[c] >= 0.5] or best[:1]
+            texts.append("\n".join(f"{self.class_names[c]} {scores[c]:.0%}" for c in shown))
+        return draw_boxes(frame, record["boxes"].numpy(), texts)
+
+    def _draw_key_frames(self, picture: Path, outcome) -> bool:
+        """The first, best and worst key frames, a line each; what was detected left, the truth right."""
+        scored = []
+        for i, row, detected in self._counting(outcome):
+            boxes, actions = self._true(row.target)
+            right = hits(detected, boxes, actions)
+            value = average_precision(detected.scores, right, sum(map(len, actions)))
+            if value is not None and outcome.records[i] is not None:
+                scored.append((value, i))
+        best = sorted(scored, key=lambda each: (-each[0], each[1]))
+        lines = [scored[:PICTURED], best[:PICTURED], best[: -PICTURED - 1 : -1]]
+        drawn = [[self._drawn(outcome, i) for _, i in line] for line in lines]
+        drawn = [[pair for pair in line if pair is not None] for line in drawn]
+        if not any(drawn):
+            return False
+        Image.fromarray(_grid([[part for pair in line for part in pair] for line in drawn])).save(picture)
+        return True
+
+    def _drawn(self, outcome, index: int) -> tuple[np.ndarray, np.ndarray] | None:
+        from ..data.decode import (  # a machine that only computes may have no decoder
+            DecodeError,
+            open_video,
+        )
+
+        row, record = outcome.rows[index], outcome.records[index]
+        try:
+            with open_video(row.path, contents=row.contents()) as video:
+                frame = video.read([record["frame"]])[0].permute(1, 2, 0).contiguous().numpy()
+        except DecodeError:
+            return None
+        boxes, actions = self._true(row.target)
+        texts = ["\n".join(self.class_names[c] for c in each) for each in actions]
+        return self.draw(frame, record), draw_boxes(frame, boxes, texts)
+
+
+def _grid(lines: list[list[np.ndarray]], gap: int = 4) -> np.ndarray:
+    """Pictures uint8 (H, W, 3) of any sizes, in lines, on white."""
+    lines = [line for line in lines if line]
+    heights = [max(part.shape[0] for part in line) + gap for line in lines]
+    width = max(sum(part.shape[1] + gap for part in line) for line in lines)
+    page = np.full((sum(heights), width, 3), 255, np.uint8)
+    top = 0
+    for line, height in zip(lines, heights, strict=True):
+        left = 0
+        for part in line:
+            page[top : top + part.shape[0], left : left + part.shape[1]] = part
+            left += part.shape[1] + gap
+        top += height
+    return page
