@@ -97,9 +97,11 @@ def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
 
 def load_teacher(config: Config, task: Task, class_names: Sequence[str]) -> None:
     """`train.teacher` into the task, where it is set. Raises ConfigError unless it takes the same clips."""
-    path = getattr(task.settings, "teacher", None)
+    path = config.train.teacher
     if path is None:
         return
+    if not hasattr(task, "teacher"):
+        raise ConfigError(f"train.teacher={path}: task={config.task} learns from no teacher")
     theirs, names, task.teacher = load_model(path)
     if names != list(class_names):
         raise ConfigError(

@@ -814,7 +814,7 @@ def test_predict_says_what_it_needs(trained, movers, tmp_path, capsys):
         assert run(cli.predict, *given, *more) == 2
         assert message in capsys.readouterr().err
     assert run(cli.export, f"--checkpoint={trained}/best.pt", f"--to={tmp_path}/a.onnx") == 2
-    assert "only classifiers are exported" in capsys.readouterr().err
+    assert "only models that name classes are exported" in capsys.readouterr().err
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pt")
     assert run(cli.predict, *given, f"--actions={tmp_path}/out", f"--detector={tmp_path}/weights.pt") == 2
     assert "no state dict of torchvision's fasterrcnn_resnet50_fpn" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def test_chunks_joined_are_the_clip(name, base_window, class_token):
 
 def test_superpatches_within_chunks_joined_are_the_clip():
     clips = torch.rand(2, 3, 8, 16, 16) * torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1)
-    model = make(2, superpatches="contrast", superpatch_threshold=0.1)
+    model = make(2, superpatches="contrast", superpatch_threshold=0.01)
     chunks = clips.unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1)
     tokens = model.chunk_tokens(chunks).unflatten(0, (2, 2))
     assert torch.allclose(model.join(tokens), model(clips), atol=1e-6)

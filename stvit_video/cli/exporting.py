@@ -48,7 +48,7 @@ def export(args: Sequence[str]) -> None:
     task = build.build_task(config, class_names)
     if task.heads != (None,):
         raise InputError(
-            f"{flags.checkpoint}: trained for task={config.task}: only classifiers are exported"
+            f"{flags.checkpoint}: task={config.task}; only models that name classes are exported"
         )
     clips = _clips(config, class_names, flags.videos, flags.clips)
     tolerance = TOLERANCE[flags.precision] if flags.tolerance is None else flags.tolerance
