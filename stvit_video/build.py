@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import random
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -21,6 +23,7 @@ from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, 
 from .data.demo import is_demo, prepare_demo
 from .data.preview import make_preview
 from .data.rows import class_ids
+from .data.sampling import permuted
 from .data.shards import find_shards
 from .data.transforms import Normalise, TestTransform, TrainTransform
 from .data.views import Sampling, TestViews, TrainViews
@@ -56,7 +59,9 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
             **config.model.sizes(),
         )
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"model: {error}") from None
+        size = re.search(r"takes no size '(\w+)'", str(error))
+        hint = f": model.{size[1]}=auto leaves it out" if size else ""
+        raise ConfigError(f"model: {error}{hint}") from None
 
 
 def load_pretrained(
@@ -200,9 +205,33 @@ def read_split(
     for row in rows:
         if max(class_ids(row.target), default=0) >= len(names):
             raise ConfigError(f"{path}: label {row.target} of {row.path}: must be below {len(names)}")
+    if distributed.is_main() and (hint := _absent(rows, data.root)):
+        print(f"warning: data.{split}={path}: {hint}", file=sys.stderr)
     if shared_out:
         rows = hold_back(rows, data.hold_back, config.seed)[split != "train"]
     return rows, list(names)
+
+
+def _absent(rows: Rows, root: str | None) -> str | None:
+    """What may be wrong where none of some rows, from all over the list, is a file or folder."""
+    some = [rows[i] for i in sorted(itertools.islice(permuted(len(rows), 0), 16))]
+    if any(row.place is not None or os.path.exists(row.path) for row in some):
+        return None
+    path, hint = some[0].path, ""
+    name = os.path.relpath(path, root) if root else path
+    numbered = re.fullmatch(r"\d+[ \t,]+(\S.*)", name)
+    roots = (
+        [Path(root).parent, *filter(Path.is_dir, Path(root).iterdir())]
+        if root and Path(root).is_dir()
+        else []
+    )
+    if "'" in (name[0], name[-1]):
+        hint = "; paths stand in single quotes"
+    elif numbered and os.path.exists(Path(root or "", numbered[1])):
+        hint = "; lines begin with a number"
+    elif base := next((base for base in roots if Path(base, name).exists()), None):
+        hint = f"; it is there with data.root={base}"
+    return f"none of the {len(some)} videos looked for is there, the first: {path}{hint}"
 
 
 def hold_back(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:

@@ -22,7 +22,7 @@ from .timeline import write_timelines
 def predict(args: Sequence[str]) -> None:
     """Print the five best classes of each video, with names and scores; or write what happens when."""
     parser = argparse.ArgumentParser(description=predict.__doc__, allow_abbrev=False)
-    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, folders of files, or shards")
+    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, lists, folders, or shards")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="which model")
     parser.add_argument("--device", help="cpu, cuda, ...; default: CUDA where there is one")
     parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for a video (60)")
@@ -99,6 +99,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             parser.error(f"--{name} {value}: must be more than 0")
     if not 0 <= options.leave <= options.enter <= 1:
         parser.error(f"--enter {options.enter} --leave {options.leave}: must be 0 <= leave <= enter <= 1")
+    if options.features and Path(options.features).suffix != ".npz":
+        parser.error(f"--features {options.features}: must end in .npz")
     if options.draw and not options.timeline:
         parser.error("--draw needs --timeline FOLDER")
     for name in ("json", "features", "maps"):
