@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .config import Config, ConfigError, DataConfig, settle_pixels, to_dict
-from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
+from .data.annotations import SIDE, ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
 from .data.preview import make_preview
@@ -126,6 +126,11 @@ def _twins(class_names: Sequence[str]) -> list[int] | None:
     return None if twins == list(range(len(twins))) else twins
 
 
+def _sided(class_names: Sequence[str]) -> str | None:
+    """The first class whose name says left or right."""
+    return next((name for name in class_names if SIDE.search(name)), None)
+
+
 def build_job(
     config: Config, device: torch.device, *, pretrained: bool = True
 ) -> tuple[Job, LoadReport | None]:
@@ -147,6 +152,12 @@ def build_job(
     if config.data.flip == "swap" and task.twins is None:
         raise ConfigError(
             "data.flip=swap: no class name says left or right; a list of numbers needs data.class_names"
+        )
+    if config.data.flip == "all" and distributed.is_main() and (sided := _sided(class_names)):
+        print(
+            f"warning: data.flip=all mirrors clips of {sided!r}, too, whose label then is wrong: swap "
+            "takes the label of the other side, none mirrors nothing",
+            file=sys.stderr,
         )
     loader, val_loader = build_train_loader(config, task, rows, device), None
     if config.data.val is not None or config.data.hold_back:
