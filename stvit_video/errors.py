@@ -18,5 +18,6 @@ class ListError(InputError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all of them."""
     known = sorted(known)
-    match = difflib.get_close_matches(name, known, n=1)
+    match = [other for other in known if other.startswith(name)][:1]
+    match = match or difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {match[0]!r}?)" if match else f" (known: {', '.join(known)})"

@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -237,6 +238,8 @@ def make_loader(
 
     persistent: they stay from pass to pass (training); else they end with each, and free their memory.
     """
+    # torch warns of more workers than cores, each time; how many is the caller's choice
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     return DataLoader(
         dataset,
         batch_size=batch_size,
