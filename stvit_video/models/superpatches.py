@@ -347,8 +347,8 @@ def group_targets(
 
 
 def agreement_targets(grid: Tensor, shapes: Sequence[Size3], *, threshold: float = 0.9) -> list[Tensor]:
-    """What a `PolicyNet` is to say where there are no labels: 1 for a group whose patches a plain model makes
-    alike, all of a cosine above the threshold with their mean, else 0.
+    """What a `PolicyNet` is to say where there are no labels: 1 for a group whose patches a plain model
+    makes alike, all of a cosine above the threshold with their mean, else 0.
 
     grid: (B, t, h, w, C), a model's patches after some layer. -> of each shape (B, t, h, w).
     """
