@@ -558,6 +558,7 @@ def test_a_format_that_is_named(write, tmp_path):
         "kinetics": "list.txt:1: found columns ['clip 30 4']",
         "charades": "list.txt:1: found columns ['clip 30 4']",
         "multilabel": "list.txt:1: found label 'x'",
+        "ava": "found an AVA csv, expected its label map",
     }
     assert set(faults) | {"lines"} == {entry.name for entry in FORMATS}
     for name, fault in faults.items():
