@@ -271,7 +271,7 @@ class Segmentation:
         return {self.class_names[c]: int(pixels[c]) / masks.size for c in order if pixels[c]}
 
     def write(self, stem: Path, record: Mapping[str, Any]) -> None:
-        """STEM_mask.png: class ids with the palette's colours; of several frames STEM_mask_00000.png, ..."""
+        """STEM_mask.png: class ids that show their colours; of several frames STEM_mask_00000.png, ..."""
         for frame, mask in record["masks"].items():
             place = f"_{frame:05d}" if len(record["masks"]) > 1 else ""
             stem.with_name(f"{stem.name}_mask{place}.png").write_bytes(mask)
