@@ -685,6 +685,16 @@ def test_any_number_of_ranks_scores_every_image_once(args, unbroken, tmp_path):
     assert (tmp_path / "1" / "worst.png").stat().st_size > 10_000
 
 
+def test_ranks_train_one_model(args, tmp_path):
+    """Every parameter that learns is used in every update: DistributedDataParallel waits for them all."""
+    log, given = tmp_path / "out.txt", [*args, "--model.head=upernet", "--model.head_dim=8"]
+    given += ["--model.depth=4", "--train.epochs=1", "--train.accumulate=1", f"--output={tmp_path}/run"]
+    assert finish(launch(cli.train, *given, ranks=2, log=log)) == [0, 0], log.read_text()
+    entries = figures(tmp_path / "run")
+    assert [entry["step"] for entry in entries if entry["kind"] == "step"] == [1, 2]
+    assert 0 < entries[-1]["val_mIoU"] < 1
+
+
 def test_unreadable_masks_are_counted_and_left_out(args, scenes, unbroken, tmp_path):
     shutil.copytree(scenes, tmp_path / "set")
     mask = tmp_path / "set" / "masks" / "test_0001.png"
