@@ -218,6 +218,9 @@ def _names_near(folder: Path) -> list[str] | None:
     return file and [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
 
 
+NAME = re.compile(r"[^\s,/]+")  # of an image or a video
+
+
 class Split(NamedTuple):
     """A file with a name a line, of an image or a video, beside folders that hold them and their masks.
 
@@ -242,12 +245,19 @@ class Split(NamedTuple):
             self.folders, source.path.absolute().parent.as_posix()
         ):
             return False
-        image, mask = self.places(source, next(source.lines())[1].strip())
+        name = next(source.lines())[1].strip()
+        if not NAME.fullmatch(name):
+            return False
+        image, mask = self.places(source, name)
         return os.path.exists(image) and os.path.exists(mask)  # False, too, of what can be no name
 
     def read(self, source) -> Rows:
-        places = (self.places(source, line.strip()) for _, line in source.lines())
-        rows = [Row(str(image), Masks(str(mask), self.values)) for image, mask in places]
+        rows = []
+        for where, line in source.lines():
+            if not NAME.fullmatch(line.strip()):
+                raise ListError(f"{where}: found {line.strip()[:200]!r}, expected a name alone")
+            image, mask = self.places(source, line.strip())
+            rows.append(Row(str(image), Masks(str(mask), self.values)))
         return Rows(rows, source.names or self.class_names or _names_near(source.path.absolute().parent))
 
 

@@ -3,7 +3,7 @@
 Features of a clip's frames are decoded frame by frame, as of images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +21,19 @@ class Segmenter(WithHead):
     """A backbone, and a head that makes class logits of its grids: the base of all that segment.
 
     head: channels of the grids -> what makes logits (N, K, h, w) of a list of them (N, C, h, w).
-    levels: how many grids it takes; the last of them is the backbone's last. The others lie evenly
-        before it, after layers of a ViT, or are the stages before it.
+    levels: after which layers or stages these grids are; or how many there are: the last of them is the
+        backbone's last then, the others lie evenly before it, or are the stages before it.
     size: (height, width) of the only clips it takes; None: of any.
     A subclass with losses or scores of its own overrides `loss` and `scores`.
     Raises ValueError for a backbone without such grids.
     """
 
-    def __init__(self, backbone: nn.Module, levels: int, head: Callable[[list[int]], nn.Module]):
+    def __init__(
+        self, backbone: nn.Module, levels: int | Sequence[int], head: Callable[[list[int]], nn.Module]
+    ):
         if not hasattr(backbone, "grids"):
             raise ValueError(f"{type(backbone).__name__} has no patch grids for a head to stand on")
-        layers = chosen_layers(backbone, levels)
+        layers = chosen_layers(backbone, levels) if isinstance(levels, int) else list(levels)
         super().__init__(backbone, head([backbone.grid_widths[layer] for layer in layers]))
         self.layers = layers
         embed, stages = backbone.patch_embed, hasattr(backbone, "layers")

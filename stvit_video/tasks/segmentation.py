@@ -55,6 +55,7 @@ class Segmentation:
     Settings, Scoring = Settings, Scoring
     watched = ("mIoU", "accuracy")
     heads, items = ("linear", "upernet"), "images"
+    on_failure = "exclude"
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Segmentation:
         settings: Settings | None = None,
         scoring: Scoring | None = None,
         view_batch: int = 16,
-        on_failure: str = "exclude",
+        on_failure: str = "exclude",  # the only one here
         twins: Sequence[int] | None = None,
         dump_views: bool = False,
     ):
@@ -263,15 +264,16 @@ class Segmentation:
         """uint8 (H, W, 3) and the record of it -> the same under its classes' colours."""
         return overlay(frame, read_png(next(iter(record["masks"].values()))))
 
-    def plain(self, record: Mapping[str, Any]) -> dict[str, float]:
-        """The share of the pixels that each class has, by name, the largest first."""
+    def plain(self, record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """For json: "classes", the share of the pixels that each has, by name, the largest first."""
         masks = np.stack([read_png(mask) for mask in record["masks"].values()])
         pixels = np.bincount(masks.ravel(), minlength=self.outputs)
         order = np.argsort(-pixels, kind="stable")
-        return {self.class_names[c]: int(pixels[c]) / masks.size for c in order if pixels[c]}
+        shown = {self.class_names[c]: round(int(pixels[c]) / masks.size, 6) for c in order if pixels[c]}
+        return {"classes": shown}
 
     def write(self, stem: Path, record: Mapping[str, Any]) -> None:
-        """STEM_mask.png: class ids with a palette; of several frames STEM_mask_00000.png, ..."""
+        """STEM_mask.png: class ids that show their colours; of several frames STEM_mask_00000.png, ..."""
         for frame, mask in record["masks"].items():
             place = f"_{frame:05d}" if len(record["masks"]) > 1 else ""
             stem.with_name(f"{stem.name}_mask{place}.png").write_bytes(mask)
