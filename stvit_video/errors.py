@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class DecodeError(InputError):
+    """A file, or a frame of it, that cannot be read; one line: the file, the frame, the cause."""
+
+
 class ListError(InputError):
     """A list of videos that cannot be read: file and line, what was found, what was expected."""
 

@@ -17,14 +17,14 @@ from stvit_video.data import ava, demo_movers, sampling
 from stvit_video.data.annotations import read_rows
 from stvit_video.data.batch import Batch, Sample, collate
 from stvit_video.data.dataset import open_kept
-from stvit_video.data.decode import DecodeError, open_video
+from stvit_video.data.decode import open_video
 from stvit_video.data.key_frames import KeyFrame, KeyFrameViews, Resized
 from stvit_video.data.rows import Row, class_ids
 from stvit_video.data.transforms import Normalise, TrainTransform
 from stvit_video.data.views import Sampling
 from stvit_video.engine import checkpoint
 from stvit_video.engine.job import Outcome
-from stvit_video.errors import InputError, ListError
+from stvit_video.errors import DecodeError, InputError, ListError
 from stvit_video.figures import draw_boxes
 from stvit_video.tasks.action_detection import ActionDetection, Scoring
 from stvit_video.tasks.frame_map import DETECTIONS, Detections, average_precision, detections, hits

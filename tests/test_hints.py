@@ -9,7 +9,7 @@ from test_end_to_end import run, settings, trained  # noqa: F401
 from stvit_video import build, cli
 from stvit_video.cli.common import videos_of
 from stvit_video.config import Config, ConfigError, DataConfig, make_parser, parse, resolve
-from stvit_video.data.decode import VIDEO_SUFFIXES
+from stvit_video.data.media import VIDEO_SUFFIXES
 from stvit_video.data.rows import Row
 from stvit_video.engine.evaluate import write_report
 from stvit_video.engine.job import Outcome

@@ -16,7 +16,7 @@ from stvit_video import build, cli, create_model
 from stvit_video.config import Config, DataConfig, ModelConfig
 from stvit_video.data import demo_scenes, sampling
 from stvit_video.data.annotations import read_rows
-from stvit_video.data.decode import DecodeError, open_video
+from stvit_video.data.decode import open_video
 from stvit_video.data.mask_views import MaskReader, MaskTestViews, MaskTrainViews
 from stvit_video.data.masks import IGNORED, Masks
 from stvit_video.data.rows import Row
@@ -24,7 +24,7 @@ from stvit_video.data.transforms import Normalise
 from stvit_video.data.views import Sampling
 from stvit_video.engine import checkpoint
 from stvit_video.engine.job import Outcome
-from stvit_video.errors import InputError
+from stvit_video.errors import DecodeError, InputError
 from stvit_video.models.segmentation import IGNORED as IGNORED_IN_LOSS
 from stvit_video.models.segmentation import pixel_loss
 from stvit_video.recognizer import load_model

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stvit_video import Recognizer, create_model
 from stvit_video.cli import train
-from stvit_video.data.decode import DecodeError, open_video
+from stvit_video.data.decode import open_video
 from stvit_video.data.demo import write_mp4
+from stvit_video.errors import DecodeError
 from stvit_video.weights import load_weights
 
 SIZES = {

@@ -12,7 +12,7 @@ import torch
 
 from ..config import Config, ConfigError
 from ..data.annotations import read_rows
-from ..data.decode import IMAGE_SUFFIXES
+from ..data.media import IMAGE_SUFFIXES
 from ..data.shards import find_shards, index_shards
 from ..engine import distributed
 from ..engine.device import pick_precision, set_up

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import build
 from ..config import Config
-from ..data.decode import VIDEO_SUFFIXES
+from ..data.media import VIDEO_SUFFIXES
 from ..data.rows import Row
 from ..errors import InputError
 from ..export import FORMATS, TOLERANCE, Scores, compare, read, write

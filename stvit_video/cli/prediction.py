@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
+from ..data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from ..data.stream import EVERY
-from ..errors import InputError
+from ..errors import DecodeError, InputError
 from ..predictor import has_head
 from ..recognizer import Recognizer
 from ..timeline import ENTER, LEAVE

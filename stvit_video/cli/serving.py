@@ -5,7 +5,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.decode import VIDEO_SUFFIXES
+from ..data.media import VIDEO_SUFFIXES
 from ..errors import InputError
 from .common import command, videos_of
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from ..errors import InputError
+from ..errors import DecodeError, InputError
 from .batch import Sample, collate, empty
-from .decode import DecodeError, KeptVideo, Video, open_video
+from .decode import KeptVideo, Video, open_video
 from .guard import GivenUp, Guard, SharedMemory
 from .rows import Row
 from .sampling import mixed_seed, permuted

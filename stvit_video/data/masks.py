@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..errors import ListError
-from .decode import IMAGE_SUFFIXES, DecodeError, natural
+from ..errors import DecodeError, ListError
+from .media import IMAGE_SUFFIXES, natural
 from .rows import Row, Rows
 
 IGNORED = 255  # of a pixel that counts nowhere; so there are 255 classes at most
