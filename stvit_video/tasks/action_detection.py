@@ -117,6 +117,7 @@ class ActionDetection:
             scale=data.scale,
             ratio=data.ratio,
             rand_augment=data.rand_augment,
+            interpolation=data.interpolation,
             flip=data.flip != "none",
             mirror=self.mirror,
         )
