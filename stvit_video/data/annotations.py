@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from ..errors import ListError, nearest
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from .masks import MASK_FORMATS
+from .mask_lists import MASK_FORMATS
 from .rows import Row, Rows
 from .shards import Place, find_shards, index_shards, visible
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,8 +10,10 @@ from torch import Tensor
 from . import sampling
 from .augment import augment, cut, split
 from .batch import empty
-from .decode import Video
 from .transforms import TestTransform, TrainTransform
+
+if TYPE_CHECKING:
+    from .decode import Video  # a machine that only computes may have no decoder
 
 Make = Callable[[Sequence[int]], Tensor]  # shape -> uint8, where the clips are to lie
 
@@ -35,7 +37,7 @@ class Sampling:
         """Where `clips` test clips lie."""
         return (sampling.spread_in_segments if self.kind == "uniform" else sampling.spread)(clips)
 
-    def test(self, video: Video, at: float) -> list[int]:
+    def test(self, video: "Video", at: float) -> list[int]:
         """Frame indices of the clip at `at`: dense, from 0 (starts at the first frame) to 1 (ends at the
         last); uniform, how far into its segment each frame lies."""
         if self.kind == "uniform":
@@ -47,7 +49,7 @@ class Sampling:
             video.num_frames, self.num_frames, stride, 0.5 if self.kind == "middle" else at
         )
 
-    def train(self, video: Video) -> list[int]:
+    def train(self, video: "Video") -> list[int]:
         """Frame indices of a random clip (torch's global generator)."""
         if self.kind == "uniform":
             places = torch.rand(self.num_frames).tolist()
@@ -67,7 +69,7 @@ class TrainViews:
     repeats: int = 1
     on_device: bool = False
 
-    def __call__(self, video: Video, target: Any, make: Make = empty) -> tuple:
+    def __call__(self, video: "Video", target: Any, make: Make = empty) -> tuple:
         """-> clips uint8 (V, 3, T, H, W), V targets: a crop may move one, mirroring change it.
 
         On the device: uint8 (T, h, w, 3) of each clip's box, one behind the other, flat; targets; draws.
@@ -101,7 +103,7 @@ class TestViews:
     preview: Callable[[Tensor], bytes] | None = None
 
     def __call__(
-        self, video: Video, target: Any, make: Make = empty
+        self, video: "Video", target: Any, make: Make = empty
     ) -> tuple[Tensor, list] | tuple[Tensor, list, None, bytes]:
         """-> clips uint8 (V, 3, T, H, W), V times the target as it is; no draws; the preview, if any."""
         indices = [self.sampling.test(video, at) for at in self.sampling.spread(self.clips)]
@@ -109,7 +111,7 @@ class TestViews:
         crops = self.transform(frames)
         views = [[crop[place] for place in clip] for clip in clips for crop in crops]
         extra = () if self.preview is None else (None, self.preview(frames))
-        return stack_frames(views, make), [target] * len(views), *extra
+        return stacked(views, make), [target] * len(views), *extra
 
 
 @dataclass(frozen=True)
@@ -125,16 +127,16 @@ class WholeView:
     transform: Callable[[Tensor, Any], tuple[Tensor, Any]]
     random: bool = False
 
-    def __call__(self, video: Video, target: Any, make: Make = empty) -> tuple[Tensor, list]:
+    def __call__(self, video: "Video", target: Any, make: Make = empty) -> tuple[Tensor, list]:
         """-> clip uint8 (1, 3, T, H', W'), whose size may differ from sample to sample; one target."""
         clip = self.sampling.train(video) if self.random else self.sampling.test(video, 0.5)
         frames, (places,) = read_once(video, [clip])
         frames, target = self.transform(frames[places], target)
-        return stack_frames([frames], make), [target]
+        return stacked([frames], make), [target]
 
 
 def read_once(
-    video: Video, clips: Sequence[list[int]], short_side: int | None = None
+    video: "Video", clips: Sequence[list[int]], short_side: int | None = None
 ) -> tuple[Tensor, list[list[int]]]:
     """Every frame that some clip needs, read once (N, 3, H, W), and each clip's places among them.
 
@@ -145,9 +147,9 @@ def read_once(
     return video.read(needed, short_side), [[place[frame] for frame in clip] for clip in clips]
 
 
-def stack_frames(views: Sequence[Sequence[Tensor]], make: Make) -> Tensor:
+def stacked(views: Sequence[Sequence[Tensor]], make: Make) -> Tensor:
     """Frames (3, H, W) of each view -> (V, 3, T, H, W), contiguous: each pixel is copied once."""
     out = make((len(views), 3, len(views[0]), *views[0][0].shape[1:]))
     for view, frames in zip(out, views, strict=True):
-        torch.stack(tuple(frames), 1, out=view)
+        torch.stack(list(frames), 1, out=view)
     return out

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..bounds import Range
-from ..data.decode import open_video
 from ..data.mask_views import MaskReader, MaskTestViews, MaskTrainViews, Truth, resize
 from ..data.masks import IGNORED, Masks
 from ..data.transforms import Normalise
@@ -324,6 +323,8 @@ def as_png(mask: Tensor) -> bytes:
 
 def _scene(row, record: Mapping[str, Any], value: float) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     """Title, frame, truth and prediction, of the frame whose truth the record keeps."""
+    from ..data.decode import open_video  # a machine that only computes may have no decoder
+
     ((place, truth),) = record["truth"].items()
     with open_video(row.path, contents=row.contents()) as video:
         frame = video.read([place])[0].permute(1, 2, 0).numpy()
