@@ -16,7 +16,7 @@ from stvit_video.data.annotations import (
     mirrored_classes,
     read_rows,
 )
-from stvit_video.data.masks import MASK_FORMATS, Layout
+from stvit_video.data.mask_lists import MASK_FORMATS, Layout
 from stvit_video.data.shards import Place
 
 HEADER = "label,youtube_id,time_start,time_end,split\n"

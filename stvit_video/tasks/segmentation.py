@@ -323,6 +323,7 @@ def as_png(mask: Tensor) -> bytes:
 
 def _scene(row, record: Mapping[str, Any], value: float) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     """Title, frame, truth and prediction, of the frame whose truth the record keeps."""
+
     ((place, truth),) = record["truth"].items()
     title = f"{'/'.join(Path(row.path).parts[-2:])}: mIoU {value:.1%}"
     return title, row.frame(place), read_png(truth), read_png(record["masks"][place])
