@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from . import sampling
 from .batch import empty
 from .masks import IGNORED, Masks
-from .views import Make, Sampling, read_once, stacked
+from .views import Make, Sampling, read_once, stack_frames
 
 if TYPE_CHECKING:
     from .decode import Video
@@ -77,7 +77,7 @@ class MaskTrainViews:
         for clip, place in zip(clips, places, strict=True):
             masks = self.masks(target, clip, video, frames.shape[2:])
             views.append(self.augment(frames[place], masks))
-        return stacked([view for view, _ in views], make), [masks for _, masks in views]
+        return stack_frames([view for view, _ in views], make), [masks for _, masks in views]
 
     def augment(self, frames: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (T, 3, H, W), (T, H, W) -> the same, size x size; by torch's global generator."""
@@ -139,7 +139,7 @@ class MaskTestViews:
         truths = [Truth(self.masks(target, clip, video, size), clip) for clip in clips]
         scaled = resize(frames, self.short_side or min(size))
         extra = () if self.preview is None else (None, self.preview(frames))
-        return stacked([scaled[place] for place in places], make), truths, *extra
+        return stack_frames([scaled[place] for place in places], make), truths, *extra
 
 
 def resize(frames: Tensor, short_side: int, scale: float = 1.0) -> Tensor:

@@ -119,7 +119,7 @@ class TestViews:
         crops = self.transform(frames)
         views = [[crop[place] for place in clip] for clip in clips for crop in crops]
         extra = () if self.preview is None else (None, self.preview(frames))
-        return stacked(views, make), [target] * len(views), *extra
+        return stack_frames(views, make), [target] * len(views), *extra
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class WholeView:
         clip = self.sampling.train(video) if self.random else self.sampling.test(video, 0.5)
         frames, (places,) = read_once(video, [clip])
         frames, target = self.transform(frames[places], target)
-        return stacked([frames], make), [target]
+        return stack_frames([frames], make), [target]
 
 
 def read_once(
@@ -155,7 +155,7 @@ def read_once(
     return video.read(needed, short_side), [[place[frame] for frame in clip] for clip in clips]
 
 
-def stacked(views: Sequence[Sequence[Tensor]], make: Make) -> Tensor:
+def stack_frames(views: Sequence[Sequence[Tensor]], make: Make) -> Tensor:
     """Frames (3, H, W) of each view -> (V, 3, T, H, W), contiguous: each pixel is copied once."""
     out = make((len(views), 3, len(views[0]), *views[0][0].shape[1:]))
     for view, frames in zip(out, views, strict=True):
