@@ -160,8 +160,7 @@ class VideoViT(nn.Module):
         tokens yet.
         """
         layers, exits, levels = [len(self.blocks)] if layers is None else list(layers), exits or {}, {}
-        inner = {i for _, first, rest in self._plan for i in range(first + 1, rest)}
-        known = [i for i in range(1, len(self.blocks) + 1) if i not in inner]
+        known = list(self.grid_widths)
         for name, asked in (("layers", layers), ("exits", list(exits))):
             if not set(asked) <= set(known):
                 raise ValueError(f"{name}={asked}: there are tokens after each of the layers {known}")
@@ -172,6 +171,13 @@ class VideoViT(nn.Module):
             if layer >= last < len(self.blocks):
                 break
         return [levels[layer] for layer in layers]
+
+    @property
+    def grid_widths(self) -> dict[int, int]:
+        """The layers that `grids` knows, and how many channels it has after each."""
+        inner = {i for _, first, rest in self._plan for i in range(first + 1, rest)}
+        width = self.patch_embed.proj.out_channels
+        return {i: width for i in range(1, len(self.blocks) + 1) if i not in inner}
 
     def semantic_maps(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> how much each semantic token took from each patch (B, n, T', H', W').
