@@ -92,16 +92,21 @@ def test_it_stays_where_tokens_leave():
     assert fewer.to_grid().equal(tokens.to_grid())
 
 
-@every_plan
-def test_it_exports_and_belongs_to_the_embedding(plan, clip):
-    from timm.models import group_parameters
-
+@pytest.mark.parametrize("plan", [None, "semantic", "tome"])
+def test_it_exports(plan, clip):
     model = model_of(plan, class_token=True).eval()
     program = torch.export.export(
         model, (clip,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
     )
     other = torch.randn(3, 3, 4, 32, 32)
     torch.testing.assert_close(program.module()(other), model(other))
+
+
+@every_plan
+def test_it_belongs_to_the_embedding(plan):
+    from timm.models import group_parameters
+
+    model = model_of(plan, class_token=True)
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     assert groups["cls_token"] == groups["pos_embed_class"] == groups["pos_embed"]
     assert {"cls_token", "pos_embed_class"} <= model.no_weight_decay()

@@ -252,6 +252,8 @@ class Superpatches(nn.Module):
 def _means_of_places(x: Tensor, block: Size3) -> Tensor:
     """(B, T, H, W, C) -> the mean of each block (t, h, w)."""
     x = x.unflatten(1, (-1, block[0])).mean(2) if block[0] > 1 else x
+    if block[1:] == (1, 1):
+        return x
     images = x.flatten(0, 1).movedim(-1, 1)
     return F.avg_pool2d(images, block[1:]).movedim(1, -1).unflatten(0, x.shape[:2])
 
@@ -259,7 +261,7 @@ def _means_of_places(x: Tensor, block: Size3) -> Tensor:
 def _means_of_pixels(x: Tensor, block: Size3) -> Tensor:
     """(B, 3, T, H, W) -> the mean of each block (t, h, w)."""
     x = x.unflatten(2, (-1, block[0])).mean(3) if block[0] > 1 else x
-    return F.avg_pool2d(x.flatten(0, 2), block[1:]).unflatten(0, x.shape[:3])
+    return x if block[1:] == (1, 1) else F.avg_pool2d(x.flatten(0, 2), block[1:]).unflatten(0, x.shape[:3])
 
 
 class PolicyNet(nn.Module):
