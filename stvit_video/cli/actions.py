@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import itertools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -39,9 +40,8 @@ def write_actions(paths: Sequence[Path], folder: Path, options: Any) -> int:
     """
     config, class_names, model = build.load_model(options.checkpoint)
     device = pick_device(options.device or "auto")
-    data = replace(
-        config.data, first_second=0.0, workers=options.workers, timeout=options.timeout, keep=False
-    )
+    workers = min(options.workers, os.cpu_count() or 1)
+    data = replace(config.data, first_second=0.0, workers=workers, timeout=options.timeout, keep=False)
     scoring = replace(config.eval, proposals=options.proposals, excluded=None)
     config = replace(config, data=data, eval=scoring)
     task = build.build_task(config, class_names).to(device)

@@ -273,10 +273,11 @@ class ActionDetection:
             right = hits(detected, boxes, actions)
             value = average_precision(detected.scores, right, sum(map(len, actions)))
             if value is not None and outcome.records[i] is not None:
-                scored.append((value, i))
-        best = sorted(scored, key=lambda each: (-each[0], each[1]))
+                sure = float(detected.scores[right].mean()) if right.any() else 0.0
+                scored.append((value, sure, i))
+        best = sorted(scored, reverse=True)
         lines = [scored[:PICTURED], best[:PICTURED], best[: -PICTURED - 1 : -1]]
-        drawn = [[self._drawn(outcome, i) for _, i in line] for line in lines]
+        drawn = [[self._drawn(outcome, i) for *_, i in line] for line in lines]
         drawn = [[pair for pair in line if pair is not None] for line in drawn]
         if not any(drawn):
             return False
