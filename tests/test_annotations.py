@@ -558,6 +558,8 @@ def test_a_format_that_is_named(write, tmp_path):
         "kinetics": "list.txt:1: found columns ['clip 30 4']",
         "charades": "list.txt:1: found columns ['clip 30 4']",
         "multilabel": "list.txt:1: found label 'x'",
+        "coco": "list.txt:1: found Expecting value, expected valid json",
+        "voc": "list.txt: found no xml files",
     }
     assert set(faults) | {"lines"} == {entry.name for entry in FORMATS}
     for name, fault in faults.items():
