@@ -560,6 +560,8 @@ def test_a_format_that_is_named(write, tmp_path):
         "charades": "list.txt:1: found columns ['clip 30 4']",
         "multilabel": "list.txt:1: found label 'x'",
         "ava": "found an AVA csv, expected its label map",
+        "coco": "list.txt:1: found Expecting value, expected valid json",
+        "voc": "list.txt: found no xml files",
     }
     for entry in MASK_FORMATS:
         fault = "found no folder" if isinstance(entry, Layout) else "found 'clip 30 4', expected"

@@ -228,6 +228,8 @@ def read_voc(source) -> Rows:
 
     Class ids are by name. Raises ListError.
     """
+    if not is_voc(source):
+        raise ListError(f"{source.path}: found no xml files, expected VOC's: Annotations/*.xml")
     if source.path.is_dir():
         files = sorted(_xml_folder(source.path).glob("*.xml"))
     else:
