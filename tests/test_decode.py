@@ -17,6 +17,7 @@ from PIL import Image
 
 from stvit_video.data import decode
 from stvit_video.data.decode import open_video
+from stvit_video.data.media import VIDEO_SUFFIXES
 from stvit_video.errors import DecodeError
 
 FRAMES = 40
@@ -537,7 +538,7 @@ def test_names_with_colons_and_percents(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(SHARED.glob("*.*")), ids=lambda path: path.name)
 def test_real_files(path):
-    if path.suffix not in decode.VIDEO_SUFFIXES:
+    if path.suffix not in VIDEO_SUFFIXES:
         return
     with open_video(path) as video:
         if path.name in BROKEN:
