@@ -7,7 +7,7 @@
 
 import importlib
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 _HOMES = {  # imported when they are first asked for: each command and each notebook pays for what it uses
     "Detector": "predictor",
     "LoadReport": "weights",
