@@ -719,7 +719,7 @@ def test_settings_that_mean_nothing_here_are_refused(tmp_path):
     with pytest.raises(InputError, match="b.png has label 3 and no mask"):
         task().check([Row("b.png", 3)], "list.txt")
     config = Config(task="segmentation", model=ModelConfig(head="upernett"))
-    with pytest.raises(InputError, match="task=segmentation has linear, upernet"):
+    with pytest.raises(InputError, match="task=segmentation has linear, upernet, atm"):
         build.build_model(config, 4)
 
 

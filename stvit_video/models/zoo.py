@@ -18,7 +18,7 @@ from .detection import FasterRCNN, MaskRCNN
 from .embed import clip_size
 from .heads import WithHead
 from .reducers import REDUCERS
-from .segmentation import LinearSegmenter, UPerNetSegmenter
+from .segmentation import ATMSegmenter, LinearSegmenter, UPerNetSegmenter
 from .semantic import SemanticWindows
 from .sizes import Sizes
 from .superpatches import Superpatches
@@ -128,6 +128,7 @@ def _swin_family() -> dict[str, Entry]:
 HEADS: dict[str, Callable[..., WithHead]] = {
     "linear": LinearSegmenter,
     "upernet": UPerNetSegmenter,
+    "atm": ATMSegmenter,
     "mask_rcnn": MaskRCNN,
     "faster_rcnn": FasterRCNN,
     "actions": ActionDetector,

@@ -54,7 +54,7 @@ class Segmentation:
 
     Settings, Scoring = Settings, Scoring
     watched = ("mIoU", "accuracy")
-    heads, items = ("linear", "upernet"), "images"
+    heads, items = ("linear", "upernet", "atm"), "images"
 
     def __init__(
         self,
