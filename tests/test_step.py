@@ -12,8 +12,7 @@ from test_superpatches import NET, half_even, wave
 
 from stvit_video import build, cli, create_model
 from stvit_video.engine import checkpoint
-from stvit_video.models.atm import Masks
-from stvit_video.models.segmentation import Passed
+from stvit_video.models.tokens import Tokens
 from stvit_video.recognizer import load_model
 from stvit_video.weights import WeightsError, load_weights
 
@@ -71,3 +70,109 @@ def test_with_threshold_1_it_is_the_plain_segmenter(head, merged):
     ours, theirs = model.loss(model(clips), targets), plain.loss(plain(clips), targets)
     of_exits = sum(ours[f"exit_{layer}"] for layer in (2, 3))
     torch.testing.assert_close(ours["loss"] - of_exits, theirs["loss"])
+
+
+@pytest.mark.parametrize(
+    "sizes", [*({"exits": [2, 3], "exit_threshold": 0.5} | h for h in HEADS.values()), DTOP, ATM]
+)
+def test_one_image_alone_is_itself_in_a_batch(sizes):
+    """Of images with different numbers of tokens."""
+    model, clips, size = segmenter(**CONTRAST, **sizes), images(), (1, 32, 32)
+    together = model(clips)
+    assert len(together.tokens.unique()) > 1
+    scores = model.scores(together, size)
+    for i in range(len(clips)):
+        alone = model(clips[i : i + 1])
+        assert (model.scores(alone, size)[0] - scores[i]).abs().max() <= 1e-5
+        for one, exit in zip(alone.exits, together.exits, strict=True):
+            assert torch.equal(one.left[0], exit.left[i])
+            assert torch.equal(one.leaving[0], exit.leaving[i])
+
+
+@pytest.mark.parametrize(
+    "sizes", [*({"exits": [2, 3], "exit_threshold": 0.5} | h for h in HEADS.values()), DTOP, ATM, LINEAR]
+)
+def test_gradients_reach_what_should_have_them(sizes):
+    model = segmenter(superpatches="dcts", superpatch_policy=NET, **sizes).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    clips = torch.randint(0, 256, (2, 1, 3, 1, 32, 32), dtype=torch.uint8)
+    batch = batch_of(clips, torch.randint(0, 3, (2, 1, 1, 32, 32), dtype=torch.uint8))
+    losses = task(3).loss(model, batch)
+    losses["loss"].backward()
+    assert sum(name.startswith("exit_") for name in losses) == len(sizes.get("exits", ())) - ("exits" in sizes and sizes["exits"][-1] == 4)
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert {n for n in frozen if "superpatches.policy." in n}
+    idle = ("k.bias", "proj.bias", "in_proj_bias")  # attention's key bias changes nothing
+    assert {n for n in without if not n.endswith(idle) and "superpatches.vectors" not in n} <= frozen
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    again = create_model(**model.built)
+    again.load_state_dict(model.state_dict())
+
+
+def test_dynamic_token_pruning_by_value():
+    """A segmenter takes its checkpoint, and predicts what it does."""
+    values = load_file("tests/fixtures/dtop_prune_96x96_b2.safetensors")
+    weights = {k[2:]: t for k, t in values.items() if k[:2] == "w."}
+    sizes = VIT | DTOP | {"num_classes": 5, "image_size": 96, "head_layers": 2, "exit_threshold": 0.9}
+    model = create_model("vit_tiny_patch16_224", **sizes).eval()
+    report = load_weights(model, weights, fresh=())
+    assert not report.missing
+    with torch.no_grad():
+        outputs = model(wave(2, 3, 96, 96))
+        scores = model.scores(outputs, (1, 96, 96))[:, :, 0]
+    assert [exit.left.sum(1).tolist() for exit in outputs.exits] == [[32, 38], [50, 50], [0, 0]]
+    assert (scores[..., ::4, ::4] - values["out.head_2.semantic"]).abs().max() <= 2e-5
+    losses = model.loss(outputs, values["in.label"][:, None])
+    expected = [sum(values[f"out.head_{i}.loss.{k}"].item() for k in ("loss_ce", "loss_mask", "loss_dice")) for i in range(3)]
+    assert [losses["exit_1"].item(), losses["exit_2"].item()] == pytest.approx(expected[:2], abs=5e-5)
+    assert losses["loss"].item() == pytest.approx(sum(expected), abs=1e-4)
+
+
+def test_segvits_checkpoint_by_value():
+    """Its head, with its names, beside a ViT's backbone."""
+    values = load_file("tests/fixtures/atm_segvit_3levels.safetensors")
+    theirs = load_file("tests/fixtures/dtop_prune_96x96_b2.safetensors")
+    weights = {k[2:]: t for k, t in theirs.items() if k.startswith("w.backbone.")}
+    weights |= {f"decode_head.{k[2:]}": t for k, t in values.items() if k[:2] == "w."}
+    sizes = VIT | ATM | {"num_classes": 5, "image_size": 96, "head_layers": 2, "head_levels": [2, 3, 4]}
+    model = create_model("vit_tiny_patch16_224", **sizes).eval()
+    load_weights(model, weights, fresh=())
+    levels = [values[f"in.feat_{i}"].permute(0, 2, 3, 1)[:, None] for i in range(3)]
+    logits = model.decode([Tokens.of(level) for level in levels], [], None)
+    scores = model.scores(logits, (1, 24, 24))[:, :, 0]
+    assert (scores - values["out.pred"]).abs().max() <= 2e-5
+    losses = model.loss(logits, values["in.label"][:, None])
+    assert losses["loss"].item() == pytest.approx(89.773399, abs=1e-4)
+    model = create_model("vit_tiny_patch16_224", **sizes | {"exits": [2]})
+    with pytest.raises(WeightsError, match=r"head.exits.heads.2"):
+        load_weights(model, weights, fresh=())
+    assert "head.q.weight" in load_weights(model, weights).loaded
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rule"),
+    [
+        (LINEAR | {"exits": [2, 4]}, r"exits=\[2, 4\]: tokens may leave after each of the layers \[1, 2, 3\]"),
+        (ATM | {"exits": [5], "exit_head": "atm"}, r"exits=\[5\]: tokens may leave"),
+        (ATM | {"head_levels": [2, 3]}, r"head_levels=\[2, 3\]: must be among the layers .* with the last"),
+        (ATM | {"exits": [1], "exit_head": "tree"}, "exit_head=tree: must be one of"),
+        (ATM | {"head_dim": 13}, "dim=13 of an ATM head does not divide into num_heads=2"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes, rule):
+    with pytest.raises(ValueError, match=rule):
+        segmenter(**sizes)
+
+
+def test_atm_on_windows_has_one_level():
+    swin = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "image_size": 64}
+    swin |= {"num_classes": 3, "num_frames": 1} | ATM
+    with pytest.raises(ValueError, match=r"head_levels=2: VideoSwin has one for this head"):
+        create_model("swin_tiny_patch4_window7_224", **swin)
+    with pytest.raises(ValueError, match=r"exits=\[1\]: tokens leave a ViT only"):
+        create_model("swin_tiny_patch4_window7_224", **swin | {"head_levels": 1, "exits": [1]})
+    model = create_model("swin_tiny_patch4_window7_224", **swin | {"head_levels": 1}).eval()
+    outputs = model(torch.randn(2, 3, 50, 70))
+    assert model.scores(outputs, (1, 50, 70)).shape == (2, 3, 1, 50, 70)
+    assert model.loss(outputs, torch.randint(0, 3, (2, 1, 50, 70)))["loss"].isfinite()
