@@ -176,3 +176,154 @@ def test_atm_on_windows_has_one_level():
     outputs = model(torch.randn(2, 3, 50, 70))
     assert model.scores(outputs, (1, 50, 70)).shape == (2, 3, 1, 50, 70)
     assert model.loss(outputs, torch.randint(0, 3, (2, 1, 50, 70)))["loss"].isfinite()
+
+
+# ---- runs
+
+STEP = [
+    "--data.image_size=64",
+    "--data.short_side=64",
+    "--model.superpatches=contrast",
+    "--model.depth=3",
+    "--model.exits=[1,2]",
+    "--model.exit_threshold=0.14",
+]
+SMALL_ATM = ["atm", "--model.head_dim=12", "--model.head_heads=2", "--model.head_layers=1"]
+
+
+@pytest.fixture(scope="module")
+def args(scenes, tmp_path_factory):  # noqa: F811
+    path = tmp_path_factory.mktemp("step") / "small.yaml"
+    path.write_text(SMALL)
+    return ["--cfg", str(path), f"--data.train={scenes}/train.txt", f"--data.val={scenes}/test.txt"]
+
+
+def scored(folder):
+    return json.loads((folder / "report.json").read_text()) | {"seconds": 0}
+
+
+@pytest.mark.parametrize(("head", "ranks"), [(["linear"], 1), (SMALL_ATM, 2)], ids=["linear", "atm"])
+def test_tokens_are_counted_exactly_on_any_number_of_ranks(args, head, ranks, tmp_path):
+    log = tmp_path / "log.txt"
+
+    def start(command, ranks, *given):
+        assert finish(launch(command, *args, *given, ranks=ranks, log=log)) == [0] * ranks, log.read_text()
+
+    chosen = [*STEP, f"--model.head={head[0]}", *head[1:]]
+    start(cli.train, ranks, *chosen, f"--output={tmp_path}/run")
+    losses = [entry for entry in figures(tmp_path / "run") if "exit_1" in entry]
+    assert losses[0]["exit_1"] > 0 < losses[0]["exit_2"]
+    checkpoint = f"--checkpoint={tmp_path}/run/last.pt"
+    assert run(cli.test, *args, checkpoint, f"--output={tmp_path}/1", "--eval.dump_views=true") == 0
+    for count in (2, 3)[: 3 - ranks]:
+        start(cli.test, count, checkpoint, f"--output={tmp_path}/{count}")
+        assert scored(tmp_path / "1") == scored(tmp_path / str(count))
+    report = scored(tmp_path / "1")
+    tokens, exits = report["tokens"], report["exits"]
+    assert tokens["patches"] == 64
+    assert tokens["least"] < tokens["most"] <= 64
+    assert list(exits) == ["1", "2"]
+    assert exits["1"]["tokens"] == pytest.approx(tokens["mean"] * tokens["windows"])
+    assert exits["2"]["tokens"] == exits["1"]["tokens"] - exits["1"]["left"] < exits["1"]["tokens"]
+    for exit in exits.values():
+        assert sum(exit["classes"].values()) == exit["left"]
+    assert (tmp_path / "1" / "tokens.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "1" / "masks").glob("*_tokens.png"))) == 5
+
+
+# ---- the policy
+
+POLICY = ["--model.superpatches=dcts", f"--model.superpatch_policy={NET}"]
+
+
+@pytest.fixture(scope="module")
+def policy(args, tmp_path_factory):
+    """A run of task=policy, on two ranks."""
+    folder = tmp_path_factory.mktemp("policy")
+    log = folder / "log.txt"
+    given = [*args, *POLICY, "--task=policy", f"--output={folder}/run", "--train.ema=null"]
+    assert finish(launch(cli.train, *given, ranks=2, log=log)) == [0, 0], log.read_text()
+    return folder / "run"
+
+
+def test_the_policy_is_scored_exactly_on_any_number_of_ranks(args, policy, tmp_path):
+    given = [*args, f"--checkpoint={policy}/last.pt"]
+    assert run(cli.test, *given, f"--output={tmp_path}/1") == 0
+    started = launch(cli.test, *given, f"--output={tmp_path}/2", ranks=2, log=tmp_path / "log.txt")
+    assert finish(started) == [0, 0], (tmp_path / "log.txt").read_text()
+    report = scored(tmp_path / "1")
+    assert report == scored(tmp_path / "2")
+    assert list(report["groups"]) == ["4x4", "2x2"]
+    assert report["groups"]["4x4"]["share"] < report["groups"]["2x2"]["share"]
+    assert (tmp_path / "1" / "tokens.png").stat().st_size > 10_000
+    _, _, model = load_model(policy / "last.pt")
+    start = build.build_model(load_model(policy / "last.pt")[0], 8)
+    assert not torch.equal(model.superpatches.policy.heads[0].weight, start.superpatches.policy.heads[0].weight)
+    assert set(model.state_dict()) == {n for n in model.state_dict() if n.startswith("superpatches.")}
+
+
+def test_a_segmenter_takes_the_policy_and_leaves_it_alone(args, policy, tmp_path, monkeypatch):
+    """Resumed in the middle of its epochs, it ends as if unbroken."""
+    given = [*args, *POLICY, f"--model.policy={policy}/last.pt", "--model.exits=[1]"]
+    assert run(cli.train, *given, f"--output={tmp_path}/unbroken") == 0
+    save_last, saves = checkpoint.save_last, []
+
+    def stopped(folder, values):
+        save_last(folder, values)
+        saves.append(values["update"])
+        if saves == [1, 2]:
+            raise KeyboardInterrupt
+
+    broken = [*given, f"--output={tmp_path}/broken", "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_last", stopped)
+        assert run(cli.train, *broken, "--train.checkpoint_minutes=0") == 130
+    assert run(cli.train, *broken) == 0
+    states = [checkpoint.load(tmp_path / name / "last.pt") for name in ("unbroken", "broken")]
+    for state in states:
+        del state["config"]
+    assert_same(*states)
+    theirs = load_model(policy / "last.pt")[2].superpatches.policy.state_dict()
+    for kind in ("model", "ema"):
+        state = states[0][kind]
+        for name, tensor in theirs.items():
+            assert torch.equal(state[f"backbone.superpatches.policy.{name}"], tensor), name
+
+
+def test_a_policy_that_does_not_fit(args, policy, tmp_path, capsys):
+    take = f"--model.policy={policy}/last.pt"
+    for given, rule in (
+        (POLICY, "without model.policy (what --task policy trains) or model.weights chance would decide"),
+        ([take], "the model has no superpatches=dcts"),
+        ([*POLICY, take, "--model.patch_size=[1,16,16]"], "decides by patch_size=(1, 8, 8), not (1, 16, 16)"),
+        ([*POLICY[:1], take, "--model.superpatch_policy=lcnet_050"], "another network than model.superpatch_policy"),
+        ([*POLICY, take, "--data.mean=[0.5,0.5,0.5]"], "was trained with data.mean="),
+    ):
+        assert run(cli.train, *args, *given, f"--output={tmp_path}/run") == 2
+        assert rule in capsys.readouterr().err
+    with pytest.raises(ValueError, match="head=policy: the network of model.superpatches=dcts"):
+        segmenter(head="policy")
+
+
+def test_cts_begins_with_an_imagenet_network():
+    import timm
+
+    model = segmenter(head="policy", superpatches="dcts", superpatch_policy=NET)
+    weights = timm.create_model(NET, num_classes=7).state_dict()
+    report = load_weights(model, weights, fresh=("heads", "vectors"))
+    assert report.origin == "timm EfficientNet"
+    stem = model.superpatches.policy.backbone.conv_stem.weight
+    assert torch.equal(stem, weights["conv_stem.weight"])
+
+
+def test_figures_of_the_policy_are_those_of_a_walk_over_all_groups():
+    from stvit_video.data.masks import IGNORED
+    from stvit_video.tasks.policy import count, shares
+
+    said = torch.tensor([True, True, False, False, True, False])
+    true = torch.tensor([1, 0, 1, 0, IGNORED, IGNORED])
+    counts = count(said, true)
+    assert counts.tolist() == [1, 2, 2, 4]
+    assert shares(counts.tolist()) == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "share": 0.5, "said": 0.5}
+    assert shares([0, 0, 3, 9])["precision"] == 1
+    assert shares([0, 0, 3, 9])["f1"] == 0
