@@ -134,13 +134,16 @@ def load_pretrained(
 def load_policy(config: Config, model: nn.Module) -> None:
     """`model.policy` into the model. Raises ConfigError unless it decides about the same groups by the same
     pixels; and where chance would decide."""
-    path, superpatches = config.model.policy, getattr(getattr(model, "backbone", model), "superpatches", None)
+    path, superpatches = (
+        config.model.policy,
+        getattr(getattr(model, "backbone", model), "superpatches", None),
+    )
     ours = getattr(superpatches, "policy", None)
     if path is None:
         if ours is not None and config.model.weights is None and config.task != "policy":
             raise ConfigError(
-                "model.superpatches=dcts: without model.policy (what --task policy trains) or model.weights "
-                "chance would decide"
+                "model.superpatches=dcts: without model.policy (what --task policy trains) or "
+                "model.weights chance would decide"
             )
         return
     if ours is None:
@@ -164,7 +167,8 @@ def load_policy(config: Config, model: nn.Module) -> None:
         ours.load_state_dict(policy.state_dict())
     except RuntimeError:
         raise ConfigError(
-            f"model.policy={path}: another network than model.superpatch_policy={config.model.superpatch_policy}"
+            f"model.policy={path}: another network than model.superpatch_policy="
+            f"{config.model.superpatch_policy}"
         ) from None
 
 

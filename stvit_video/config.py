@@ -43,7 +43,7 @@ class ModelConfig(Sizes):
     weights: str | None = None
     """Checkpoint to start from, of any origin: a file, timm:NAME, or hf:OWNER/NAME."""
     policy: str | None = None
-    """Checkpoint of task=policy, which decides about superpatches=dcts from the start, and stays as it is."""
+    """Checkpoint of task=policy: it decides about superpatches=dcts, and stays as it is."""
     inflate: Inflate = "average"
     """An image model's patch embedding over time: repeated and divided, or in the middle frame."""
     fresh: tuple[str, ...] = ("head", "centres", "chunk_embed", "vectors")
@@ -173,7 +173,8 @@ class Config:
     """cpu, cuda, cuda:1, ...; auto: CUDA where there is one."""
     task: Literal[tuple(TASKS)] = "classification"
     """What is learnt: one class a video, several (multilabel), the class of each pixel (segmentation), the
-    groups of patches that are of one class (policy), the objects in images (detection), or what each person does (action_detection)."""
+    groups of patches that are of one class (policy), the objects in images (detection), or what each
+    person does (action_detection)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

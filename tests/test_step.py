@@ -1,4 +1,4 @@
-"""STEP joined to segmentation: ATM and linear heads, exits, counts of tokens, the policy that is trained."""
+"""STEP joined to segmentation: heads, exits, counts of tokens, and the policy that is trained for it."""
 
 import json
 
@@ -99,7 +99,9 @@ def test_gradients_reach_what_should_have_them(sizes):
     batch = batch_of(clips, torch.randint(0, 3, (2, 1, 1, 32, 32), dtype=torch.uint8))
     losses = task(3).loss(model, batch)
     losses["loss"].backward()
-    assert sum(name.startswith("exit_") for name in losses) == len(sizes.get("exits", ())) - ("exits" in sizes and sizes["exits"][-1] == 4)
+    assert sum(name.startswith("exit_") for name in losses) == len(sizes.get("exits", ())) - (
+        "exits" in sizes and sizes["exits"][-1] == 4
+    )
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     assert {n for n in frozen if "superpatches.policy." in n}
@@ -124,7 +126,10 @@ def test_dynamic_token_pruning_by_value():
     assert [exit.left.sum(1).tolist() for exit in outputs.exits] == [[32, 38], [50, 50], [0, 0]]
     assert (scores[..., ::4, ::4] - values["out.head_2.semantic"]).abs().max() <= 2e-5
     losses = model.loss(outputs, values["in.label"][:, None])
-    expected = [sum(values[f"out.head_{i}.loss.{k}"].item() for k in ("loss_ce", "loss_mask", "loss_dice")) for i in range(3)]
+    expected = [
+        sum(values[f"out.head_{i}.loss.{k}"].item() for k in ("loss_ce", "loss_mask", "loss_dice"))
+        for i in range(3)
+    ]
     assert [losses["exit_1"].item(), losses["exit_2"].item()] == pytest.approx(expected[:2], abs=5e-5)
     assert losses["loss"].item() == pytest.approx(sum(expected), abs=1e-4)
 
@@ -153,7 +158,10 @@ def test_segvits_checkpoint_by_value():
 @pytest.mark.parametrize(
     ("sizes", "rule"),
     [
-        (LINEAR | {"exits": [2, 4]}, r"exits=\[2, 4\]: tokens may leave after each of the layers \[1, 2, 3\]"),
+        (
+            LINEAR | {"exits": [2, 4]},
+            r"exits=\[2, 4\]: tokens may leave after each of the layers \[1, 2, 3\]",
+        ),
         (ATM | {"exits": [5], "exit_head": "atm"}, r"exits=\[5\]: tokens may leave"),
         (ATM | {"head_levels": [2, 3]}, r"head_levels=\[2, 3\]: must be among the layers .* with the last"),
         (ATM | {"exits": [1], "exit_head": "tree"}, "exit_head=tree: must be one of"),
@@ -258,7 +266,9 @@ def test_the_policy_is_scored_exactly_on_any_number_of_ranks(args, policy, tmp_p
     assert (tmp_path / "1" / "tokens.png").stat().st_size > 10_000
     _, _, model = load_model(policy / "last.pt")
     start = build.build_model(load_model(policy / "last.pt")[0], 8)
-    assert not torch.equal(model.superpatches.policy.heads[0].weight, start.superpatches.policy.heads[0].weight)
+    assert not torch.equal(
+        model.superpatches.policy.heads[0].weight, start.superpatches.policy.heads[0].weight
+    )
     assert set(model.state_dict()) == {n for n in model.state_dict() if n.startswith("superpatches.")}
 
 
@@ -295,8 +305,14 @@ def test_a_policy_that_does_not_fit(args, policy, tmp_path, capsys):
     for given, rule in (
         (POLICY, "without model.policy (what --task policy trains) or model.weights chance would decide"),
         ([take], "the model has no superpatches=dcts"),
-        ([*POLICY, take, "--model.patch_size=[1,16,16]"], "decides by patch_size=(1, 8, 8), not (1, 16, 16)"),
-        ([*POLICY[:1], take, "--model.superpatch_policy=lcnet_050"], "another network than model.superpatch_policy"),
+        (
+            [*POLICY, take, "--model.patch_size=[1,16,16]"],
+            "decides by patch_size=(1, 8, 8), not (1, 16, 16)",
+        ),
+        (
+            [*POLICY[:1], take, "--model.superpatch_policy=lcnet_050"],
+            "another network than model.superpatch_policy",
+        ),
         ([*POLICY, take, "--data.mean=[0.5,0.5,0.5]"], "was trained with data.mean="),
     ):
         assert run(cli.train, *args, *given, f"--output={tmp_path}/run") == 2
@@ -324,6 +340,38 @@ def test_figures_of_the_policy_are_those_of_a_walk_over_all_groups():
     true = torch.tensor([1, 0, 1, 0, IGNORED, IGNORED])
     counts = count(said, true)
     assert counts.tolist() == [1, 2, 2, 4]
-    assert shares(counts.tolist()) == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "share": 0.5, "said": 0.5}
+    assert shares(counts.tolist()) == {
+        "precision": 0.5,
+        "recall": 0.5,
+        "f1": 0.5,
+        "share": 0.5,
+        "said": 0.5,
+    }
     assert shares([0, 0, 3, 9])["precision"] == 1
     assert shares([0, 0, 3, 9])["f1"] == 0
+
+
+# ---- the benchmark
+
+
+def test_the_benchmark_merges_and_lets_leave_as_much_as_it_says():
+    from stvit_video.bench.step import bench_step, fix_choice, fix_threshold
+
+    sizes = VIT | {"superpatches": "dcts", "superpatch_policy": NET, "image_size": 64, "exits": [2]}
+    model = create_model("vit_tiny_patch16_224", **sizes | LINEAR).eval()
+    image = torch.randn(1, 3, 1, 64, 64)
+    fix_choice(model.backbone.superpatches, 2.5)
+    with torch.no_grad():
+        fix_threshold(model, model.exits, image, 0.4)
+        outputs = model(image)
+    assert outputs.tokens.tolist() == [26]
+    assert outputs.exits[0].leaving.sum().item() == pytest.approx(0.4 * 26, abs=1)
+    small = {"patch_size": (1, 8, 8), "embed_dim": 24, "depth": 4, "num_heads": 2, "superpatch_policy": NET}
+    options = {"share": 2.5, "leave": 0.4, "rounds": 1, "device": torch.device("cpu")}
+    plain, merged, *early = bench_step(
+        "vit_tiny_patch16_224", image_size=64, head="atm", **options, **small, head_dim=12, head_heads=2
+    )
+    assert plain["ratio"] == plain["fewer"] == 1
+    assert [row["model"] for row in early] == ["dCTS, linear exit", "dCTS, ATM exit"]
+    assert merged["G multiply-adds"] > early[0]["G multiply-adds"]
+    assert all(row["images/s"] > 0 for row in early)

@@ -183,7 +183,9 @@ def step(args: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="stvit-bench step", description=step.__doc__, allow_abbrev=False, exit_on_error=False
     )
-    parser.add_argument("--checkpoints", nargs="+", metavar="FILE", help="of segmenters; else random weights")
+    parser.add_argument(
+        "--checkpoints", nargs="+", metavar="FILE", help="of segmenters; else random weights"
+    )
     parser.add_argument("--limit", type=_positive, default=40, help="images of the test list timed (40)")
     parser.add_argument("--model", type=_names(MODELS), default=["vit_large_patch16_224"])
     parser.add_argument("--head", choices=("linear", "atm"), default="linear")

@@ -1,4 +1,4 @@
-"""What shared tokens and early exits save of a segmenter: multiply-adds that are done, and images/s, in turns."""
+"""What shared tokens and early exits save of a segmenter: multiply-adds as they are done, and images/s."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -31,10 +31,11 @@ def bench_step(
     device: torch.device,
     **sizes,
 ) -> list[dict]:
-    """Random weights: the plain ViT, with superpatches, and with linear and ATM exits at half depth -> a row each.
+    """Random weights: a plain ViT, with superpatches, and with linear and ATM exits at half depth -> a row
+    each.
 
-    share: patches over tokens; leave: share of the tokens that leave at the exit. Which ones, random weights
-    cannot say: the policy and the exits do all their work, then a fixed choice of so many takes its place.
+    share: patches over tokens; leave: share of the tokens that leave at the exit. Random weights cannot say
+    which: the policy does all its work, then a fixed choice of so many takes its place.
     """
     sizes |= {"num_frames": 1, "image_size": image_size, "num_classes": CLASSES, "head": head}
     depth = create_model(name, **sizes).built["depth"]
@@ -45,7 +46,7 @@ def bench_step(
     image, calls = torch.randn(1, 3, 1, image_size, image_size, device=device), {}
     for variant, changes in variants.items():
         torch.manual_seed(0)
-        model = create_model(name, **sizes, **changes).to(device).eval()
+        model = create_model(name, **sizes, **changes).to(device).eval().requires_grad_(False)
         with torch.inference_mode():
             if model.backbone.superpatches is not None:
                 fix_choice(model.backbone.superpatches, share)
@@ -55,7 +56,9 @@ def bench_step(
     return measure(calls, rounds, device)
 
 
-def bench_checkpoints(paths: Sequence[Path], *, limit: int, rounds: int, device: torch.device) -> list[dict]:
+def bench_checkpoints(
+    paths: Sequence[Path], *, limit: int, rounds: int, device: torch.device
+) -> list[dict]:
     """Checkpoints of segmenters on the test list of the first -> a row each, with mIoU and tokens of all of
     its images; speed and multiply-adds are of the first `limit`."""
     calls, figures, config = {}, {}, None
@@ -64,7 +67,8 @@ def bench_checkpoints(paths: Sequence[Path], *, limit: int, rounds: int, device:
         theirs = resolve(theirs)
         config = config or theirs
         rows, _ = build.read_split(config, "test", class_names)
-        task, model = build.build_task(theirs, class_names).to(device), model.to(device)
+        model.to(device).requires_grad_(False)
+        task = build.build_task(theirs, class_names).to(device)
         loader = build.build_test_loader(theirs, task, rows, device, clips=1, crops=1)
         outcome = score(model, task, loader, device, title=str(path))
         figures[str(path)] = task.figures(outcome)
@@ -90,7 +94,7 @@ def measure(calls: dict[str, Callable[[], int]], rounds: int, device: torch.devi
     """What looks at images, and says at how many -> a row each; ratios are to the first. Each round has a
     turn of each, and figures are medians."""
     seconds, costs, images = {name: [] for name in calls}, {}, {}
-    with progress(total=(rounds + 1) * len(calls), desc="timing", unit="call") as bar, torch.inference_mode():
+    with progress(total=(rounds + 1) * len(calls), desc="timing", unit="call") as bar, torch.no_grad():
         for name, call in calls.items():
             with FlopCounterMode(display=False) as counter:
                 images[name] = call()

@@ -19,7 +19,9 @@ class PolicyTrainer(nn.Module):
         super().__init__()
         self.superpatches = getattr(backbone, "superpatches", None)
         if getattr(self.superpatches, "policy", None) is None:
-            raise ValueError("head=policy: the network of model.superpatches=dcts, which this model has not")
+            raise ValueError(
+                "head=policy: the network of model.superpatches=dcts, which this model has not"
+            )
         self.superpatches.requires_grad_(False)
         self.superpatches.policy.requires_grad_(True)
         self.size = tuple(backbone.patch_embed.clip_size[1:])

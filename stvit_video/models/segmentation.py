@@ -106,7 +106,7 @@ class Segmenter(WithHead):
         return self.exits(self.backbone, clip, layers)
 
     def decode(self, levels: list[Tokens], exits: list[Exit], left: Tensor) -> Logits:
-        """Tokens -> logits of patches (B, K, t, h, w). Of patches that have `left` (B, P), the last exit's."""
+        """Tokens -> logits of patches (B, K, t, h, w); of those that have `left` (B, P) the last exit's."""
         grids = [tokens.to_grid() for tokens in levels]
         outputs = self.head([grid.flatten(0, 1).permute(0, 3, 1, 2) for grid in grids])
         if isinstance(outputs, dict):
@@ -163,7 +163,9 @@ class LinearSegmenter(Segmenter):
         exit_threshold: float = 0.95,
     ):
         make = partial(EarlyExits, num_classes=num_classes, layers=exits, threshold=exit_threshold)
-        super().__init__(backbone, 1, lambda dims: LinearHead(dims[-1], num_classes), make if exits else None)
+        super().__init__(
+            backbone, 1, lambda dims: LinearHead(dims[-1], num_classes), make if exits else None
+        )
 
 
 class UPerNetSegmenter(Segmenter):
@@ -209,13 +211,17 @@ class ATMSegmenter(Segmenter):
         exit_threshold: float = 0.95,
     ):
         sizes = {"dim": head_dim, "num_heads": head_heads, "num_layers": head_layers}
-        self.prunes = exit_head == "atm" and bool(exits) and max(exits) == len(getattr(backbone, "blocks", ()))
+        self.prunes = (
+            exit_head == "atm" and bool(exits) and max(exits) == len(getattr(backbone, "blocks", ()))
+        )
 
         def head(dims: list[int]) -> nn.Module:
             if self.prunes:
                 return nn.Module()  # the last exit
             if len(dims) > 1 and not hasattr(backbone, "levels"):
-                raise ValueError(f"head_levels={head_levels}: {type(backbone).__name__} has one for this head")
+                raise ValueError(
+                    f"head_levels={head_levels}: {type(backbone).__name__} has one for this head"
+                )
             return ATMHead(dims[-1], num_levels=len(dims), num_classes=num_classes, **sizes)
 
         make = partial(

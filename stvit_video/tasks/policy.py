@@ -1,4 +1,4 @@
-"""Policy: which groups of patches are of one class, and can be one token. Learnt from segmentation's lists."""
+"""Policy: which groups of patches are of one class, and can be one token; from segmentation's lists."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,10 +35,12 @@ class Policy(Segmentation):
     def _record(
         self, model: nn.Module, clips: Tensor, truths: Sequence[Truth], preview: bytes | None
     ) -> dict[str, Any]:
-        """groups: names of the shapes; counts: int64 (shapes, 4), groups that are said to be of one class and
-        are, are said to be, are, and all. tokens_of: see `TokenCounts.record`. truth: where shown."""
+        """groups: names of the shapes; counts: int64 (shapes, 4), see `count`, over all windows;
+        tokens_of: see `TokenCounts.record`; truth: the mask as PNG, of what is shown."""
         known = any((truth.masks != IGNORED).any() for truth in truths)
-        tokens = TokenCounts(keep_map=(preview is not None or not known) and len(clips) == clips.shape[2] == 1)
+        tokens = TokenCounts(
+            keep_map=(preview is not None or not known) and len(clips) == clips.shape[2] == 1
+        )
         counts = sum(
             self._count(model, clip, truth, tokens) for clip, truth in zip(clips, truths, strict=True)
         )
@@ -71,7 +73,9 @@ class Policy(Segmentation):
         if not records:
             return dict.fromkeys((*self.watched, "groups"))
         counts = np.sum([record["counts"].numpy() for record in records], axis=0)
-        groups = {name: shares(row) for name, row in zip(records[0]["groups"], counts.tolist(), strict=True)}
+        groups = {
+            name: shares(row) for name, row in zip(records[0]["groups"], counts.tolist(), strict=True)
+        }
         means = {key: float(np.mean([group[key] for group in groups.values()])) for key in self.watched}
         return means | {"groups": groups} | token_counts.summary(records, self.class_names)
 
@@ -112,13 +116,15 @@ class Policy(Segmentation):
 
 
 def count(said: Tensor, target: Tensor) -> Tensor:
-    """What is said of groups (bool) and what is true (1, 0, `IGNORED`) -> int64 (4): both, said, true, all."""
+    """What is said of groups (bool) and what is true (1, 0, `IGNORED`) -> int64 (4): how many are of one
+    class and said to be, are said to be, are, and all of them."""
     known, true = target != IGNORED, target == 1
     return torch.stack([(said & true).sum(), (said & known).sum(), true.sum(), known.sum()])
 
 
 def shares(counts: Sequence[int]) -> dict[str, float]:
-    """As of `count` -> precision (1 where nothing is said), recall (1 where there is nothing), f1, shares."""
+    """Of `count` -> precision (1 where nothing is said), recall (1 where there is nothing), f1; the share
+    of groups that are of one class, and of those that are said to be."""
     right, said, true, every = counts
     return {
         "precision": right / said if said else 1.0,

@@ -20,7 +20,7 @@ from ..data.masks import IGNORED, Masks
 from ..data.transforms import Normalise
 from ..data.views import Sampling
 from ..errors import InputError
-from ..figures import draw_scenes, draw_tokens, overlay, palette, show_tokens
+from ..figures import draw_scenes, draw_tokens, overlay, palette
 from . import token_counts
 from .token_counts import TokenCounts
 
@@ -34,7 +34,7 @@ class Settings:
     distort: bool = True
     """Segmentation: change brightness, contrast, saturation and hue of training images at random."""
     border_unsure: bool = False
-    """Policy: groups at an image's border that have one class and ignored pixels teach nothing (CTS, ADE20K)."""
+    """Policy: groups at the border with one class and ignored pixels teach nothing (CTS on ADE20K)."""
 
 
 @dataclass
@@ -221,7 +221,10 @@ class Segmentation:
 
         Classes that are neither there nor predicted are left out of the means, as in mmsegmentation.
         """
-        counts, tokens = self.counts(outcome.records), token_counts.summary(outcome.records, self.class_names)
+        counts, tokens = (
+            self.counts(outcome.records),
+            token_counts.summary(outcome.records, self.class_names),
+        )
         if not counts.any():
             return dict.fromkeys(("mIoU", "accuracy", "mean_class_accuracy", "classes")) | tokens
         right, _, there = counts
@@ -299,8 +302,9 @@ class Segmentation:
         return {self.class_names[c]: int(pixels[c]) / masks.size for c in order if pixels[c]}
 
     def write(self, stem: Path, record: Mapping[str, Any]) -> None:
-        """STEM_mask.png: class ids with a palette; of several frames STEM_mask_00000.png, ... STEM_tokens.png:
-        a map of tokens, where there is one."""
+        """STEM_mask.png: class ids with a palette; of several frames STEM_mask_00000.png, ...
+
+        Where there is a map of tokens, STEM_tokens.png."""
         tokens = record.get("tokens_of", {}).get("map")
         if tokens is not None:
             stem.with_name(f"{stem.name}_tokens.png").write_bytes(as_png(torch.from_numpy(tokens)))

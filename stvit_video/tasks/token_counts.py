@@ -1,4 +1,4 @@
-"""Where tokens go: how many a model's windows have, and how many leave after which layer, counted exactly."""
+"""Where tokens go: how many a model's windows have, and how many leave after which layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,9 @@ class TokenCounts:
         self.keep_map, self.windows = keep_map, []
         self.map: np.ndarray | None = None
 
-    def add(self, outputs: Any, places: Sequence[tuple[int, int]], window: Sequence[int], size: Sequence[int]):
+    def add(
+        self, outputs: Any, places: Sequence[tuple[int, int]], window: Sequence[int], size: Sequence[int]
+    ):
         """outputs: of a `Segmenter`; those of models whose tokens are the patches have nothing to count.
 
         places: top left corners of the windows (h, w) in a frame of `size` (H, W).
@@ -39,13 +41,16 @@ class TokenCounts:
                 target[:] = part[: target.shape[0], : target.shape[1]]
 
     def record(self) -> dict[str, Any]:
-        """"tokens": of each window, int64; "patches": of one; "exits": by layer how many tokens were there
+        """ "tokens": of each window, int64; "patches": of one; "exits": by layer how many tokens were there
         before it, and how many of each class left, over all windows; "map". Empty without counts."""
         if not self.windows:
             return {}
         patches, tokens, counts = zip(*self.windows, strict=True)
         exits = {
-            passed[0][0]: (sum(n for _, n, _ in passed), torch.stack([by_class for *_, by_class in passed]).sum(0))
+            passed[0][0]: (
+                sum(n for _, n, _ in passed),
+                torch.stack([by_class for *_, by_class in passed]).sum(0),
+            )
             for passed in zip(*counts, strict=True)
         }
         record = {"patches": patches[0], "tokens": torch.tensor(tokens), "exits": exits}
@@ -71,8 +76,11 @@ def window_map(outputs: Any, i: int, size: Sequence[int]) -> np.ndarray:
 
 
 def summary(records: Sequence[Mapping | None], class_names: Sequence[str]) -> dict[str, Any]:
-    """"tokens": patches of a window, and the mean, least and most tokens; "exits": by layer the tokens that
-    were there before it, that left there, and these by class, over all windows. Empty without counts."""
+    """-> "tokens": patches of a window, and the mean, least and most tokens; "exits": by layer the tokens
+    that were there before it, that left there, and these by class, over all windows.
+
+    Empty without counts.
+    """
     counted = [record["tokens_of"] for record in records if record is not None and record.get("tokens_of")]
     if not counted:
         return {}
