@@ -32,7 +32,7 @@ demo-segment: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_step.yaml --overwrite
 	$(RUN) tools/test_net.py --cfg configs/demo_segment.yaml --checkpoint runs/demo_segment/best.pt
 	$(RUN) tools/test_net.py --cfg configs/demo_step.yaml --checkpoint runs/demo_step/best.pt
-	$(RUN) tools/bench.py step --checkpoints runs/demo_segment/best.pt runs/demo_step/best.pt
+	$(RUN) tools/benchmark.py step --checkpoints runs/demo_segment/best.pt runs/demo_step/best.pt
 
 # Objects in images: a detector on STViT-R, and on the dense Swin of the same size; each scored on unseen images.
 demo-detect: $(VENV)/installed
