@@ -24,10 +24,15 @@ demo-finetune: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_finetune.yaml --overwrite
 	$(RUN) tools/test_net.py --cfg configs/demo_finetune.yaml --checkpoint runs/demo_finetune/best.pt
 
-# Segmentation: a small ViT on the embedded scenes.
+# Segmentation: a small ViT on the embedded scenes; then STEP: which patches share a token, and the same ViT with
+# shared tokens and an early exit, beside the plain one in mIoU, tokens, multiply-adds and images/s.
 demo-segment: $(VENV)/installed
 	$(RUN) tools/train_net.py --cfg configs/demo_segment.yaml --overwrite
+	$(RUN) tools/train_net.py --cfg configs/demo_policy.yaml --overwrite
+	$(RUN) tools/train_net.py --cfg configs/demo_step.yaml --overwrite
 	$(RUN) tools/test_net.py --cfg configs/demo_segment.yaml --checkpoint runs/demo_segment/best.pt
+	$(RUN) tools/test_net.py --cfg configs/demo_step.yaml --checkpoint runs/demo_step/best.pt
+	$(RUN) tools/benchmark.py step --checkpoints runs/demo_segment/best.pt runs/demo_step/best.pt
 
 # Objects in images: a detector on STViT-R, and on the dense Swin of the same size; each scored on unseen images.
 demo-detect: $(VENV)/installed

@@ -207,6 +207,12 @@ def from_segvit(state: State) -> State:
     return from_timm(_renamed(state, rename))
 
 
+def from_efficientnet(state: State) -> State:
+    """timm's, as the network that decides about superpatches; without what follows its last stage."""
+    ends = ("conv_head.", "bn2.", "norm_head.", "classifier.")
+    return {f"superpatches.policy.backbone.{k}": t for k, t in state.items() if not k.startswith(ends)}
+
+
 def square(table: Tensor) -> Tensor | None:
     """A flat table (1, N, C) as the grid (1, 1, n, n, C) of a square image; None if N is 0 or no square."""
     side = math.isqrt(table.shape[1])
@@ -299,6 +305,7 @@ ADAPTERS = [
     Adapter("Microsoft Swin", _named(r"^layers\.0\.downsample\."), from_microsoft_swin, pixels=IMAGENET),
     Adapter("MAE-ST", _named("^pos_embed_spatial$"), from_mae_st, pixels=SLOWFAST),
     Adapter("SegViT", _named(r"^layers\.0\.ln1\."), from_segvit),
+    Adapter("timm EfficientNet", _named(r"^conv_stem\."), from_efficientnet),
     Adapter("timm ViT", lambda s: "pos_embed" in s and s["pos_embed"].ndim == 3, from_timm),
     Adapter("this toolbox", lambda state: True, dict),
 ]

@@ -128,13 +128,55 @@ def load_pretrained(
     """
     if config.model.weights is None:
         return None
+    later = () if config.model.policy is None else ("policy",)
     return load_weights(
         model,
         config.model.weights,
         inflate=config.model.inflate,
-        fresh=() if scoring else config.model.fresh,
+        fresh=later if scoring else (*config.model.fresh, *later),
         class_names=class_names,
     )
+
+
+def load_policy(config: Config, model: nn.Module) -> None:
+    """`model.policy` into the model. Raises ConfigError unless it decides about the same groups by the same
+    pixels; and where chance would decide."""
+    path, superpatches = (
+        config.model.policy,
+        getattr(getattr(model, "backbone", model), "superpatches", None),
+    )
+    ours = getattr(superpatches, "policy", None)
+    if path is None:
+        if ours is not None and config.model.weights is None and config.task != "policy":
+            raise ConfigError(
+                "model.superpatches=dcts: without model.policy (what --task policy trains) or "
+                "model.weights chance would decide"
+            )
+        return
+    if ours is None:
+        raise ConfigError(f"model.policy={path}: the model has no superpatches=dcts")
+    theirs, _, trained = load_model(path)
+    if theirs.task != "policy":
+        raise ConfigError(f"model.policy={path}: was trained for task={theirs.task}, not policy")
+    for key in ("mean", "std"):
+        if getattr(config.data, key) != getattr(theirs.data, key):
+            raise ConfigError(
+                f"model.policy={path}: was trained with data.{key}={list(getattr(theirs.data, key))}, not "
+                f"{list(getattr(config.data, key))}"
+            )
+    policy = trained.superpatches.policy
+    for key in ("patch_size", "shapes"):
+        if getattr(policy, key) != getattr(ours, key):
+            raise ConfigError(
+                f"model.policy={path}: decides by {key}={getattr(policy, key)}, not {getattr(ours, key)}"
+            )
+    try:
+        ours.load_state_dict(policy.state_dict())
+    except RuntimeError:
+        raise ConfigError(
+            f"model.policy={path}: another network than model.superpatch_policy="
+            f"{config.model.superpatch_policy}"
+        ) from None
 
 
 def with_pixels(config: Config, report: LoadReport | None) -> Config:
@@ -205,6 +247,8 @@ def build_job(
         )
     report = load_pretrained(config, model, class_names) if pretrained else None
     config = with_pixels(config, report)
+    if pretrained:
+        load_policy(config, model)
     task = build_task(config, class_names)
     load_teacher(config, task, class_names)
     task.to(device)

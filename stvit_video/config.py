@@ -42,6 +42,8 @@ class ModelConfig(Sizes):
     """What stands on the model: one of the task's heads, by name; auto: its first; null: a classifier."""
     weights: str | None = None
     """Checkpoint to start from, of any origin: a file, timm:NAME, or hf:OWNER/NAME."""
+    policy: str | None = None
+    """Checkpoint of task=policy: it decides about superpatches=dcts, and stays as it is."""
     inflate: Inflate = "average"
     """An image model's patch embedding over time: repeated and divided, or in the middle frame."""
     fresh: tuple[str, ...] = ("head", "centres", "chunk_embed", "vectors")
@@ -129,7 +131,7 @@ class DataConfig:
 
 # Settings that only some task has stand in `train`, too, and those of its scoring in `eval`.
 _TASK_SETTINGS = tuple(dict.fromkeys(task.Settings for task in TASKS.values()))
-_TASK_SCORING = tuple(task.Scoring for task in TASKS.values() if hasattr(task, "Scoring"))
+_TASK_SCORING = tuple(dict.fromkeys(t.Scoring for t in TASKS.values() if hasattr(t, "Scoring")))
 
 
 @dataclass
@@ -171,7 +173,8 @@ class Config:
     """cpu, cuda, cuda:1, ...; auto: CUDA where there is one."""
     task: Literal[tuple(TASKS)] = "classification"
     """What is learnt: one class a video, several (multilabel), the class of each pixel (segmentation), the
-    objects in images (detection), or what each person does (action_detection)."""
+    groups of patches that are of one class (policy), the objects in images (detection), or what each
+    person does (action_detection)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 WATCHED = "val_"  # begins the keys of a validation's figures in the log
 READABLE = 240  # pixels: the short side of a frame with letters in it
+BORDER = 255  # in a map of tokens: between two of them
 COLOURS = ("#ffd54f", "#4fc3f7", "#aed581", "#ff8a65", "#ce93d8", "#80cbc4")
 PLAYED, FRAME = 192, 125  # a clip that plays: its height at least, and milliseconds of a frame
 
@@ -112,6 +113,41 @@ def draw_scenes(
     marks = [Patch(color=palette()[c] / 255) for c in present]
     names = [class_names[c].replace("$", r"\$") for c in present]
     figure.legend(marks, names, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    figure.savefig(picture, dpi=110)
+
+
+def show_tokens(frame: np.ndarray, tokens: np.ndarray, share: float = 0.6) -> np.ndarray:
+    """uint8 (H, W, 3) and a map of tokens (h, w): 0: it stays, n: it left at the n-th exit, `BORDER`
+    between two -> the frame with the map over it, enlarged where lines would hide it."""
+    enlarged = max(READABLE // min(frame.shape[:2]), 1)
+    out = frame.repeat(enlarged, 0).repeat(enlarged, 1)
+    rows, columns = (np.arange(n) * m // n for n, m in zip(out.shape, tokens.shape, strict=False))
+    tokens = tokens[rows[:, None], columns]
+    left = (tokens > 0) & (tokens < BORDER)
+    out[left] = np.round((1 - share) * out[left] + share * palette()[tokens[left]])
+    out[tokens == BORDER] = out[tokens == BORDER] // 2
+    return out
+
+
+def draw_tokens(
+    rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], exits: Sequence[str], picture: Path
+) -> None:
+    """Title, frame (H, W, 3), predicted mask and map of tokens of each row -> one picture.
+
+    exits: what each colour of the map means, in order.
+    """
+    from matplotlib.patches import Patch
+
+    figure, axes = _axes(len(rows), 2, figsize=(7, 3.2 * len(rows) + 0.4), squeeze=False)
+    for line, (title, frame, mask, tokens) in zip(axes, rows, strict=True):
+        pictures = (overlay(frame, mask), show_tokens(frame, tokens))
+        for axis, pixels, name in zip(line, pictures, (title, "tokens"), strict=True):
+            axis.imshow(pixels)
+            axis.set_title(name.replace("$", r"\$"), fontsize=8)
+            axis.axis("off")
+    marks = [Patch(color=palette()[i] / 255) for i in range(1, len(exits) + 1)]
+    if marks:
+        figure.legend(marks, exits, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(picture, dpi=110)
 
 

@@ -100,12 +100,34 @@ def load_weights(
     contents.pixels = published_pixels(source) or contents.pixels
     of_backbone = not any(name.startswith("backbone.") for name in contents.state)
     if isinstance(model, WithHead) and of_backbone:
-        if not _within("head", fresh):
+        head = _segvits_heads(model, contents)
+        absent = [name for name in model.head.state_dict() if name not in head]
+        if absent and not _within("head", fresh):
             raise WeightsError(
-                f"{contents.name}: a backbone, without what {type(model).__name__} has for a head"
+                f"{contents.name}: a backbone, without what {type(model).__name__} has for a head "
+                f"(head.{absent[0]})"
             )
-        return _fit_into(model.backbone, contents, inflate, fresh, None)
+        unused = ("fc_norm",) if head else ()
+        report = _fit_into(model.backbone, contents, inflate, (*fresh, *unused), None)
+        model.head.load_state_dict(head, strict=False)
+        report.loaded |= {f"head.{name}": _shape(tensor) for name, tensor in head.items()}
+        return report
     return _fit_into(model, contents, inflate, fresh, class_names)
+
+
+def _segvits_heads(model: WithHead, contents: "_Contents") -> State:
+    """Of SegViT or Dynamic Token Pruning, what fits the model's head and its exits, by our names."""
+    targets, layers = model.head.state_dict(), getattr(getattr(model.head, "exits", None), "layers", [])
+    ours = {f"auxiliary_head.{i}.": f"exits.heads.{layer}." for i, layer in enumerate(layers)}
+    ours["decode_head."] = "" if "q.weight" in targets else f"exits.heads.{max(layers, default=0)}."
+    state = contents.adapter.convert(contents.state) if contents.adapter.origin == "SegViT" else {}
+    heads = {
+        name.replace(theirs, place, 1): tensor
+        for name, tensor in state.items()
+        for theirs, place in ours.items()
+        if name.startswith(theirs)
+    }
+    return {k: t for k, t in heads.items() if k in targets and targets[k].shape == t.shape}
 
 
 def _fit_into(

@@ -29,6 +29,7 @@ from stvit_video.models.segmentation import IGNORED as IGNORED_IN_LOSS
 from stvit_video.models.segmentation import pixel_loss
 from stvit_video.recognizer import load_model
 from stvit_video.tasks.segmentation import Scoring, Segmentation, read_png, starts
+from stvit_video.tasks.token_counts import TokenCounts
 from stvit_video.weights import load_weights
 
 NORMALISE = Normalise((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -349,7 +350,7 @@ def test_windows_are_averaged():
             return torch.cat([ramp, 2 * ramp, -ramp, 0 * ramp], 1)
 
     clip = torch.zeros(3, 1, 4, 10)
-    scores = task(scoring=Scoring(window_stride=3))._windows(Ramp((4, 6)), clip)
+    scores = task(scoring=Scoring(window_stride=3))._windows(Ramp((4, 6)), clip, TokenCounts())
     places = [range(0, 6), range(3, 9), range(4, 10)]
     expected = [np.mean([x - p[0] for p in places if x in p]) for x in range(10)]
     torch.testing.assert_close(scores[0, 0, 2], torch.tensor(expected, dtype=torch.float32))
@@ -730,7 +731,7 @@ def test_settings_that_mean_nothing_here_are_refused(tmp_path):
     with pytest.raises(InputError, match="b.png has label 3 and no mask"):
         task().check([Row("b.png", 3)], "list.txt")
     config = Config(task="segmentation", model=ModelConfig(head="upernett"))
-    with pytest.raises(InputError, match="task=segmentation has linear, upernet"):
+    with pytest.raises(InputError, match="task=segmentation has linear, upernet, atm"):
         build.build_model(config, 4)
 
 

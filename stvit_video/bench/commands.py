@@ -21,6 +21,7 @@ from .accuracy import bench_accuracy
 from .convert import STARTS, bench_convert
 from .data import bench_data, bench_feeding, bench_views
 from .model import MODES, measure_memory, measure_models
+from .step import bench_checkpoints, bench_step
 
 OUTPUT = "runs/bench"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -177,6 +178,41 @@ def convert(args: Sequence[str]) -> None:
     _finish(rows, output, "convert")
 
 
+def step(args: Sequence[str]) -> None:
+    """Segmenters with shared tokens and early exits: multiply-adds and images/s, beside the plain one."""
+    parser = argparse.ArgumentParser(
+        prog="stvit-bench step", description=step.__doc__, allow_abbrev=False, exit_on_error=False
+    )
+    parser.add_argument(
+        "--checkpoints", nargs="+", metavar="FILE", help="of segmenters; else random weights"
+    )
+    parser.add_argument("--limit", type=_positive, default=40, help="images of the test list timed (40)")
+    parser.add_argument("--model", type=_names(MODELS), default=["vit_large_patch16_224"])
+    parser.add_argument("--head", choices=("linear", "atm"), default="linear")
+    parser.add_argument("--image-size", type=_positive, default=1024)
+    parser.add_argument("--share", type=float, default=2.5, help="patches over tokens (2.5)")
+    parser.add_argument("--leave", type=float, default=0.4, help="share that leaves at half depth (0.4)")
+    parser.add_argument("--rounds", type=_positive, default=5, help="turns that the models take (5)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: CUDA where there is one")
+    parser.add_argument("--output", default=OUTPUT, metavar="FOLDER")
+    try:
+        options = parser.parse_args(args)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+    device, output = distributed.start(options.device), _folder(options.output)
+    print(report.machine(device))
+    case = {"rounds": options.rounds, "device": device}
+    if options.checkpoints:
+        rows = bench_checkpoints([Path(p) for p in options.checkpoints], limit=options.limit, **case)
+    else:
+        case |= {"head": options.head, "share": options.share, "leave": options.leave}
+        try:
+            rows = bench_step(options.model[0], image_size=options.image_size, **case)
+        except ValueError as error:
+            raise InputError(f"--model {options.model[0]}: {error}") from None
+    print(report.write(rows, output, "step"))
+
+
 def _finish(rows: Sequence[dict], output: Path, name: str) -> None:
     path = report.write(rows, output, name)
     print(f"{path}, {path.with_suffix('.png')}")
@@ -257,4 +293,5 @@ KINDS: dict[str, Callable[[Sequence[str]], None]] = {
     "data": data,
     "accuracy": accuracy,
     "convert": convert,
+    "step": step,
 }

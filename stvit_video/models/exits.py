@@ -26,6 +26,7 @@ class Exit(NamedTuple):
     scores: (B, K, P) of 0 to 1, float32; the confidence in each class.
     active: (B, P) bool, patches whose token was still there; left: those whose token left here.
     tokens: (B) how many tokens were still there; leaving: (B, K) how many left, by class.
+    place: (B, P), the token that stood for each patch, -1 where it had left before.
     """
 
     layer: int
@@ -36,6 +37,7 @@ class Exit(NamedTuple):
     left: Tensor
     tokens: Tensor
     leaving: Tensor
+    place: Tensor
 
 
 class EarlyExits(nn.Module):
@@ -110,7 +112,7 @@ class EarlyExits(nn.Module):
             scores = torch.where(active[:, None], scores, stands)
         left = active & gone.gather(1, places.clamp(min=0))
         by_class = best.new_zeros(scores.shape[:2]).scatter_add(1, best, gone.long())
-        return Exit(layer, masks, said.classes, scores, active, left, real.sum(1), by_class), gone
+        return Exit(layer, masks, said.classes, scores, active, left, real.sum(1), by_class, places), gone
 
 
 class LinearExit(nn.Module):

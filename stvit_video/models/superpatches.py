@@ -117,7 +117,8 @@ class Superpatches(nn.Module):
             owner = self.choose(self.scores(clip, pixels))
             number, n, token, order = self._numbered(owner)
         if n == self.patches and (self.tokens or owner.is_meta or int(number.min()) == n):
-            return Tokens.of(embed(clip) + positions)  # nothing is merged
+            # nothing is merged; other processes wait for gradients of the vectors all the same
+            return Tokens.of(embed(clip) + positions + sum(0 * vector.sum() for vector in self.vectors))
         x = F.linear(select(pixels, order), embed.proj.weight.flatten(1), embed.proj.bias)
         tokens = Tokens(x + F.embedding(order, self._positions(positions)), self.grid, token)
         sizes = tokens.sizes()
@@ -127,7 +128,7 @@ class Superpatches(nn.Module):
     def scores(self, clip: Tensor, pixels: Tensor | None = None) -> list[Tensor]:
         """Clips (B, 3, T, H, W) -> of each shape, how well each of its groups can be one token: (B, n)."""
         if self.policy is not None:
-            return [logits.float().softmax(1)[:, 1].flatten(1) for logits in self.policy(clip)]
+            return group_scores(self.policy(clip))
         return [-error.sqrt() for error in self._errors(pixels)]
 
     def choose(self, scores: Sequence[Tensor]) -> Tensor:
@@ -151,6 +152,10 @@ class Superpatches(nn.Module):
             owner = torch.where(turn < share, first + group, owner)
             first += groups.shape[1]
         return owner
+
+    def count(self, owner: Tensor) -> Tensor:
+        """What stands for each patch (B, P), as of `choose` -> how many tokens these are, (B)."""
+        return self._numbered(owner)[0]
 
     def _members(self, i: int) -> Tensor:
         return getattr(self, f"members_{i}")
@@ -315,6 +320,11 @@ class PolicyNet(nn.Module):
     def _side(self, shape: Size3) -> tuple[int, int]:
         """Height and width of a group in pixels."""
         return shape[1] * self.patch_size[1], shape[2] * self.patch_size[2]
+
+
+def group_scores(logits: Sequence[Tensor]) -> list[Tensor]:
+    """A `PolicyNet`'s logits (B, 2, t, h, w) of each shape -> the probability of yes, (B, n)."""
+    return [values.float().softmax(1)[:, 1].flatten(1) for values in logits]
 
 
 def group_targets(

@@ -50,6 +50,10 @@ class Tokens(NamedTuple):
         sizes = torch.zeros(self.x.shape[:2], device=token.device)
         return sizes.scatter_add(1, token.clamp(min=0), (token >= 0).float())
 
+    def count(self) -> Tensor:
+        """How many tokens each clip has, without padding: (B)."""
+        return (self.sizes() > 0).sum(1)
+
     def sequence(self) -> Tensor:
         """What attends to itself: the class token, where there is one, then x. (B, N or 1 + N, C)."""
         return self.x if self.class_token is None else torch.cat([self.class_token, self.x], 1)

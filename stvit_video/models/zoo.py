@@ -16,9 +16,9 @@ from . import baselines
 from .action_head import ActionDetector
 from .detection import FasterRCNN, MaskRCNN
 from .embed import clip_size
-from .heads import WithHead
+from .policy import PolicyTrainer
 from .reducers import REDUCERS
-from .segmentation import LinearSegmenter, UPerNetSegmenter
+from .segmentation import ATMSegmenter, LinearSegmenter, UPerNetSegmenter
 from .semantic import SemanticWindows
 from .sizes import Sizes
 from .superpatches import Superpatches
@@ -126,10 +126,12 @@ def _swin_family() -> dict[str, Entry]:
     return models
 
 
-# What makes a `WithHead` of (backbone, num_classes); keyword arguments are its sizes.
-HEADS: dict[str, Callable[..., WithHead]] = {
+# What makes a model of (backbone, num_classes), most a `WithHead`; keyword arguments are its sizes.
+HEADS: dict[str, Callable[..., nn.Module]] = {
     "linear": LinearSegmenter,
     "upernet": UPerNetSegmenter,
+    "atm": ATMSegmenter,
+    "policy": PolicyTrainer,
     "mask_rcnn": MaskRCNN,
     "faster_rcnn": FasterRCNN,
     "actions": ActionDetector,

@@ -4,12 +4,14 @@ from .action_detection import ActionDetection
 from .classification import Classification
 from .detection import Detection
 from .multilabel import MultiLabel
+from .policy import Policy
 from .segmentation import Segmentation
 
 TASKS = {
     "classification": Classification,
     "multilabel": MultiLabel,
     "segmentation": Segmentation,
+    "policy": Policy,
     "detection": Detection,
     "action_detection": ActionDetection,
 }

@@ -19,7 +19,9 @@ from ..data.masks import IGNORED, Masks
 from ..data.transforms import Normalise
 from ..data.views import Sampling
 from ..errors import InputError
-from ..figures import draw_scenes, overlay, palette
+from ..figures import draw_scenes, draw_tokens, overlay, palette
+from . import token_counts
+from .token_counts import TokenCounts
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Settings:
     """Segmentation: most of a training crop that one class may take, where ten tries give such a crop."""
     distort: bool = True
     """Segmentation: change brightness, contrast, saturation and hue of training images at random."""
+    border_unsure: bool = False
+    """Policy: groups at the border with one class and ignored pixels teach nothing (CTS on ADE20K)."""
 
 
 @dataclass
@@ -53,7 +57,7 @@ class Segmentation:
 
     Settings, Scoring = Settings, Scoring
     watched = ("mIoU", "accuracy")
-    heads, items = ("linear", "upernet"), "images"
+    heads, items = ("linear", "upernet", "atm"), "images"
     on_failure = "exclude"
 
     def __init__(
@@ -137,6 +141,7 @@ class Segmentation:
 
         masks: predictions as PNG by the frame's index, where they are kept: all of them, or, with their
         truth, that of the middle frame, where the sample has a preview.
+        tokens_of: see `TokenCounts.record`, of models that merge patches or let tokens leave.
         """
         samples = zip(batch.clips, batch.targets, batch.previews, strict=True)
         return [self._record(model, clips, truths, preview) for clips, truths, preview in samples]
@@ -145,12 +150,16 @@ class Segmentation:
         self, model: nn.Module, clips: Tensor, truths: Sequence[Truth], preview: bytes | None
     ) -> dict[str, Any]:
         masks: dict[int, tuple[Tensor, Tensor]] = {}  # prediction and truth of each frame, once
+        shown = preview is not None or not any((truth.masks != IGNORED).any() for truth in truths)
+        tokens = TokenCounts(keep_map=shown and clips.shape[0] == clips.shape[2] == 1)
         for clip, truth in zip(clips, truths, strict=True):
-            predicted = self.predict(model, clip, truth.masks.shape).to(torch.uint8).cpu()
+            predicted = self.predict(model, clip, truth.masks.shape, tokens).to(torch.uint8).cpu()
             for frame, pair in zip(truth.frames, zip(predicted, truth.masks, strict=True), strict=True):
                 masks.setdefault(frame, pair)
         counts = torch.stack([count(*pair, self.outputs) for pair in masks.values()]).sum(0)
         record, middle = {"counts": counts}, sorted(masks)[len(masks) // 2]
+        if of_tokens := tokens.record():
+            record["tokens_of"] = of_tokens
         if keep_all := self.keep_masks or not counts.any():
             record["masks"] = {frame: as_png(mask) for frame, (mask, _) in sorted(masks.items())}
         if preview is not None and counts.any():
@@ -158,22 +167,29 @@ class Segmentation:
             record |= {"truth": {middle: truth}} | ({} if keep_all else {"masks": {middle: mask}})
         return record
 
-    def predict(self, model: nn.Module, clip: Tensor, size: Sequence[int]) -> Tensor:
-        """uint8 (3, T, H', W') -> the class of each pixel (T, H, W) of a `size`."""
+    def predict(
+        self, model: nn.Module, clip: Tensor, size: Sequence[int], tokens: TokenCounts | None = None
+    ) -> Tensor:
+        """uint8 (3, T, H', W') -> the class of each pixel (T, H, W) of a `size`.
+
+        tokens: counts those of all windows.
+        """
         mirrored, zooms = self.scoring.mirrored, self.scoring.zooms
+        tokens = tokens or TokenCounts()
         scores = []
         for zoom in zooms:
             frames = clip.transpose(0, 1)
             scaled = resize(frames, min(frames.shape[2:]), zoom).transpose(0, 1)
             for flip in (False, True)[: 1 + mirrored]:
                 pixels = self.normalise(scaled.flip(-1) if flip else scaled)
-                logits = resize_scores(self._windows(model, pixels), size)
+                logits = resize_scores(self._windows(model, pixels, tokens), size)
+                tokens.keep_map = False
                 if flip:
                     logits = logits.flip(-1) if self.twins is None else logits.flip(-1)[list(self.twins)]
                 scores.append(logits.softmax(0) if len(zooms) * (1 + mirrored) > 1 else logits)
         return torch.stack(scores).sum(0).argmax(0) if len(scores) > 1 else scores[0].argmax(0)
 
-    def _windows(self, model: nn.Module, clip: Tensor) -> Tensor:
+    def _windows(self, model: nn.Module, clip: Tensor, tokens: TokenCounts) -> Tensor:
         """Normalised (3, T, H, W) -> scores (K, T, H, W): of the whole, or the mean of the windows."""
         if model.size is None:
             return model.scores(model(clip[None]), tuple(clip.shape[1:]))[0]
@@ -189,7 +205,9 @@ class Segmentation:
         for first in range(0, len(places), self.view_batch):
             part = places[first : first + self.view_batch]
             windows = torch.stack([clip[..., y : y + height, x : x + width] for y, x in part])
-            scores = model.scores(model(windows), (clip.shape[1], height, width))
+            outputs = model(windows)
+            tokens.add(outputs, part, (height, width), clip.shape[2:])
+            scores = model.scores(outputs, (clip.shape[1], height, width))
             for (y, x), window in zip(part, scores, strict=True):
                 total[..., y : y + height, x : x + width] += window
                 counts[y : y + height, x : x + width] += 1
@@ -198,13 +216,17 @@ class Segmentation:
     # ---- figures and report
 
     def figures(self, outcome) -> dict[str, Any]:
-        """mIoU, accuracy of pixels, mean class accuracy; and "classes", the IoU of each by name.
+        """mIoU, accuracy of pixels, mean class accuracy; and "classes", the IoU of each by name. Of models
+        that merge patches or let tokens leave "tokens" and "exits": see `token_counts.summary`.
 
         Classes that are neither there nor predicted are left out of the means, as in mmsegmentation.
         """
-        counts = self.counts(outcome.records)
+        counts, tokens = (
+            self.counts(outcome.records),
+            token_counts.summary(outcome.records, self.class_names),
+        )
         if not counts.any():
-            return dict.fromkeys(("mIoU", "accuracy", "mean_class_accuracy", "classes"))
+            return dict.fromkeys(("mIoU", "accuracy", "mean_class_accuracy", "classes")) | tokens
         right, _, there = counts
         ious, accuracies = shares(counts)
         return {
@@ -212,7 +234,7 @@ class Segmentation:
             "accuracy": int(right.sum()) / int(there.sum()),
             "mean_class_accuracy": _mean(accuracies),
             "classes": dict(zip(self.class_names, ious, strict=True)),
-        }
+        } | tokens
 
     def counts(self, records: Sequence[Mapping | None]) -> np.ndarray:
         """The sum over all records: int64 (3, K)."""
@@ -220,7 +242,8 @@ class Segmentation:
         return np.sum(kept, axis=0) if kept else np.zeros((3, self.outputs), np.int64)
 
     def report(self, output: Path, outcome, report: Mapping[str, Any]) -> list[str]:
-        """`classes.csv`, `predictions.csv` (a line an image), and `worst.png` where masks were kept."""
+        """`classes.csv`, `predictions.csv` (a line an image), and `worst.png` where masks were kept; with
+        counts of tokens `tokens.png` of the same images."""
         titles = {
             "mIoU": "mIoU",
             "accuracy": "pixel accuracy",
@@ -229,6 +252,8 @@ class Segmentation:
         lines = [
             f"  {title:<24} {report[key]:7.2%}" for key, title in titles.items() if report[key] is not None
         ]
+        if "tokens" in report:
+            lines.append(token_counts.line(report))
         written = [output / "classes.csv", output / "predictions.csv"]
         counts = self.counts(outcome.records)
         columns = zip(self.class_names, counts[2].tolist(), *shares(counts), strict=True)
@@ -245,6 +270,12 @@ class Segmentation:
             written.append(output / "worst.png")
             scenes = [_scene(outcome.rows[i], outcome.records[i], images[i][3]) for i in worst]
             draw_scenes(scenes, self.class_names, written[-1])
+            maps = [outcome.records[i].get("tokens_of", {}).get("map") for i in worst]
+            if maps[0] is not None:
+                written.append(output / "tokens.png")
+                pictures = [(t, f, said, m) for (t, f, _, said), m in zip(scenes, maps, strict=True)]
+                leave = [f"left after layer {layer}" for layer in report.get("exits", ())]
+                draw_tokens(pictures, leave, written[-1])
         if self.keep_masks:
             written.append(output / "masks")
             self._write_masks(written[-1], outcome)
@@ -272,7 +303,12 @@ class Segmentation:
         return {"classes": shown}
 
     def write(self, stem: Path, record: Mapping[str, Any]) -> None:
-        """STEM_mask.png: class ids that show their colours; of several frames STEM_mask_00000.png, ..."""
+        """STEM_mask.png: class ids that show their colours; of several frames STEM_mask_00000.png, ...
+
+        Where there is a map of tokens, STEM_tokens.png."""
+        tokens = record.get("tokens_of", {}).get("map")
+        if tokens is not None:
+            stem.with_name(f"{stem.name}_tokens.png").write_bytes(as_png(torch.from_numpy(tokens)))
         for frame, mask in record["masks"].items():
             place = f"_{frame:05d}" if len(record["masks"]) > 1 else ""
             stem.with_name(f"{stem.name}_mask{place}.png").write_bytes(mask)
