@@ -26,6 +26,7 @@ class Pixels(NamedTuple):
 
 
 IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+BICUBIC = IMAGENET._replace(interpolation="bicubic")  # of images, where the recipe is timm's
 SLOWFAST = Pixels((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
 
 
@@ -288,7 +289,7 @@ ADAPTERS = [
         pixels=IMAGENET,
     ),
     Adapter("VideoMAE", _named(r"\.attn\.q_bias$"), from_videomae, True, IMAGENET),
-    Adapter("STViT-R", _named(r"\.blocks\.1\.attn\.kv\."), from_stvit_r, pixels=IMAGENET),
+    Adapter("STViT-R", _named(r"\.blocks\.1\.attn\.kv\."), from_stvit_r, pixels=BICUBIC),
     Adapter(
         "torchvision Swin",
         _named(r"^features\.0\.\d+\.attn\.relative"),
@@ -299,7 +300,7 @@ ADAPTERS = [
         "timm Swin",
         lambda state: "layers.0.blocks.0.norm1.weight" in state and "head.fc.weight" in state,
         from_timm_swin,
-        pixels=IMAGENET,
+        pixels=BICUBIC,
     ),
     Adapter("Microsoft Swin", _named(r"^layers\.0\.downsample\."), from_microsoft_swin, pixels=IMAGENET),
     Adapter("MAE-ST", _named("^pos_embed_spatial$"), from_mae_st, pixels=SLOWFAST),

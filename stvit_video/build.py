@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import random
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -16,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .config import Config, ConfigError, DataConfig, from_dict, settle_pixels, task_settings, to_dict
-from .data.annotations import ListError, Row, Rows, mirrored_classes, read_rows
+from .data.annotations import SIDE, ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
 from .data.demo_movers import prepare_movers
@@ -24,6 +26,7 @@ from .data.demo_objects import prepare_objects
 from .data.demo_scenes import prepare_scenes
 from .data.preview import make_preview
 from .data.rows import class_ids
+from .data.sampling import permuted
 from .data.shards import find_shards
 from .data.transforms import Normalise
 from .data.views import Sampling
@@ -73,7 +76,9 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
             **config.model.sizes(),
         )
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"model: {error}") from None
+        size = re.search(r"takes no size '(\w+)'", str(error))
+        hint = f": model.{size[1]}=auto leaves it out" if size else ""
+        raise ConfigError(f"model: {error}{hint}") from None
 
 
 def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
@@ -97,9 +102,11 @@ def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
 
 def load_teacher(config: Config, task: Task, class_names: Sequence[str]) -> None:
     """`train.teacher` into the task, where it is set. Raises ConfigError unless it takes the same clips."""
-    path = getattr(task.settings, "teacher", None)
+    path = config.train.teacher
     if path is None:
         return
+    if not hasattr(task, "teacher"):
+        raise ConfigError(f"train.teacher={path}: task={config.task} learns from no teacher")
     theirs, names, task.teacher = load_model(path)
     if names != list(class_names):
         raise ConfigError(
@@ -218,6 +225,11 @@ def _twins(class_names: Sequence[str]) -> list[int] | None:
     return None if twins == list(range(len(twins))) else twins
 
 
+def _sided(class_names: Sequence[str]) -> str | None:
+    """The first class whose name says left or right."""
+    return next((name for name in class_names if SIDE.search(name)), None)
+
+
 def build_job(
     config: Config, device: torch.device, *, pretrained: bool = True
 ) -> tuple[Job, LoadReport | None]:
@@ -243,6 +255,12 @@ def build_job(
     if config.data.flip == "swap" and task.twins is None:
         raise ConfigError(
             "data.flip=swap: no class name says left or right; a list of numbers needs data.class_names"
+        )
+    if config.data.flip == "all" and distributed.is_main() and (sided := _sided(class_names)):
+        print(
+            f"warning: data.flip=all mirrors clips of {sided!r}, too, whose label then is wrong: swap "
+            "takes the label of the other side, none mirrors nothing",
+            file=sys.stderr,
         )
     loader, val_loader = build_train_loader(config, task, rows, device), None
     if config.data.val is not None or config.data.hold_back:
@@ -301,9 +319,33 @@ def read_split(
     for row in rows:
         if max(class_ids(row.target), default=0) >= len(names):
             raise ConfigError(f"{path}: label {row.target} of {row.path}: must be below {len(names)}")
+    if distributed.is_main() and (hint := _absent(rows, data.root)):
+        print(f"warning: data.{split}={path}: {hint}", file=sys.stderr)
     if shared_out:
         rows = hold_back(rows, data.hold_back, config.seed)[split != "train"]
     return rows, list(names)
+
+
+def _absent(rows: Rows, root: str | None) -> str | None:
+    """What may be wrong where none of some rows, from all over the list, is a file or folder."""
+    some = [rows[i] for i in sorted(itertools.islice(permuted(len(rows), 0), 16))]
+    if any(row.place is not None or os.path.exists(row.path) for row in some):
+        return None
+    path, hint = some[0].path, ""
+    name = os.path.relpath(path, root) if root else path
+    numbered = re.fullmatch(r"\d+[ \t,]+(\S.*)", name)
+    roots = (
+        [Path(root).parent, *filter(Path.is_dir, Path(root).iterdir())]
+        if root and Path(root).is_dir()
+        else []
+    )
+    if "'" in (name[0], name[-1]):
+        hint = "; paths stand in single quotes"
+    elif numbered and os.path.exists(Path(root or "", numbered[1])):
+        hint = "; lines begin with a number"
+    elif base := next((base for base in roots if Path(base, name).exists()), None):
+        hint = f"; it is there with data.root={base}"
+    return f"none of the {len(some)} videos looked for is there, the first: {path}{hint}"
 
 
 def hold_back(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:

@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class DecodeError(InputError):
+    """A file, or a frame of it, that cannot be read; one line: the file, the frame, the cause."""
+
+
 class ListError(InputError):
     """A list of videos that cannot be read: file and line, what was found, what was expected."""
 
@@ -18,5 +22,6 @@ class ListError(InputError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all of them."""
     known = sorted(known)
-    match = difflib.get_close_matches(name, known, n=1)
+    match = [other for other in known if other.startswith(name)][:1]
+    match = match or difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {match[0]!r}?)" if match else f" (known: {', '.join(known)})"

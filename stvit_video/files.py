@@ -97,7 +97,8 @@ def read_torch(path: Path, *, verify: bool = True, mmap: bool = False) -> Any:
                 "refused. If you trust where it comes from, convert it once: torch.save(torch.load(FILE, "
                 'map_location="cpu", weights_only=False)["model"], NEW_FILE)'
             ) from None
-        cause = str(error).strip().partition("\n")[0] or type(error).__name__
+        cause = str(error).strip().partition("\n")[0]
+        cause = type(error).__name__ if not cause or cause.isdigit() else cause
         if isinstance(error, pickle.UnpicklingError):
             cause = "no pickle of tensors"
         raise FileError(f"{path}: damaged, or not a checkpoint ({cause})") from None

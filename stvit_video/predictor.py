@@ -11,12 +11,12 @@ import torch
 
 from .build import build_task, build_test_views, load_model
 from .data.batch import Sample, collate
-from .data.decode import DecodeError, Video, open_video
+from .data.decode import Video, open_video
 from .data.guard import GivenUp, Guard, guarded_in_order
 from .data.stream import FrameReader
 from .engine import checkpoint as checkpoints
 from .engine.device import autocast, pick_device, pick_precision
-from .errors import InputError
+from .errors import DecodeError, InputError
 from .export import FORMATS
 from .tasks import TASKS
 from .tasks.detection import Instance

@@ -17,14 +17,14 @@ from stvit_video.data import ava, demo_movers, sampling
 from stvit_video.data.annotations import read_rows
 from stvit_video.data.batch import Batch, Sample, collate
 from stvit_video.data.dataset import open_kept
-from stvit_video.data.decode import DecodeError, open_video
+from stvit_video.data.decode import open_video
 from stvit_video.data.key_frames import KeyFrame, KeyFrameViews, Resized
 from stvit_video.data.rows import Row, class_ids
 from stvit_video.data.transforms import Normalise, TrainTransform
 from stvit_video.data.views import Sampling
 from stvit_video.engine import checkpoint
 from stvit_video.engine.job import Outcome
-from stvit_video.errors import InputError, ListError
+from stvit_video.errors import DecodeError, InputError, ListError
 from stvit_video.figures import draw_boxes
 from stvit_video.tasks.action_detection import ActionDetection, Scoring
 from stvit_video.tasks.frame_map import DETECTIONS, Detections, average_precision, detections, hits
@@ -814,7 +814,7 @@ def test_predict_says_what_it_needs(trained, movers, tmp_path, capsys):
         assert run(cli.predict, *given, *more) == 2
         assert message in capsys.readouterr().err
     assert run(cli.export, f"--checkpoint={trained}/best.pt", f"--to={tmp_path}/a.onnx") == 2
-    assert "only classifiers are exported" in capsys.readouterr().err
+    assert "only models that name classes are exported" in capsys.readouterr().err
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pt")
     assert run(cli.predict, *given, f"--actions={tmp_path}/out", f"--detector={tmp_path}/weights.pt") == 2
     assert "no state dict of torchvision's fasterrcnn_resnet50_fpn" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from stvit_video.data.annotations import (
     mirrored_classes,
     read_rows,
 )
+from stvit_video.data.mask_lists import MASK_FORMATS, Layout
 from stvit_video.data.shards import Place
 
 HEADER = "label,youtube_id,time_start,time_end,split\n"
@@ -558,7 +559,11 @@ def test_a_format_that_is_named(write, tmp_path):
         "kinetics": "list.txt:1: found columns ['clip 30 4']",
         "charades": "list.txt:1: found columns ['clip 30 4']",
         "multilabel": "list.txt:1: found label 'x'",
+        "ava": "found an AVA csv, expected its label map",
     }
+    for entry in MASK_FORMATS:
+        fault = "found no folder" if isinstance(entry, Layout) else "found 'clip 30 4', expected"
+        faults[entry.name] = fault
     assert set(faults) | {"lines"} == {entry.name for entry in FORMATS}
     for name, fault in faults.items():
         text = "clip x\n" if name == "multilabel" else "clip 30 4\n"

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from stvit_video.data import decode
-from stvit_video.data.decode import DecodeError, open_video
+from stvit_video.data.decode import open_video
+from stvit_video.errors import DecodeError
 
 FRAMES = 40
 SIZE = (96, 64)  # width, height

@@ -16,8 +16,10 @@ from test_end_to_end import assert_same, figures, run
 
 from stvit_video import Detector, cli, create_model, read_rows
 from stvit_video.data import demo, demo_objects
+from stvit_video.data.batch import Sample, collate
 from stvit_video.data.objects import Objects, encode_masks
 from stvit_video.data.rows import Row, Rows
+from stvit_video.data.transforms import Normalise
 from stvit_video.engine import checkpoint
 from stvit_video.engine.job import Outcome
 from stvit_video.errors import InputError, ListError
@@ -128,6 +130,21 @@ def test_regions_are_pooled_at_the_strides_of_the_levels():
     for pool in (model.head.roi_heads.box_roi_pool, model.head.roi_heads.mask_roi_pool):
         assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
         assert (pool.map_levels.k_min, pool.map_levels.k_max) == (2, 5)
+
+
+def test_class_0_of_a_list_is_the_models_first_after_the_background():
+    model, (image, target) = build("swin_tiny_patch4_window7_224"), sample()
+    target = {key: value[1:] for key, value in target.items()}
+    losses, bias = [], model.head.roi_heads.box_predictor.cls_score.bias
+    for c in range(4):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            bias.zero_()[c] = 50
+        losses.append(model.train()([image], [target])["loss_classifier"].item())
+    assert target["labels"].tolist() == [2]
+    assert losses[1] == pytest.approx(losses[2], abs=1)  # wrong for all boxes
+    assert losses[3] < losses[1] - 1  # right for the object's
+    assert losses[0] < losses[1] - 1  # right for all others
 
 
 def test_boxes_alone_need_no_masks():
@@ -455,6 +472,34 @@ def test_an_image_that_cannot_be_read_counts_as_nothing_found_or_not_at_all(on_f
     for key in ("AP", "AP50", "mask_AP", "mask_AP50"):
         assert scored[key] == pytest.approx(1 if on_failure == "exclude" else half)
     assert task.figures(Outcome(rows, [None, None], {0: "gone", 1: "gone"}))["AP"] in (0, None)
+
+
+def test_a_record_is_in_the_images_own_pixels():
+    class TopHalf(torch.nn.Module):
+        def forward(self, images):
+            height, width = images[0].shape[-2:]
+            assert (height, width) == (24, 32)
+            boxes, labels = torch.tensor([[0.0, 0, width, height / 2]]), torch.tensor([1])
+            return [
+                {
+                    "boxes": boxes,
+                    "labels": labels,
+                    "scores": torch.ones(1),
+                    "masks": torch.ones(1, 1, 28, 28),
+                }
+            ]
+
+    frames = torch.zeros(1, 3, 48, 64, dtype=torch.uint8)
+    frames, target = Scaled((24,), 100)(frames, objects())
+    task = Detection(["a", "b"], normalise=Normalise((0.5,) * 3, (0.5,) * 3))
+    batch = collate([Sample(0, frames.transpose(0, 1)[None].contiguous(), [target], [])])
+    (record,) = task.records(TopHalf(), batch)
+    assert record["boxes"] == [[0, 0, 64, 24]]
+    (one,) = task.instances(record)
+    assert one.name == "b"
+    assert one.mask.shape == (48, 64)
+    assert one.mask[2:22, 2:62].all()
+    assert not one.mask[26:].any()
 
 
 def scored(folder):

@@ -13,9 +13,11 @@ from test_end_to_end import run
 from test_weights import own_checkpoint, reference, settled, video
 
 from stvit_video import WeightsError, build, cli, create_model, load_weights
+from stvit_video.cli.serving import validated
 from stvit_video.config import Config, ConfigError, DataConfig, make_parser, parse, resolve
 from stvit_video.data.rows import Row, Rows
 from stvit_video.engine import checkpoint
+from stvit_video.recognizer import load_model
 from stvit_video.weights import model_of
 
 CLIP = ["--data.num_frames=4", "--data.image_size=32", "--model.semantic_tokens=[2, 2, 2]"]
@@ -160,7 +162,8 @@ def test_one_command_for_ones_own_videos(demo_root, tmp_path, capsys):
     args += [f"--model.weights={tmp_path}/vit.safetensors", "--data.workers=0", "--device=cpu"]
     args += ["--train.epochs=10", "--train.eval_every=10"]
     assert run(cli.train, *args) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "data.flip=all mirrors clips of 'move_left', too" in err
     assert "training on 16 videos of 8 classes: 10 epochs of 16 clips, 20 updates; validating on 8" in out
     assert "about 1 minutes, validations apart" in out
     state = checkpoint.load(tmp_path / "run" / "best.pt")
@@ -173,5 +176,7 @@ def test_one_command_for_ones_own_videos(demo_root, tmp_path, capsys):
     assert run(cli.test, *words, f"--output={tmp_path}/scored", "--seed=3") == 0
     lines = (tmp_path / "scored" / "predictions.csv").read_text().splitlines()[1:]
     assert {line.split(",")[0] for line in lines} == held
+    config, *_ = load_model(tmp_path / "run" / "best.pt")
+    assert {str(path) for path in validated(config)} == held
     (tmp_path / "vit.safetensors").unlink()
     assert run(cli.train, *args, "--resume") == 0

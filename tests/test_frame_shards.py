@@ -30,12 +30,12 @@ from torchvision.transforms.v2.functional import resize
 
 from stvit_video import build, cli
 from stvit_video.data.annotations import ListError, read_rows
-from stvit_video.data.decode import DecodeError, open_video
+from stvit_video.data.decode import open_video
 from stvit_video.data.encode import H264, Jpeg
 from stvit_video.data.frames import FrameVideo, Index
 from stvit_video.data.rows import Row
 from stvit_video.data.write_shards import write_shards
-from stvit_video.errors import InputError
+from stvit_video.errors import DecodeError, InputError
 
 UNEVEN = [40 * i + 200 * (i > 9) + 7 * (i % 3) for i in range(FRAMES)]  # ms
 

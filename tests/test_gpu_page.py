@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # they bring, nothing may be asked for.
 ABSENT = (
     *("av", "braceexpand", "decord", "fvcore", "jsonargparse", "matplotlib", "pytorchvideo", "sklearn"),
-    *("tensorboard", "webdataset"),
+    *("pycocotools", "tensorboard", "webdataset"),
 )
 IMPORTS = """
 import importlib, sys, traceback

@@ -16,11 +16,10 @@ from stvit_video.data import dataset as datasets
 from stvit_video.data import views
 from stvit_video.data.annotations import Row, read_rows
 from stvit_video.data.dataset import TrainSampler, VideoDataset, make_loader
-from stvit_video.data.decode import DecodeError
 from stvit_video.data.guard import GivenUp, Guard, SharedMemory, guarded_map
 from stvit_video.data.transforms import TestTransform as CropTransform
 from stvit_video.data.transforms import TrainTransform
-from stvit_video.errors import InputError
+from stvit_video.errors import DecodeError, InputError
 
 
 def work(what, *rest):

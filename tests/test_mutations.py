@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from test_decode import KINDS, SHARED, picture, render
 
-from stvit_video.data.decode import DecodeError, open_video
+from stvit_video.data.decode import open_video
 from stvit_video.data.guard import GivenUp, guarded_map
+from stvit_video.errors import DecodeError
 
 RENDERED = ("b_frames.mp4", "open_groups.mkv", "stream.ts", "hevc.mp4", "mpeg4_b.avi", "vp8.webm",
             "vp9.webm", "mjpeg.avi", "10bit.mp4", "reordered.avi")  # fmt: skip

@@ -16,10 +16,10 @@ from test_end_to_end import SMALL, figures, run, settings
 from stvit_video import cli
 from stvit_video.data.annotations import ListError, Row, read_rows
 from stvit_video.data.dataset import TrainSampler, shards_of
-from stvit_video.data.decode import DecodeError, open_video
+from stvit_video.data.decode import open_video
 from stvit_video.data.shards import find_shards
 from stvit_video.data.write_shards import write_shards
-from stvit_video.errors import InputError
+from stvit_video.errors import DecodeError, InputError
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,18 @@ ALLOWED = {
     "predictor": {"build", "data", "engine", "export", "recognizer", "tasks"},
     "page": {"page", "data", "figures", "recognizer", "timeline"},
     "resume": {"config", "engine"},
-    "bench": {"figures", "files", "bench", "build", "config", "tasks", "engine", "data", "models"},
+    "bench": {
+        "weights",
+        "figures",
+        "files",
+        "bench",
+        "build",
+        "config",
+        "tasks",
+        "engine",
+        "data",
+        "models",
+    },
     "cli": {
         *(
             "cli",

@@ -13,6 +13,7 @@ from stvit_video.models import superpatches
 from stvit_video.models.superpatches import (
     PolicyNet,
     Superpatches,
+    agreement_targets,
     fewest_tokens,
     fitting_shapes,
     group_members,
@@ -163,6 +164,18 @@ def test_targets_of_all_sizes_are_even_groups():
     assert policy_loss([torch.randn(1, 2, 1, 1, 1)], nothing) == 0
 
 
+def test_where_there_are_no_labels_patches_that_agree_are_a_group():
+    grid = torch.zeros(1, *GRID, 3)
+    grid[..., 0] = 1
+    grid[0, 0, 0, 0] = torch.tensor([1.0, 0.2, 0.0]) * 7  # nearly the others' direction, another length
+    grid[0, 1, 2:, 2:, 1] = torch.arange(4).view(2, 2).float()
+    grid = grid.expand(2, -1, -1, -1, -1)
+    large, small = agreement_targets(grid, [(2, 2, 2), (1, 2, 2)], threshold=0.9)
+    assert large[1].tolist() == [[[1, 1], [1, 0]]]
+    assert small[0].tolist() == [[[1, 1], [1, 1]], [[1, 1], [1, 0]]]
+    assert agreement_targets(grid, [(1, 2, 2)], threshold=0.999)[0][0, 0].tolist() == [[0, 1], [1, 1]]
+
+
 # ---- which groups
 
 
@@ -273,6 +286,19 @@ def test_a_budget_is_met_exactly(decider, tokens):
         assert (made.sizes() > 0).all()
         assert made.sizes().sum(1).tolist() == [PATCHES] * len(clip)
         assert made.places().max() == tokens - 1
+
+
+@every_decider
+@pytest.mark.parametrize("budget", [{}, {"superpatch_tokens": 13}])
+def test_pixels_that_are_not_finite_stay_the_losss_business(decider, budget):
+    model, clips = vit(**DECIDERS[decider], **budget), half_even(2)
+    clean = model(clips)
+    for value in (torch.nan, torch.inf):
+        broken = clips.clone()
+        broken[0, 1, 2, 3, 30] = value
+        logits = model(broken)
+        assert not logits[0].isfinite().any()
+        torch.testing.assert_close(logits[1], clean[1])
 
 
 def test_a_budget_takes_the_groups_of_the_highest_scores():

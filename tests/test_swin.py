@@ -88,7 +88,8 @@ def test_stvit_r_is_the_authors():
         k.removeprefix("weights/"): v.float() for k, v in reference.items() if k.startswith("weights/")
     }
     model = create_model("stvit_r_swin_small", num_frames=1, **TINY | {"num_classes": 10})
-    assert load_weights(model.eval(), state, fresh=()).origin == "STViT-R"
+    report = load_weights(model.eval(), state, fresh=())
+    assert (report.origin, report.pixels.interpolation) == ("STViT-R", "bicubic")
     i = torch.arange(2 * 3 * 224 * 224, dtype=torch.float64)
     image = ((0.0137 * i).sin() + 0.5 * (0.00071 * i + 0.3).cos()).float().view(2, 3, 224, 224)
     with torch.no_grad():

@@ -25,10 +25,10 @@ from stvit_video import Moment, Recognizer, Segment, cli, open_video, recognizer
 from stvit_video.cli.common import output_names
 from stvit_video.cli.timeline import subtitles
 from stvit_video.data import demo, stream
-from stvit_video.data.decode import DecodeError
 from stvit_video.data.stream import WindowReader, open_stream
 from stvit_video.data.transforms import TestTransform as CropTransform
 from stvit_video.data.views import Sampling
+from stvit_video.errors import DecodeError
 
 ROOT = Path(__file__).parents[1]
 

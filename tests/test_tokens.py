@@ -13,12 +13,13 @@ from torch import nn
 
 from stvit_video import create_model
 from stvit_video.bounds import Range, check
+from stvit_video.models import zoo
 from stvit_video.models.reducers import REDUCERS, MergedTokens, PooledTokens
 from stvit_video.models.semantic import SemanticTokens
 from stvit_video.models.sizes import Sizes
 from stvit_video.models.tokens import PADDING, Tokens, batch, regions
 from stvit_video.models.vit import VideoViT
-from stvit_video.models.zoo import MODELS
+from stvit_video.models.zoo import HEADS, MODELS
 
 SIZES = CLIP | TINY
 GRID, PATCHES = (2, 4, 4), 32
@@ -367,6 +368,7 @@ def test_defaults_of_one_frame_are_what_is_built():
 
 def test_sizes_are_those_that_the_models_take():
     taken = {size for entry in MODELS.values() for size in entry.sizes}
+    taken |= {size for head in HEADS.values() for size in zoo._sizes(head)}
     assert {field.name for field in dataclasses.fields(Sizes)} == taken
     assert {field.default for field in dataclasses.fields(Sizes)} == {"auto"}
 

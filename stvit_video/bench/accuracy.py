@@ -13,10 +13,10 @@ import yaml
 from .. import build
 from ..config import Config, ConfigError, to_dict
 from ..data.dataset import open_kept
-from ..data.decode import DecodeError
 from ..engine.device import pick_precision
 from ..engine.logs import progress, read_log
 from ..engine.train import fit
+from ..errors import DecodeError
 from ..figures import draw_trade
 from ..files import written_whole
 from .model import measure_models

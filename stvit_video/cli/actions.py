@@ -17,7 +17,6 @@ from .. import build
 from ..config import Config
 from ..data import ava
 from ..data.dataset import TestSampler, VideoDataset, make_loader
-from ..data.decode import DecodeError
 from ..data.guard import GivenUp, Guard, guarded_in_order
 from ..data.key_frames import KeyFrame, KeyFrameViews
 from ..data.rows import Row
@@ -25,7 +24,7 @@ from ..data.stream import DrawnCopy, seconds_of
 from ..data.views import Sampling
 from ..engine.device import pick_device, pick_precision
 from ..engine.evaluate import score
-from ..errors import InputError
+from ..errors import DecodeError, InputError
 from ..files import read_torch, written_whole
 from .common import output_names
 

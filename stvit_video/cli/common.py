@@ -11,12 +11,16 @@ from pathlib import Path
 import torch
 
 from ..config import Config, ConfigError
+from ..data.annotations import read_rows
+from ..data.media import IMAGE_SUFFIXES
 from ..data.shards import find_shards, index_shards
 from ..engine import distributed
 from ..engine.device import pick_precision, set_up
 from ..errors import InputError
 from ..models.zoo import multiply_adds
 from ..weights import LoadReport
+
+LISTS = (".txt", ".csv", ".json")
 
 
 def command(function):
@@ -106,10 +110,16 @@ def output_names(paths: Sequence[Path]) -> list[str]:
 
 
 def videos_of(path: Path, suffixes: Collection[str]) -> list[Path]:
-    """A file, videos in shards, files with these suffixes in a folder, or else a folder of frames."""
+    """A file, the videos of a list, those in shards, files with these suffixes in a folder, or else a
+    folder of frames. Raises InputError for a folder of neither."""
     if shards := find_shards(path):
         return [Path(sample.path) for sample in index_shards(shards)]
+    if path.suffix.lower() in LISTS and path.is_file():
+        return [Path(row.path) for row in read_rows(path)]
     if not path.is_dir():
         return [path]
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
-    return [p for p in files if not p.name.startswith(".")] or [path]
+    files = [p for p in files if not p.name.startswith(".")]
+    if not files and not any(p.suffix.lower() in IMAGE_SUFFIXES for p in path.iterdir()):
+        raise InputError(f"{path}: a folder without videos ({', '.join(sorted(suffixes))}) or frames")
+    return files or [path]

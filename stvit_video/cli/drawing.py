@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from ..data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
+from ..data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from ..data.stream import VideoWriter, open_stream
-from ..errors import InputError
+from ..errors import DecodeError, InputError
 from ..files import written_whole
 from ..predictor import Predictor
 from .common import make_folder, output_names, videos_of

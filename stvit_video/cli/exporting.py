@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import build
 from ..config import Config
-from ..data.decode import VIDEO_SUFFIXES
+from ..data.media import VIDEO_SUFFIXES
 from ..data.rows import Row
 from ..errors import InputError
 from ..export import FORMATS, TOLERANCE, Scores, compare, read, write
@@ -48,7 +48,7 @@ def export(args: Sequence[str]) -> None:
     task = build.build_task(config, class_names)
     if task.heads != (None,):
         raise InputError(
-            f"{flags.checkpoint}: trained for task={config.task}: only classifiers are exported"
+            f"{flags.checkpoint}: task={config.task}; only models that name classes are exported"
         )
     clips = _clips(config, class_names, flags.videos, flags.clips)
     tolerance = TOLERANCE[flags.precision] if flags.tolerance is None else flags.tolerance

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
+from ..data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from ..data.stream import EVERY
-from ..errors import InputError
+from ..errors import DecodeError, InputError
 from ..predictor import has_head
 from ..recognizer import Recognizer
 from ..timeline import ENTER, LEAVE
@@ -28,7 +28,7 @@ def predict(args: Sequence[str]) -> None:
     With a checkpoint of another task: a line of json of each image and of each frame of a video.
     """
     parser = argparse.ArgumentParser(description=predict.__doc__, allow_abbrev=False)
-    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, folders of files, or shards")
+    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, lists, folders, or shards")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="which model")
     parser.add_argument("--device", help="cpu, cuda, ...; default: CUDA where there is one")
     parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for a video (60)")
@@ -138,6 +138,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             parser.error(f"--{name} {value}: must be more than 0")
     if not 0 <= options.leave <= options.enter <= 1:
         parser.error(f"--enter {options.enter} --leave {options.leave}: must be 0 <= leave <= enter <= 1")
+    if options.features and Path(options.features).suffix != ".npz":
+        parser.error(f"--features {options.features}: must end in .npz")
     if options.actions and not bool(options.proposals) ^ bool(options.detector):
         parser.error("--actions needs --proposals FILE.csv or --detector FILE, one of them")
     if not options.actions and (options.proposals or options.detector):

@@ -82,15 +82,16 @@ def test(args: Sequence[str]) -> None:
     )
     if outcome is None:  # another rank reports
         return
+    on_failure = getattr(task, "on_failure", config.eval.on_failure)
     details = {
-        "on_failure": config.eval.on_failure,
+        "on_failure": on_failure,
         "checkpoint": source,
         "seconds": round(time.perf_counter() - started, 2),
     }
     lines = write_report(output, task, outcome, views=views, details=details)
     shares.discard()
     failed, rule = len(outcome.failures), {"wrong": "counted as wrong", "exclude": "left out"}
-    note = f" ({rule[config.eval.on_failure]})" if failed else ""
+    note = f" ({rule[on_failure]})" if failed else ""
     print(f"{len(rows)} {task.items} x {views['clips']}x{views['crops']} views, {failed} unreadable{note}")
     print("\n".join(lines))
 

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.decode import VIDEO_SUFFIXES
+from ..data.media import VIDEO_SUFFIXES
 from ..errors import InputError
 from .common import command, videos_of
 
@@ -54,13 +54,12 @@ def page(args: Sequence[str]) -> None:
 
 
 def validated(config) -> list[Path]:
-    """The videos of the checkpoint's validation list that are files here; none where there is no list."""
+    """The checkpoint's validation videos that are files here; none where there are none."""
     from ..build import read_split
 
     try:
-        exists = (
-            config.data.val is not None and Path(config.data.val).exists()
-        )  # a demo set is not rendered
+        source = config.data.train if config.data.hold_back and not config.data.val else config.data.val
+        exists = source is not None and Path(source).exists()  # a demo set is not rendered
         rows = read_split(config, "val")[0] if exists else []
     except InputError:
         return []

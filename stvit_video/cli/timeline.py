@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..data.decode import DecodeError
 from ..data.guard import GivenUp, Guard, guarded_in_order
 from ..data.stream import LabelledCopy, pictures_at, seconds_of
-from ..errors import InputError
+from ..errors import DecodeError, InputError
 from ..figures import draw_timeline
 from ..files import written_whole
 from ..recognizer import Recognizer

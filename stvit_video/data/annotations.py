@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from ..errors import ListError, nearest
 from . import ava
-from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from .masks import MASK_FORMATS
+from .mask_lists import MASK_FORMATS
+from .media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from .objects import is_coco, is_voc, read_coco, read_voc
 from .rows import Row, Rows
 from .shards import Place, find_shards, index_shards, visible

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .decode import DecodeError, open_video
+from ..errors import DecodeError
+from .decode import open_video
 from .frames import FrameVideo
 from .guard import GivenUp, guarded_map
 from .rows import Row, class_ids

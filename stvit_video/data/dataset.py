@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -14,9 +15,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from ..errors import InputError
+from ..errors import DecodeError, InputError
 from .batch import Sample, collate, empty
-from .decode import DecodeError, KeptVideo, Video, open_video
+from .decode import KeptVideo, Video, open_video
 from .guard import GivenUp, Guard, SharedMemory
 from .rows import Row
 from .sampling import mixed_seed, permuted
@@ -237,6 +238,8 @@ def make_loader(
 
     persistent: they stay from pass to pass (training); else they end with each, and free their memory.
     """
+    # torch warns of more workers than cores, each time; how many is the caller's choice
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -26,13 +26,9 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..errors import InputError, nearest
+from ..errors import DecodeError, InputError, nearest
+from .media import IMAGE_SUFFIXES, natural
 
-VIDEO_SUFFIXES = frozenset((
-    ".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg",
-    ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
-))  # fmt: skip
-IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 DECODERS = ("av", "decord")
 
 # Codecs with packets that show nothing: alternate references (VP8), vops not coded (MPEG-4).
@@ -44,10 +40,6 @@ NEAR = 8
 # Lists of other files (HLS, concat): FFmpeg would show those, from anywhere, for the one asked for.
 PLAYLISTS = (b"#EXTM3U", b"ffconcat version")
 HIGHEST_RATE = 480  # frames/s; more (1000, 90000) is the clock of the container, not a rate
-
-
-class DecodeError(InputError):
-    """A file, or a frame of it, that cannot be read; one line: the file, the frame, the cause."""
 
 
 class Video(Protocol):
@@ -554,12 +546,6 @@ class DecordVideo(Frames):
 def _is_image(path: Path) -> bool:
     # "." begins what macOS leaves beside files on foreign disks: ._img_1.jpg
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
-def natural(path: Path) -> list[str | int]:
-    parts: list[str | int] = re.split(r"(\d+)", path.name)
-    parts[1::2] = map(int, parts[1::2])
-    return parts
 
 
 def _cause(error: Exception) -> str:

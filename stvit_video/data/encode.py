@@ -19,8 +19,10 @@ import simplejpeg
 import torch
 from torchvision.transforms.v2.functional import resize
 
-from .decode import IMAGE_SUFFIXES, DecodeError, Frames, open_video
+from ..errors import DecodeError
+from .decode import Frames, open_video
 from .frames import INDEX, VIDEO, FrameVideo, frame_times, pack_frames
+from .media import IMAGE_SUFFIXES
 from .rows import Row
 
 

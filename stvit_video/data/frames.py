@@ -27,7 +27,8 @@ import simplejpeg
 import torch
 from torch import Tensor
 
-from .decode import DecodeError, Frames
+from ..errors import DecodeError
+from .decode import Frames
 
 if TYPE_CHECKING:
     from .shards import Place

@@ -91,7 +91,7 @@ class KeyFrameViews:
             raise InputError(f"{key.video}: images have no times; data.target_fps: frames a second")
         at, end = round((key.second - self.first_second) * fps), video.num_frames / fps
         if not 0 <= at < video.num_frames:
-            from .decode import DecodeError  # a machine that only computes may have no decoder
+            from ..errors import DecodeError
 
             raise DecodeError(
                 f"{key.video}: second {key.second:g} is outside the video, which has seconds "

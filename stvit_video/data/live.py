@@ -13,7 +13,9 @@ import av
 import numpy as np
 import torch
 
-from .decode import IMAGE_SUFFIXES, DecodeError, FrameFolder, natural
+from ..errors import DecodeError
+from .decode import FrameFolder
+from .media import IMAGE_SUFFIXES, natural
 from .stream import ANSWER, UNIFORM_WINDOW, VideoStream, open_stream
 from .transforms import TestTransform
 from .views import Sampling

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,14 @@ from torchvision.transforms import v2
 
 from . import sampling
 from .batch import empty
-from .decode import Video
 from .masks import IGNORED, Masks
 from .views import Make, Sampling, read_once, stack_frames
+
+if TYPE_CHECKING:
+    from .decode import Video
+
+if TYPE_CHECKING:
+    from .decode import Video  # a machine that only computes may have no decoder
 
 TRIES = 10  # at a crop that no class fills, as in mmsegmentation
 
@@ -35,7 +40,7 @@ class MaskReader:
     ignore: int
 
     def __call__(
-        self, target: Masks | None, frames: Sequence[int], video: Video, size: Sequence[int]
+        self, target: Masks | None, frames: Sequence[int], video: "Video", size: Sequence[int]
     ) -> Tensor:
         """All ignored where there is no target."""
         if target is None:
@@ -64,7 +69,7 @@ class MaskTrainViews:
     fill: tuple[int, int, int]
     repeats: int = 1
 
-    def __call__(self, video: Video, target: Masks, make: Make = empty) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, video: "Video", target: Masks, make: Make = empty) -> tuple[Tensor, list[Tensor]]:
         """-> clips uint8 (V, 3, T, size, size), V masks uint8 (T, size, size)."""
         clips = [self.sampling.train(video) for _ in range(self.repeats)]
         frames, places = read_once(video, clips)
@@ -126,7 +131,7 @@ class MaskTestViews:
     short_side: int | None
     preview: Callable[[Tensor], bytes] | None = None
 
-    def __call__(self, video: Video, target: Masks | None, make: Make = empty) -> tuple[Any, ...]:
+    def __call__(self, video: "Video", target: Masks | None, make: Make = empty) -> tuple[Any, ...]:
         """-> clips uint8 (V, 3, T, H', W'), V times their `Truth`; no draws; the preview, if any."""
         clips = sampling.every_frame(video.num_frames, self.sampling.num_frames, self.sampling.stride)
         frames, places = read_once(video, clips)

@@ -11,12 +11,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from pycocotools import mask as rle
 from torch import Tensor
 from torchvision import tv_tensors
 
 from ..errors import ListError, nearest
-from .decode import IMAGE_SUFFIXES
+from .media import IMAGE_SUFFIXES
 from .rows import Row, Rows
 
 SLACK = 1.0  # pixels that a box may reach beyond its image: rounding, and VOC's counting from 1
@@ -59,13 +58,19 @@ class Objects(NamedTuple):
 
 def decode_mask(counts: str, size: tuple[int, int]) -> np.ndarray:
     """COCO's compressed run lengths -> uint8 (height, width) of zeros and ones."""
-    return rle.decode({"size": list(size), "counts": counts.encode()})
+    return _rle().decode({"size": list(size), "counts": counts.encode()})
 
 
 def encode_masks(masks: np.ndarray) -> list[str]:
     """bool (n, H, W) -> COCO's compressed run lengths of each."""
     columns = np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8)
-    return [code["counts"].decode() for code in rle.encode(columns)]
+    return [code["counts"].decode() for code in _rle().encode(columns)]
+
+
+def _rle():
+    from pycocotools import mask  # a machine that only computes may not have it
+
+    return mask
 
 
 # ---- COCO
@@ -194,13 +199,13 @@ def _checked_mask(where: str, shape: Any, size: tuple[int, int]) -> str:
             raise ListError(
                 f"{where}: found run lengths {str(counts)[:60]}, expected {math.prod(size)} pixels"
             )
-        return rle.frPyObjects(shape, *size)["counts"].decode()
+        return _rle().frPyObjects(shape, *size)["counts"].decode()
     for polygon in shape or [[]] if isinstance(shape, list) else [None]:
         numbers = isinstance(polygon, list) and all(map(_is_number, polygon))
         if not numbers or len(polygon) < 6 or len(polygon) % 2:
             what = "an empty polygon" if polygon == [] else f"segmentation {str(polygon)[:60]}"
             raise ListError(f"{where}: found {what}, expected x, y of 3 points or more, or run lengths")
-    return rle.merge(rle.frPyObjects(shape, *size))["counts"].decode()
+    return _rle().merge(_rle().frPyObjects(shape, *size))["counts"].decode()
 
 
 def _is_number(value: Any) -> bool:

@@ -36,6 +36,13 @@ class Row:
         """For `open_video`: what lies in a shard, None: the file at `path`. Raises DecodeError."""
         return None if self.place is None else self.place.contents(self.path)
 
+    def frame(self, index: int) -> np.ndarray:
+        """-> uint8 (H, W, 3). Raises DecodeError."""
+        from .decode import open_video  # a machine that only computes may have no decoder
+
+        with open_video(self.path, contents=self.contents()) as video:
+            return video.read([index])[0].permute(1, 2, 0).contiguous().numpy()
+
     def missing_frames(self, num_frames: int) -> str | None:
         """What is wrong where the list says more frames than the video has."""
         if self.num_frames is None or num_frames >= self.num_frames:

@@ -23,9 +23,9 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
-from ..errors import ListError
-from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
+from ..errors import DecodeError, ListError
 from .frames import INDEX, VIDEO, FrameVideo
+from .media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 LONGEST_LABEL = 1 << 20  # bytes of a .cls or .json member

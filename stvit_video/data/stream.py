@@ -17,17 +17,10 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .decode import (
-    HIGHEST_RATE,
-    IMAGE_SUFFIXES,
-    PLAYLISTS,
-    DecodeError,
-    beginning,
-    demux,
-    opened,
-    upright,
-)
+from ..errors import DecodeError
+from .decode import HIGHEST_RATE, PLAYLISTS, beginning, demux, opened, upright
 from .demo import ENCODER
+from .media import IMAGE_SUFFIXES
 from .transforms import TestTransform
 from .views import Sampling
 

@@ -159,5 +159,5 @@ def stack_frames(views: Sequence[Sequence[Tensor]], make: Make) -> Tensor:
     """Frames (3, H, W) of each view -> (V, 3, T, H, W), contiguous: each pixel is copied once."""
     out = make((len(views), 3, len(views[0]), *views[0][0].shape[1:]))
     for view, frames in zip(out, views, strict=True):
-        torch.stack(tuple(frames), 1, out=view)
+        torch.stack(list(frames), 1, out=view)
     return out

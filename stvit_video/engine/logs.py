@@ -14,8 +14,11 @@ from . import distributed
 
 def progress(items=None, **options) -> tqdm:
     """A progress bar of the main process; where nobody watches (a log file), a line now and then."""
-    options |= {"disable": not distributed.is_main(), "dynamic_ncols": True}
-    return tqdm(items, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
+    options |= {"disable": not distributed.is_main(), "dynamic_ncols": True, "mininterval": 0.2}
+    if not sys.stderr.isatty():
+        form = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+        options |= {"mininterval": 30, "bar_format": form, "leave": True}
+    return tqdm(items, **options)
 
 
 def read_log(path: Path) -> list[dict]:

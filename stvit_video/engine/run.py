@@ -152,8 +152,10 @@ class Run:
         self.schedule.step_update(self.update)
 
     def lr(self) -> float:
-        """The learning rate of layers that are not decayed."""
-        return max(group["lr"] for group in self.optimizer.param_groups)
+        """The learning rate where neither layer decay nor the head's factor changes it."""
+        groups = self.optimizer.param_groups
+        plain = [group["lr"] for group in groups if group.get("lr_scale", 1.0) == 1]
+        return max(plain or [group["lr"] for group in groups])
 
     def scored_model(self) -> nn.Module:
         """The averaged weights, where there are some; alike on every rank. Every rank calls this."""

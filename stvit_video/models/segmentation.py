@@ -45,8 +45,8 @@ class Segmenter(WithHead):
     """A backbone, and a head that makes class logits of its grids: the base of all that segment.
 
     head: channels of the grids -> what makes logits (N, K, h, w) of a list of them (N, C, h, w).
-    levels: how many grids it takes; the last of them is the backbone's last. The others lie evenly
-        before it, after layers of a ViT, or are the stages before it. Or a list: after which layers.
+    levels: after which layers or stages these grids are; or how many there are: the last of them is the
+        backbone's last then, the others lie evenly before it, or are the stages before it.
     exits: of a ViT, what makes `EarlyExits` for tokens of a width; None: no token leaves.
     size: (height, width) of the only clips it takes; None: of any.
     A subclass with outputs, losses or scores of its own overrides `decode`, `loss` and `scores`.
@@ -237,9 +237,19 @@ class ATMSegmenter(Segmenter):
         super().__init__(backbone, levels, head, make if exits else None)
 
     def decode(self, levels: list[Tokens], exits: list[Exit], left: Tensor) -> list[Masks]:
-        """Tokens -> `Masks` of each level on the grid (B, K, t, h, w), the deepest level first."""
+        """Tokens -> `Masks` of each level on the grid (B, K, t, h, w), the deepest level first.
+
+        Of patches that have `left` (B, P), what stands is the mask: the losses see no hole.
+        """
         said = [exits[-1]] if self.prunes else self.head(levels)
-        return [Masks(one.classes, one.masks.unflatten(2, levels[-1].grid)) for one in said]
+        masks = [one.masks for one in said]
+        if exits and not self.prunes:
+            stands = exits[-1].scores.detach().logit(eps=1e-6).to(masks[0].dtype)
+            masks = [torch.where(left[:, None], stands, mask) for mask in masks]
+        return [
+            Masks(one.classes, mask.unflatten(2, levels[-1].grid))
+            for one, mask in zip(said, masks, strict=True)
+        ]
 
     def scores(self, outputs: Outputs, size: tuple[int, int, int]) -> Tensor:
         """Float32 (B, K, T, H, W) of 0 to 1. What was said of patches that left, stands."""

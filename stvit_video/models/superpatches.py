@@ -10,7 +10,7 @@ are embedded: normalised, mixed, erased.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import timm
@@ -41,8 +41,10 @@ class Superpatches(nn.Module):
         themselves; larger ones are chosen first. By default those of `IMAGE_SHAPES` or `VIDEO_SHAPES` that
         fit the grid. Patches at the end of an axis that fill no group stay single.
     superpatch_vectors: learn a vector for each shape, which starts at zero; CTS has none.
-    superpatch_policy: timm's name of the policy's network; for small models e.g. "lcnet_050".
+    superpatch_policy: timm's name of the policy's network.
     superpatch_std: by what the pixels were divided, by channel, for contrast; by default ImageNet's.
+    CTS itself: "dcts", superpatch_shapes [(1, 2, 2)], a budget, no vectors, and a head that reads tokens
+    before `Tokens.to_grid`.
     Raises ValueError where sizes do not fit each other.
     """
 
@@ -77,7 +79,7 @@ class Superpatches(nn.Module):
             place[:, members] = np.indices(members.shape)
             self.register_buffer(f"members_{i}", torch.tensor(members), persistent=False)
             self.register_buffer(f"place_{i}", torch.tensor(place), persistent=False)
-        self.tokens, self.kind = superpatch_tokens, superpatches
+        self.tokens = superpatch_tokens
         default = 0.03 if superpatches == "contrast" else 0.5
         self.threshold = default if superpatch_threshold is None else superpatch_threshold
         fewest = fewest_tokens(self.grid, self.shapes)
@@ -132,6 +134,8 @@ class Superpatches(nn.Module):
     def choose(self, scores: Sequence[Tensor]) -> Tensor:
         """Scores (B, n) of each shape -> what stands for each patch, (B, P): less than P: a patch, itself;
         from P on: groups, numbered through all shapes in their order."""
+        # pixels that are not finite are for the loss to tell: here they are the last to be merged
+        scores = [score.nan_to_num(-9.0, neginf=-9.0) for score in scores]
         if self.tokens is None:
             limit = -self.threshold if self.policy is None else self.threshold
             accepted = self._accept(scores, torch.full_like(scores[0][:, :1], limit))
@@ -213,18 +217,21 @@ class Superpatches(nn.Module):
 
     def _pixels(self, clip: Tensor, patch_size: Size3) -> Tensor:
         """(B, 3, T, H, W) -> the pixels of all patches, and of all groups as a patch's: (B, M, K)."""
-        parts = [tubelet_pixels(x, patch_size).flatten(1, 3) for x in self._pyramid(clip, 2)]
+        parts = [
+            tubelet_pixels(x, patch_size).flatten(1, 3) for x in self._pyramid(clip, 2, _means_of_pixels)
+        ]
         return torch.cat(parts, 1)
 
     def _positions(self, positions: Tensor) -> Tensor:
         """(1, t, h, w, C) -> of all patches and then of all groups: (M, C)."""
-        patches, *groups = (x.flatten(0, 3) for x in self._pyramid(positions, 1))
+        patches, *groups = (x.flatten(0, 3) for x in self._pyramid(positions, 1, _means_of_places))
         if len(self.vectors):
             groups = [x + vector for x, vector in zip(groups, self.vectors, strict=True)]
         return torch.cat([patches, *groups])
 
-    def _pyramid(self, x: Tensor, first: int) -> list[Tensor]:
-        """x, and by shape x with each block averaged to one, along three axes from `first` on."""
+    def _pyramid(self, x: Tensor, first: int, average: Callable[[Tensor, Size3], Tensor]) -> list[Tensor]:
+        """x, and for each shape x with each of its blocks averaged to one; first: of the axes of time and
+        space; average: does so (x, block)."""
         means = {(1, 1, 1): x}
         for shape in reversed(self.shapes):  # of the largest that it consists of
             parts = [part for part in means if not any(s % p for s, p in zip(shape, part, strict=True))]
@@ -232,9 +239,7 @@ class Superpatches(nn.Module):
             x = means[part]
             for axis, (n, s, p) in enumerate(zip(self.grid, shape, part, strict=True), first):
                 x = x.narrow(axis, 0, x.shape[axis] * (n // s * s) // (n // p * p))
-                if s > p:
-                    x = sum(x.unflatten(axis, (-1, s // p)).unbind(axis + 1)) * (p / s)
-            means[shape] = x
+            means[shape] = average(x, tuple(s // p for s, p in zip(shape, part, strict=True)))
         return [means[shape] for shape in ((1, 1, 1), *self.shapes)]
 
     def _errors(self, pixels: Tensor) -> list[Tensor]:
@@ -247,6 +252,19 @@ class Superpatches(nn.Module):
             (patches[:, index].mean(2) - mean).clamp(min=0)
             for index, mean in zip(members, groups, strict=True)
         ]
+
+
+def _means_of_places(x: Tensor, block: Size3) -> Tensor:
+    """(B, T, H, W, C) -> the mean of each block (t, h, w)."""
+    x = x.unflatten(1, (-1, block[0])).mean(2) if block[0] > 1 else x
+    images = x.flatten(0, 1).movedim(-1, 1)
+    return F.avg_pool2d(images, block[1:]).movedim(1, -1).unflatten(0, x.shape[:2])
+
+
+def _means_of_pixels(x: Tensor, block: Size3) -> Tensor:
+    """(B, 3, T, H, W) -> the mean of each block (t, h, w)."""
+    x = x.unflatten(2, (-1, block[0])).mean(3) if block[0] > 1 else x
+    return F.avg_pool2d(x.flatten(0, 2), block[1:]).unflatten(0, x.shape[:3])
 
 
 class PolicyNet(nn.Module):
@@ -336,6 +354,21 @@ def group_targets(
             inside[..., 1:-1, 1:-1] = True
             target[(low == high) & (target == 0) & ~inside] = ignore
         targets.append(target)
+    return targets
+
+
+def agreement_targets(grid: Tensor, shapes: Sequence[Size3], *, threshold: float = 0.9) -> list[Tensor]:
+    """What a `PolicyNet` is to say where there are no labels: 1 for a group whose patches a plain model
+    makes alike, all of a cosine above the threshold with their mean, else 0.
+
+    grid: (B, t, h, w, C), a model's patches after some layer. -> of each shape (B, t, h, w).
+    """
+    patches, targets = F.normalize(grid.flatten(1, 3).float(), dim=-1), []
+    for shape in shapes:
+        count = [n // s for n, s in zip(grid.shape[1:4], shape, strict=True)]
+        groups = patches[:, torch.tensor(group_members(tuple(grid.shape[1:4]), shape), device=grid.device)]
+        alike = (groups * F.normalize(groups.mean(2, keepdim=True), dim=-1)).sum(-1)
+        targets.append((alike.amin(2) > threshold).long().unflatten(1, count))
     return targets
 
 

@@ -47,7 +47,8 @@ class DetectionWindows(SemanticWindows):
         place, bias = around(size, self.window[1], self._reach(i), self._missing(x), x.device)
         parts = windows.partition(tokens, self.per_window)
         bias = bias.to(x.dtype).repeat(len(x), 1)[:, None, None]
-        made = layer(parts, _after_padding(x), bias=bias, regroup=lambda keys: keys[:, place].flatten(0, 1))
+        how = {"bias": bias, "regroup": lambda keys: keys[:, place].flatten(0, 1), "windows": len(place)}
+        made = layer(parts, _after_padding(x), **how)
         return windows.merge(made, self.per_window, tokens.shape[1:4])
 
     def _reach(self, i: int) -> tuple[int, int]:

@@ -83,6 +83,8 @@ def _vit_family() -> dict[str, Entry]:
         ("large", 1024, 24, 16, 8),
     ):
         dense = {"patch_size": (2, 16, 16), "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+        if size in ("tiny", "small"):  # for them CTS's policy network would be large
+            dense["superpatch_policy"] = "lcnet_050"
         dense = _sizes(VideoViT) | {"superpatches": None} | _sizes(Superpatches) | dense
         reduced = {"semantic_tokens": (8, 4, 4), "base_depth": base_depth}
         every = dense | _sizes(*REDUCERS.values()) | {"reducer": "semantic"} | reduced

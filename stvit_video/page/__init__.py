@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from ..data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from ..errors import InputError
 from ..recognizer import Recognizer
 from .answer import one_line, recognise, refusal

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.decode import VIDEO_SUFFIXES, DecodeError
-from ..errors import InputError
+from ..data.media import VIDEO_SUFFIXES
+from ..errors import DecodeError, InputError
 from ..figures import play_maps
 from ..recognizer import Recognizer
 from ..timeline import Moment, segments

@@ -18,7 +18,7 @@ from ..data import ava
 from ..data.key_frames import KeyFrame, KeyFrameViews, Resized
 from ..data.transforms import Normalise, TrainTransform
 from ..data.views import Sampling
-from ..errors import InputError
+from ..errors import DecodeError, InputError
 from ..figures import draw_boxes
 from .frame_map import Detections, average_precision, average_precisions, detections, hits
 
@@ -117,6 +117,7 @@ class ActionDetection:
             scale=data.scale,
             ratio=data.ratio,
             rand_augment=data.rand_augment,
+            interpolation=data.interpolation,
             flip=data.flip != "none",
             mirror=self.mirror,
         )
@@ -283,15 +284,9 @@ class ActionDetection:
         return True
 
     def _drawn(self, outcome, index: int) -> tuple[np.ndarray, np.ndarray] | None:
-        from ..data.decode import (  # a machine that only computes may have no decoder
-            DecodeError,
-            open_video,
-        )
-
         row, record = outcome.rows[index], outcome.records[index]
         try:
-            with open_video(row.path, contents=row.contents()) as video:
-                frame = video.read([record["frame"]])[0].permute(1, 2, 0).contiguous().numpy()
+            frame = row.frame(record["frame"])
         except DecodeError:
             return None
         boxes, actions = self._true(row.target)

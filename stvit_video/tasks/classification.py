@@ -171,6 +171,8 @@ class Classification:
             "mean_class_accuracy": "mean class accuracy",
             "per_clip_top1": "top-1 of single views",
         }
+        if self.outputs <= 5:
+            del titles["top5"]  # always right
         headlines = [(title, report[key]) for key, title in titles.items() if report[key] is not None]
         lines = [f"  {title:<24} {value:7.2%}" for title, value in headlines]
         written = [self._write_predictions(output / "predictions.csv", scores, outcome)]

@@ -3,14 +3,14 @@
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from ..data.objects import Objects
+
+if TYPE_CHECKING:  # a machine that only computes may not have it
+    from pycocotools.coco import COCO
 
 # COCO's figures: IoU (None: mean of 0.5 to 0.95), and size of the objects.
 FIGURES = {
@@ -43,8 +43,10 @@ def results(
     return detections
 
 
-def truth(targets: Sequence[Objects], category_ids: Sequence[int]) -> COCO:
+def truth(targets: Sequence[Objects], category_ids: Sequence[int]) -> "COCO":
     """What the list says, in pycocotools' form."""
+    from pycocotools.coco import COCO
+
     annotations = []
     for target in targets:
         for i, label in enumerate(target.classes):
@@ -70,9 +72,11 @@ def truth(targets: Sequence[Objects], category_ids: Sequence[int]) -> COCO:
     return coco
 
 
-def average_precisions(coco: COCO, detections: list[dict], kind: str) -> tuple[dict, list[float | None]]:
+def average_precisions(coco: "COCO", detections: list[dict], kind: str) -> tuple[dict, list[float | None]]:
     """kind: "bbox" or "segm" -> `FIGURES` by name, and AP by category in the order of their ids; None where
     there is nothing to find."""
+    from pycocotools.cocoeval import COCOeval
+
     other = {"bbox": "segmentation", "segm": "bbox"}[kind]  # beside a box, it would be a mask's area too
     detections = [{k: v for k, v in detection.items() if k != other} for detection in detections]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -96,5 +100,7 @@ def _mean(precision: np.ndarray) -> float | None:
 
 def overlaps(boxes: Sequence, others: Sequence) -> np.ndarray:
     """IoU (n, m) of boxes (x, y, width, height)."""
+    from pycocotools import mask as rle
+
     ours, theirs = (np.asarray(part, dtype=float).reshape(-1, 4) for part in (boxes, others))
     return np.asarray(rle.iou(ours, theirs, [0] * len(theirs))).reshape(len(ours), len(theirs))

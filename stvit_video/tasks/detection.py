@@ -16,11 +16,10 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import TVTensor
 
 from ..bounds import Range
-from ..data.decode import DecodeError, open_video
 from ..data.objects import Objects, decode_mask, encode_masks
 from ..data.transforms import Normalise
 from ..data.views import Sampling, WholeView
-from ..errors import InputError
+from ..errors import DecodeError, InputError
 from . import coco
 
 LONGEST = 5 / 3  # of an image's sides, over data.image_size: as 1333 over 800
@@ -266,8 +265,7 @@ class Detection:
         kinds = {"first": readable[:PICTURES], "best": order[:PICTURES], "worst": order[-PICTURES:]}
         pairs = []
         for kind, i in ((kind, i) for kind, places in kinds.items() for i in places):
-            with open_video(rows[i].path, contents=rows[i].contents()) as image:
-                frame = image.read([0])[0].permute(1, 2, 0).numpy()
+            frame = rows[i].frame(0)
             pair = [self._enlarged(frame, record) for record in (_as_record(rows[i].target), records[i])]
             picture = Image.fromarray(np.concatenate(pair, 1))
             picture = picture.resize((round(picture.width * HEIGHT / picture.height), HEIGHT))

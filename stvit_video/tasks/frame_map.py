@@ -1,4 +1,4 @@
-"""Frame mean average precision by AVA's protocol: boxes overlap by half, a true action is detected once.
+"""Frame mean average precision, AVA's protocol: boxes that overlap by half, each action detected once.
 
 The official evaluation (ActivityNet, Evaluation/get_ava_performance.py) takes the 50 best detections of a
 key frame. Best first, each is right if the true box of its class that overlaps it most does so by half or

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..bounds import Range
-from ..data.decode import open_video
 from ..data.mask_views import MaskReader, MaskTestViews, MaskTrainViews, Truth, resize
 from ..data.masks import IGNORED, Masks
 from ..data.transforms import Normalise
@@ -59,6 +58,7 @@ class Segmentation:
     Settings, Scoring = Settings, Scoring
     watched = ("mIoU", "accuracy")
     heads, items = ("linear", "upernet", "atm"), "images"
+    on_failure = "exclude"
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Segmentation:
         settings: Settings | None = None,
         scoring: Scoring | None = None,
         view_batch: int = 16,
-        on_failure: str = "exclude",
+        on_failure: str = "exclude",  # the only one here
         twins: Sequence[int] | None = None,
         dump_views: bool = False,
     ):
@@ -270,10 +270,13 @@ class Segmentation:
             written.append(output / "worst.png")
             scenes = [_scene(outcome.rows[i], outcome.records[i], images[i][3]) for i in worst]
             draw_scenes(scenes, self.class_names, written[-1])
-            maps = [outcome.records[i].get("tokens_of", {}).get("map") for i in worst]
-            if maps[0] is not None:
+            pictures = [
+                (title, frame, said, outcome.records[i]["tokens_of"]["map"].numpy())
+                for i, (title, frame, _, said) in zip(worst, scenes, strict=True)
+                if "map" in outcome.records[i].get("tokens_of", {})
+            ]
+            if pictures:
                 written.append(output / "tokens.png")
-                pictures = [(t, f, said, m) for (t, f, _, said), m in zip(scenes, maps, strict=True)]
                 leave = [f"left after layer {layer}" for layer in report.get("exits", ())]
                 draw_tokens(pictures, leave, written[-1])
         if self.keep_masks:
@@ -294,20 +297,21 @@ class Segmentation:
         """uint8 (H, W, 3) and the record of it -> the same under its classes' colours."""
         return overlay(frame, read_png(next(iter(record["masks"].values()))))
 
-    def plain(self, record: Mapping[str, Any]) -> dict[str, float]:
-        """The share of the pixels that each class has, by name, the largest first."""
+    def plain(self, record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """For json: "classes", the share of the pixels that each has, by name, the largest first."""
         masks = np.stack([read_png(mask) for mask in record["masks"].values()])
         pixels = np.bincount(masks.ravel(), minlength=self.outputs)
         order = np.argsort(-pixels, kind="stable")
-        return {self.class_names[c]: int(pixels[c]) / masks.size for c in order if pixels[c]}
+        shown = {self.class_names[c]: round(int(pixels[c]) / masks.size, 6) for c in order if pixels[c]}
+        return {"classes": shown}
 
     def write(self, stem: Path, record: Mapping[str, Any]) -> None:
-        """STEM_mask.png: class ids with a palette; of several frames STEM_mask_00000.png, ...
+        """STEM_mask.png: class ids that show their colours; of several frames STEM_mask_00000.png, ...
 
         Where there is a map of tokens, STEM_tokens.png."""
         tokens = record.get("tokens_of", {}).get("map")
         if tokens is not None:
-            stem.with_name(f"{stem.name}_tokens.png").write_bytes(as_png(torch.from_numpy(tokens)))
+            stem.with_name(f"{stem.name}_tokens.png").write_bytes(as_png(tokens))
         for frame, mask in record["masks"].items():
             place = f"_{frame:05d}" if len(record["masks"]) > 1 else ""
             stem.with_name(f"{stem.name}_mask{place}.png").write_bytes(mask)
@@ -359,15 +363,8 @@ def as_png(mask: Tensor) -> bytes:
 def _scene(row, record: Mapping[str, Any], value: float) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     """Title, frame, truth and prediction, of the frame whose truth the record keeps."""
     ((place, truth),) = record["truth"].items()
-    frame = read_frame(row, place)
     title = f"{'/'.join(Path(row.path).parts[-2:])}: mIoU {value:.1%}"
-    return title, frame, read_png(truth), read_png(record["masks"][place])
-
-
-def read_frame(row, place: int) -> np.ndarray:
-    """uint8 (H, W, 3)."""
-    with open_video(row.path, contents=row.contents()) as video:
-        return video.read([place])[0].permute(1, 2, 0).numpy()
+    return title, row.frame(place), read_png(truth), read_png(record["masks"][place])
 
 
 def read_png(data: bytes) -> np.ndarray:

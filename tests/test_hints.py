@@ -1,0 +1,110 @@
+"""First contact: what is wrong, and what most likely helps, in one line."""
+
+import json
+
+import pytest
+import torch
+from test_end_to_end import run, settings, trained  # noqa: F401
+
+from stvit_video import build, cli
+from stvit_video.cli.common import videos_of
+from stvit_video.config import Config, ConfigError, DataConfig, make_parser, parse, resolve
+from stvit_video.data.media import VIDEO_SUFFIXES
+from stvit_video.data.rows import Row
+from stvit_video.engine.evaluate import write_report
+from stvit_video.engine.job import Outcome
+from stvit_video.engine.logs import progress
+from stvit_video.errors import InputError, nearest
+from stvit_video.files import FileError, read_torch
+from stvit_video.tasks.classification import Classification
+
+
+def test_a_list_is_predicted_like_its_videos(trained, demo_root, tmp_path, capsys):  # noqa: F811
+    clips = sorted(map(str, demo_root.glob("test/*/*.mp4")))[:3]
+    (tmp_path / "list.csv").write_text("".join(f"{clip} {i}\n" for i, clip in enumerate(clips)))
+    (tmp_path / "bare.txt").write_text("\n".join(clips))
+    said = []
+    for source in ([tmp_path / "list.csv"], [tmp_path / "bare.txt"], clips):
+        args = ["--checkpoint", trained[0] / "best.pt", "--device=cpu", "--json", *source]
+        assert run(cli.predict, *args) == 0
+        said.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert said[0] == said[1] == said[2]
+    assert len(said[0]) == 3
+
+
+def test_a_folder_of_nothing_is_named_so(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(InputError, match=r"a folder without videos \(.3gp, .*\) or frames"):
+        videos_of(tmp_path, VIDEO_SUFFIXES)
+    (tmp_path / "img_1.jpg").touch()
+    assert videos_of(tmp_path, VIDEO_SUFFIXES) == [tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("line", "root", "hint"),
+    [
+        ("a/{name} 0", "a", "it is there with data.root={root}"),
+        ("{name} 0", "", "it is there with data.root={root}/a"),
+        ("7 a/{name} 0", "", "lines begin with a number"),
+        ("'{name}' 0", "a", "paths stand in single quotes"),
+    ],
+)
+def test_a_list_of_nothing_that_is_there(tmp_path, capsys, line, root, hint):
+    (tmp_path / "a").mkdir()
+    for i in range(20):
+        (tmp_path / "a" / f"{i}.mp4").touch()
+    (tmp_path / "list.txt").write_text("".join(line.format(name=f"{i}.mp4") + "\n" for i in range(20)))
+    data = DataConfig(train=f"{tmp_path}/list.txt", root=f"{tmp_path}/{root}".rstrip("/"))
+    build.read_split(resolve(Config(data=data)), "train")
+    warning = capsys.readouterr().err
+    assert "none of the 16 videos looked for is there, the first:" in warning
+    assert warning.endswith(f"; {hint.format(root=tmp_path)}\n")
+    data.root = str(tmp_path)
+    (tmp_path / "list.txt").write_text("".join(f"{i}.mp4 0\na/{i}.mp4 0\n" for i in range(20)))
+    build.read_split(resolve(Config(data=data)), "train")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_size_that_another_model_has_is_left_out_by_auto():
+    args = ["--cfg=k400_stvit", "--model.name=vit_small_patch16_224"]
+    with pytest.raises(ConfigError, match="takes no size 'semantic_tokens'.*: model.semantic_tokens=auto"):
+        build.build_model(parse(make_parser(""), args)[0], 3)
+
+
+def test_a_name_broken_off_suggests_what_begins_so():
+    assert nearest("stvit_smal", ["stvit_swin_small", "stvit_small_patch16_224"]).endswith(
+        "'stvit_small_patch16_224'?)"
+    )
+
+
+@pytest.mark.parametrize("classes", ["ab", "abcdef"])
+def test_five_best_of_few_classes_are_no_result(tmp_path, classes):
+    task = Classification(classes, normalise=None)
+    scores = torch.eye(len(classes))
+    records = [{"scores": s, "classes": s.argmax()[None]} for s in scores]
+    outcome = Outcome([Row(f"{i}.mp4", i) for i in range(len(classes))], records, {})
+    lines = write_report(
+        tmp_path, task, outcome, views={"clips": 1, "crops": 1}, details={"on_failure": "wrong"}
+    )
+    assert any("top-5" in line for line in lines) == (len(classes) > 5)
+
+
+def test_what_is_no_checkpoint_has_a_cause_in_words(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"i am no checkpoint")
+    with pytest.raises(FileError, match=r"not a checkpoint \([A-Za-z]"):
+        read_torch(tmp_path / "a.pth")
+
+
+def test_features_go_where_they_are_told(trained, demo_root, tmp_path, capsys):  # noqa: F811
+    args = ["--checkpoint", trained[0] / "best.pt", "x.mp4", f"--features={tmp_path}/g.txt"]
+    assert run(cli.predict, *args) == 2
+    assert "g.txt: must end in .npz" in capsys.readouterr().err
+
+
+def test_bars_in_files_are_lines(capsys):
+    for _ in progress(range(3), desc="epoch 1/2", unit="batch"):
+        pass
+    print("epoch 1: loss 0.5")
+    lines = [line.strip() for line in capsys.readouterr().err.split("\n") if line.strip()]
+    assert lines
+    assert all(line.startswith("epoch 1/2: ") and line.count("epoch") == 1 for line in lines)
