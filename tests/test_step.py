@@ -12,8 +12,10 @@ from test_superpatches import NET, half_even, wave
 
 from stvit_video import build, cli, create_model
 from stvit_video.engine import checkpoint
+from stvit_video.files import read_torch, write_torch
 from stvit_video.models.tokens import Tokens
 from stvit_video.recognizer import load_model
+from stvit_video.tasks.token_counts import TokenCounts
 from stvit_video.weights import WeightsError, load_weights
 
 VIT = {"num_classes": 3, "num_frames": 1, "image_size": 32, "patch_size": (1, 8, 8), "embed_dim": 24}
@@ -184,6 +186,35 @@ def test_atm_on_windows_has_one_level():
     outputs = model(torch.randn(2, 3, 50, 70))
     assert model.scores(outputs, (1, 50, 70)).shape == (2, 3, 1, 50, 70)
     assert model.loss(outputs, torch.randint(0, 3, (2, 1, 50, 70)))["loss"].isfinite()
+
+
+def test_counts_of_windows_are_those_of_their_tokens(tmp_path):
+    """Counted by a walk over the patches; and a scoring that is broken off keeps them."""
+    model = segmenter(**LINEAR, **CONTRAST, exits=[2, 3], exit_threshold=0.5)
+    outputs, counts = model(images(2)), TokenCounts(keep_map=True)
+    counts.add(outputs, [(0, 0), (0, 16)], (32, 32), (32, 40))
+    counts.add(model(images(1)).logits, [(0, 0)], (32, 32), (32, 40))  # plain logits: nothing
+    write_torch(tmp_path / "share.pt", counts.record())
+    record = read_torch(tmp_path / "share.pt")
+    places, first, last = outputs.place.tolist(), *(exit.left.tolist() for exit in outputs.exits)
+    assert record["tokens"].tolist() == [len(set(place)) for place in places]
+    left = [
+        sum(
+            len({t for t, gone in zip(*pair, strict=True) if gone}) for pair in zip(places, at, strict=True)
+        )
+        for at in (first, last)
+    ]
+    there = int(record["tokens"].sum())
+    assert {n: (before, int(by_class.sum())) for n, (before, by_class) in record["exits"].items()} == {
+        2: (there, left[0]),
+        3: (there - left[0], left[1]),
+    }
+    assert 0 < left[0] < there
+    for i, (at, corner) in enumerate([(0, 0), (1, 16)]):
+        for patch in range(16) if i else [0, 1, 4, 5, 8, 9, 12, 13]:  # the second window is above the first
+            y, x = 8 * (patch // 4) + 4, corner + 8 * (patch % 4) + 4
+            if x < 40:
+                assert record["map"][y, x] == first[at][patch] + 2 * last[at][patch]
 
 
 # ---- runs

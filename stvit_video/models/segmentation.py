@@ -237,9 +237,19 @@ class ATMSegmenter(Segmenter):
         super().__init__(backbone, levels, head, make if exits else None)
 
     def decode(self, levels: list[Tokens], exits: list[Exit], left: Tensor) -> list[Masks]:
-        """Tokens -> `Masks` of each level on the grid (B, K, t, h, w), the deepest level first."""
+        """Tokens -> `Masks` of each level on the grid (B, K, t, h, w), the deepest level first.
+
+        Of patches that have `left` (B, P), what stands is the mask: the losses see no hole.
+        """
         said = [exits[-1]] if self.prunes else self.head(levels)
-        return [Masks(one.classes, one.masks.unflatten(2, levels[-1].grid)) for one in said]
+        masks = [one.masks for one in said]
+        if exits and not self.prunes:
+            stands = exits[-1].scores.detach().logit(eps=1e-6).to(masks[0].dtype)
+            masks = [torch.where(left[:, None], stands, mask) for mask in masks]
+        return [
+            Masks(one.classes, mask.unflatten(2, levels[-1].grid))
+            for one, mask in zip(said, masks, strict=True)
+        ]
 
     def scores(self, outputs: Outputs, size: tuple[int, int, int]) -> Tensor:
         """Float32 (B, K, T, H, W) of 0 to 1. What was said of patches that left, stands."""

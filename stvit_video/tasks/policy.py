@@ -96,7 +96,7 @@ class Policy(Segmentation):
         if not shown:
             return lines
         pictures = [
-            (Path(row.path).name, row.frame(0), read_png(r["truth"]), r["tokens_of"]["map"])
+            (Path(row.path).name, row.frame(0), read_png(r["truth"]), r["tokens_of"]["map"].numpy())
             for row, r in shown[:WORST]
         ]
         draw_tokens(pictures, [], output / "tokens.png")
@@ -104,7 +104,7 @@ class Policy(Segmentation):
 
     def draw(self, frame: np.ndarray, record: Mapping[str, Any]) -> np.ndarray:
         """uint8 (H, W, 3) -> the same with the borders of its tokens."""
-        return show_tokens(frame, record["tokens_of"]["map"])
+        return show_tokens(frame, record["tokens_of"]["map"].numpy())
 
     def plain(self, record: Mapping[str, Any]) -> dict[str, int]:
         """How many patches and tokens all windows have."""

@@ -270,10 +270,13 @@ class Segmentation:
             written.append(output / "worst.png")
             scenes = [_scene(outcome.rows[i], outcome.records[i], images[i][3]) for i in worst]
             draw_scenes(scenes, self.class_names, written[-1])
-            maps = [outcome.records[i].get("tokens_of", {}).get("map") for i in worst]
-            if maps[0] is not None:
+            pictures = [
+                (title, frame, said, outcome.records[i]["tokens_of"]["map"].numpy())
+                for i, (title, frame, _, said) in zip(worst, scenes, strict=True)
+                if "map" in outcome.records[i].get("tokens_of", {})
+            ]
+            if pictures:
                 written.append(output / "tokens.png")
-                pictures = [(t, f, said, m) for (t, f, _, said), m in zip(scenes, maps, strict=True)]
                 leave = [f"left after layer {layer}" for layer in report.get("exits", ())]
                 draw_tokens(pictures, leave, written[-1])
         if self.keep_masks:
@@ -308,7 +311,7 @@ class Segmentation:
         Where there is a map of tokens, STEM_tokens.png."""
         tokens = record.get("tokens_of", {}).get("map")
         if tokens is not None:
-            stem.with_name(f"{stem.name}_tokens.png").write_bytes(as_png(torch.from_numpy(tokens)))
+            stem.with_name(f"{stem.name}_tokens.png").write_bytes(as_png(tokens))
         for frame, mask in record["masks"].items():
             place = f"_{frame:05d}" if len(record["masks"]) > 1 else ""
             stem.with_name(f"{stem.name}_mask{place}.png").write_bytes(mask)
@@ -359,7 +362,6 @@ def as_png(mask: Tensor) -> bytes:
 
 def _scene(row, record: Mapping[str, Any], value: float) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     """Title, frame, truth and prediction, of the frame whose truth the record keeps."""
-
     ((place, truth),) = record["truth"].items()
     title = f"{'/'.join(Path(row.path).parts[-2:])}: mIoU {value:.1%}"
     return title, row.frame(place), read_png(truth), read_png(record["masks"][place])

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,65 +12,65 @@ from ..figures import BORDER
 class TokenCounts:
     """Of one row of a list: what a model says of the tokens of its windows.
 
-    keep_map: also of the first pass, where in the frame tokens lie and leave; other passes are of other
-        scales, or mirrored.
+    keep_map: also where in the frame tokens lie and leave, in the first pass: others are of other scales,
+        or mirrored.
     """
 
     def __init__(self, keep_map: bool = False):
         self.keep_map, self.windows = keep_map, []
-        self.map: np.ndarray | None = None
+        self.map: Tensor | None = None
 
     def add(
         self, outputs: Any, places: Sequence[tuple[int, int]], window: Sequence[int], size: Sequence[int]
-    ):
-        """outputs: of a `Segmenter`; those of models whose tokens are the patches have nothing to count.
+    ) -> None:
+        """outputs: a `Segmenter`'s; where the tokens are the patches, there is nothing to count.
 
-        places: top left corners of the windows (h, w) in a frame of `size` (H, W).
+        places: top left corners of windows of `window` (h, w) pixels in a frame of `size` (H, W).
         """
         if not hasattr(outputs, "exits"):
             return
-        for i, (y, x) in enumerate(places):
+        for i in range(len(places)):
             counts = [(exit.layer, int(exit.tokens[i]), exit.leaving[i].cpu()) for exit in outputs.exits]
             self.windows.append((outputs.place.shape[1], int(outputs.tokens[i]), counts))
-            if self.keep_map:
-                if self.map is None:
-                    self.map = np.zeros(size, np.uint8)
-                part = window_map(outputs, i, window)
-                target = self.map[y : y + window[0], x : x + window[1]]
-                target[:] = part[: target.shape[0], : target.shape[1]]
+        if not self.keep_map:
+            return
+        if self.map is None:
+            self.map = torch.zeros(*size, dtype=torch.uint8)
+        for i, (y, x) in enumerate(places):
+            target = self.map[y : y + window[0], x : x + window[1]]
+            target[:] = window_map(outputs, i, window)[: target.shape[0], : target.shape[1]]
 
     def record(self) -> dict[str, Any]:
-        """ "tokens": of each window, int64; "patches": of one; "exits": by layer how many tokens were there
-        before it, and how many of each class left, over all windows; "map". Empty without counts."""
+        """Empty without counts. tokens: of each window, int64; patches: of a window; exits: by layer how
+        many tokens were there before it, and how many of each class left, over all windows; map: uint8.
+        """
         if not self.windows:
             return {}
         patches, tokens, counts = zip(*self.windows, strict=True)
-        exits = {
-            passed[0][0]: (
-                sum(n for _, n, _ in passed),
-                torch.stack([by_class for *_, by_class in passed]).sum(0),
-            )
-            for passed in zip(*counts, strict=True)
-        }
+        exits = {}
+        for passed in zip(*counts, strict=True):  # the same exit, of all windows
+            layers, before, by_class = zip(*passed, strict=True)
+            exits[layers[0]] = sum(before), torch.stack(by_class).sum(0)
         record = {"patches": patches[0], "tokens": torch.tensor(tokens), "exits": exits}
         return record if self.map is None else record | {"map": self.map}
 
 
-def window_map(outputs: Any, i: int, size: Sequence[int]) -> np.ndarray:
-    """Of window i, of `size` (h, w) in pixels: uint8, 0 where a token stays to the end, 1, 2, ... at which
-    exit it left, `BORDER` between tokens. Of a clip, its middle tubelet."""
-    frame = outputs.grid[0] // 2
+def window_map(outputs: Any, i: int, size: Sequence[int]) -> Tensor:
+    """Of window i, an image of `size` (h, w): uint8, 0 where a token stays to the end, 1, 2, ... at which
+    exit it left, `BORDER` between tokens."""
 
-    def pixels(values: Tensor) -> np.ndarray:
-        grid = values[i].unflatten(0, outputs.grid)[frame].cpu().numpy()
-        return grid.repeat(size[0] // len(grid), 0).repeat(size[1] // grid.shape[1], 1)
+    def pixels(values: Tensor) -> Tensor:
+        grid = values[i].unflatten(0, outputs.grid)[0].cpu()
+        (h, w), (rows, columns) = size, grid.shape
+        return grid.repeat_interleave(h // rows, 0).repeat_interleave(w // columns, 1)
 
     place = pixels(outputs.place)
-    out = np.zeros(place.shape, np.uint8)
+    out = torch.zeros(place.shape, dtype=torch.uint8)
     for number, exit in enumerate(outputs.exits, 1):
         out[pixels(exit.left)] = number
     for axis in (0, 1):
-        out[np.diff(place, axis=axis, prepend=-1) != 0] = BORDER
+        before = torch.full_like(place.narrow(axis, 0, 1), -1)
+        out[place.diff(dim=axis, prepend=before) != 0] = BORDER
     return out
 
 
