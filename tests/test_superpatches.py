@@ -438,6 +438,18 @@ def test_a_dense_checkpoint_loads_and_a_policy_is_never_left_out_unsaid():
     assert copy.eval()(clip).equal(model(clip))
 
 
+def test_where_nothing_is_merged_it_is_the_plain_model_and_every_parameter_is_used():
+    """DistributedDataParallel waits for the gradient of each, whatever this process's clips are."""
+    model = vit(superpatches="contrast", superpatch_threshold=0.0)
+    plain = vit()
+    plain.load_state_dict({k: model.state_dict()[k] for k in plain.state_dict()})
+    clips = torch.randn(2, 3, 4, 32, 32)
+    assert model(clips).equal(plain(clips))
+    model(clips).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not any(vector.grad.any() for vector in model.superpatches.vectors)
+
+
 def test_layer_decay_knows_them():
     from timm.models import group_parameters
 
