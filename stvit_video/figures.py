@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 WATCHED = "val_"  # begins the keys of a validation's figures in the log
 READABLE = 240  # pixels: the short side of a frame with letters in it
@@ -124,7 +124,8 @@ def show_tokens(frame: np.ndarray, tokens: np.ndarray, share: float = 0.6) -> np
     rows, columns = (np.arange(n) * m // n for n, m in zip(out.shape, tokens.shape, strict=False))
     tokens = tokens[rows[:, None], columns]
     left = (tokens > 0) & (tokens < BORDER)
-    out[left] = np.round((1 - share) * out[left] + share * palette()[tokens[left]])
+    colours = np.array([ImageColor.getrgb(colour) for colour in COLOURS])
+    out[left] = np.round((1 - share) * out[left] + share * colours[(tokens[left] - 1) % len(COLOURS)])
     out[tokens == BORDER] = out[tokens == BORDER] // 2
     return out
 
@@ -145,7 +146,7 @@ def draw_tokens(
             axis.imshow(pixels)
             axis.set_title(name.replace("$", r"\$"), fontsize=8)
             axis.axis("off")
-    marks = [Patch(color=palette()[i] / 255) for i in range(1, len(exits) + 1)]
+    marks = [Patch(color=COLOURS[i % len(COLOURS)]) for i in range(len(exits))]
     if marks:
         figure.legend(marks, exits, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(picture, dpi=110)
