@@ -38,7 +38,8 @@ def bench_step(
     which: the policy does all its work, then a fixed choice of so many takes its place.
     """
     sizes |= {"num_frames": 1, "image_size": image_size, "num_classes": CLASSES, "head": head}
-    depth = create_model(name, **sizes).built["depth"]
+    first = create_model(name, **sizes)
+    depth = first.built["depth"]
     early = {"superpatches": "dcts", "exits": [depth // 2]}
     variants = {"plain": {}, "dCTS": {"superpatches": "dcts"}, "dCTS, linear exit": early}
     if head == "atm":
@@ -46,7 +47,9 @@ def bench_step(
     image, calls = torch.randn(1, 3, 1, image_size, image_size, device=device), {}
     for variant, changes in variants.items():
         torch.manual_seed(0)
-        model = create_model(name, **sizes, **changes).to(device).eval().requires_grad_(False)
+        model = create_model(name, **sizes, **changes)
+        model.backbone.blocks = first.backbone.blocks  # shared: most of the memory
+        model.to(device).eval().requires_grad_(False)
         with torch.inference_mode():
             if model.backbone.superpatches is not None:
                 fix_choice(model.backbone.superpatches, share)
