@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from stvit_video.data import annotations
+from stvit_video.data import annotations, mask_lists
 from stvit_video.data.annotations import (
     FORMATS,
     Format,
@@ -662,3 +662,13 @@ def test_a_side_without_one_twin(names):
 def test_twice_the_same_side():
     with pytest.raises(ListError, match="class 1: found 'right', expected one mirror twin 'left'"):
         mirrored_classes(["left", "right", "left"])
+
+
+def test_a_json_of_one_long_line_is_told_apart_at_once(tmp_path):
+    """As it comes from a machine; no pattern for lines of text may search it."""
+    path = tmp_path / "list.json"
+    path.write_text('[{"id": "1", "label": "a, b c"' + ", " * 20_000 + "}]")
+    assert not [
+        entry.name for entry in MASK_FORMATS if entry.recognises(annotations.Source(path, None, None, None))
+    ]
+    assert max(len(line) for line in path.read_text().splitlines()) > 5 * mask_lists.LONGEST // 2

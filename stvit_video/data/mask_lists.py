@@ -131,7 +131,10 @@ class Pairs:
     name = "pairs"
 
     def recognises(self, source) -> bool:
-        if not source.path.is_file() or not all(PAIR.fullmatch(line) for _, line in self._lines(source)):
+        if not source.path.is_file():
+            return False
+        # a json may be one line of many megabytes, where the pattern would take minutes
+        if not all(len(line) < LONGEST and PAIR.fullmatch(line) for _, line in self._lines(source)):
             return False
         return not source.on_disk(next(self._lines(source))[1].strip())  # one file with such a name
 
@@ -156,6 +159,7 @@ class Pairs:
         yield from lines
 
 
+LONGEST = 2 * 4096  # characters of a line: two paths
 MASK_FORMATS = (
     Layout(
         *("cityscapes", ("leftImg8bit", "gtFine"), ("_leftImg8bit", "_gtFine_labelIds"), "cityscapes"),
