@@ -121,7 +121,7 @@ def show_tokens(frame: np.ndarray, tokens: np.ndarray, share: float = 0.6) -> np
     between two -> the frame with the map over it, enlarged where lines would hide it."""
     enlarged = max(READABLE // min(frame.shape[:2]), 1)
     out = frame.repeat(enlarged, 0).repeat(enlarged, 1)
-    rows, columns = (np.arange(n) * m // n for n, m in zip(out.shape, tokens.shape, strict=False))
+    rows, columns = (np.arange(n) * m // n for n, m in zip(out.shape[:2], tokens.shape, strict=True))
     tokens = tokens[rows[:, None], columns]
     left = (tokens > 0) & (tokens < BORDER)
     colours = np.array([ImageColor.getrgb(colour) for colour in COLOURS])

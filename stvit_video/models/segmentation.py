@@ -337,7 +337,7 @@ class UPerHead(nn.Module):
         pyramid = [self.bottleneck(torch.cat([last, *pooled], 1))]
         for conv, level in zip(reversed(self.lateral), reversed(levels[:-1]), strict=True):
             pyramid.insert(0, conv(level) + _resize(pyramid[0], level.shape[2:]))
-        smooth = [conv(level) for conv, level in zip(self.smooth, pyramid, strict=False)]
+        smooth = [conv(level) for conv, level in zip(self.smooth, pyramid[:-1], strict=True)]
         size = smooth[0].shape[2:]
         logits = self.classify(self.join(torch.cat([_resize(x, size) for x in [*smooth, pyramid[-1]]], 1)))
         return {"logits": logits, "auxiliary": self.auxiliary(levels[-2])} if self.training else logits
