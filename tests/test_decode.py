@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stvit_video.data import decode
+from stvit_video.data import decode, hidden
 from stvit_video.data.decode import open_video
 from stvit_video.data.media import VIDEO_SUFFIXES
 from stvit_video.errors import DecodeError
@@ -265,6 +265,62 @@ def test_packets_that_show_nothing_are_no_frames(tmp_path):
     with av.open(str(path)) as container:
         assert sum(packet.size > 0 for packet in container.demux(video=0)) > FRAMES
     assert_exact(path, FRAMES)
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.avi", "a.mp4"])
+def test_a_picture_of_mpeg4_that_is_not_coded_is_no_frame(tmp_path, name):
+    def skip(place, packet):
+        if place not in (3, 17):
+            return [packet]
+        nothing = av.Packet(vop(coded=0))
+        nothing.pts, nothing.dts, nothing.time_base = packet.pts, packet.dts, packet.time_base
+        return [nothing]
+
+    path = remux(render(tmp_path / name, "mpeg4"), tmp_path / f"b{name}", skip)
+    with av.open(str(path)) as container:
+        assert sum(packet.size > 0 for packet in container.demux(video=0)) == FRAMES
+    assert_exact(path, FRAMES - 2)
+
+
+# Headers of a stream of MPEG-4 at 25 frames/s, so that a time within a second has five bits
+LAYER = bytes.fromhex("00000100 00000120 00c48d8800cd030408144300")
+
+
+def vop(coded, kind=0b01, marker=1, seconds=0b0):
+    """The start code, the kind, no second, a marker, the time, another, whether it is coded, stuffing."""
+    bits = f"{kind:02b}{seconds:b}1{0:05b}{marker}{coded}01111"
+    return b"\0\0\1\xb6" + int(bits, 2).to_bytes(len(bits) // 8)
+
+
+@pytest.mark.parametrize(
+    ("packets", "shows"),
+    [
+        ([vop(1), vop(0), LAYER + vop(1)], [True, False, True]),
+        ([vop(1, kind=0b10), vop(1, kind=0b11)], [None, True]),  # B, sprites
+        ([vop(1, marker=0), vop(1, seconds=0b111111110)], [None, True]),
+        ([vop(1)[:5], vop(1) + vop(0), b"", LAYER], [None] * 4),
+        ([LAYER.replace(b"\x8d\x88", b"\x8d\xa8") + vop(1)], [None]),  # no rectangle
+    ],
+)
+def test_what_the_headers_of_mpeg4_tell(packets, shows):
+    assert list(map(hidden.Mpeg4(LAYER), packets)) == shows
+    assert hidden.Mpeg4(b"")(vop(1)) is None
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a.mkv", "a.webm"])
+def test_what_headers_tell_is_not_decoded_to_be_counted(tmp_path, monkeypatch, name):
+    path, decoded = render(tmp_path / name, "libvpx" if name == "a.webm" else "mpeg4"), []
+    frames = decode.AvVideo._frames
+    monkeypatch.setattr(decode.AvVideo, "_count", lambda self: pytest.fail("decodes all of the file"))
+    monkeypatch.setattr(
+        decode.AvVideo,
+        "_frames",
+        lambda *args, **options: (decoded.append(frame) or frame for frame in frames(*args, **options)),
+    )
+    with open_video(path) as video:
+        assert video.num_frames == FRAMES
+        assert numbers(video.read([FRAMES - 1])) == [FRAMES - 1]
+    assert 0 < len(decoded) <= 10  # from the last key frame on
 
 
 def test_a_stream_that_appears_midway(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import operator
 import os
 import re
 import stat
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
@@ -27,12 +27,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import DecodeError, InputError, nearest
+from .hidden import shows_frame
 from .media import IMAGE_SUFFIXES, natural
 
 DECODERS = ("av", "decord")
 
-# Codecs with packets that show nothing: alternate references (VP8), vops not coded (MPEG-4).
-HIDING_CODECS = frozenset(("vp8", "mpeg4"))
 # Containers where a seek ends at the key frame asked for; elsewhere it may end at the start.
 SEEKABLE = frozenset(("avi", "matroska", "mov", "mpegts"))
 # Frames: nearer than this, decoding on costs less than a seek, which drops what is decoded ahead.
@@ -235,19 +234,19 @@ class FrameFolder(Frames):
 class AvVideo(Frames):
     """A video file, read by PyAV; of several video streams the one that players show.
 
-    The packets are listed without decoding them. In a regular file each shows one frame, known by
-    its timestamp, so that reading may begin at a key frame. In any other file the frames are
-    counted by decoding them all, and known by their place in that order.
+    The packets are listed without decoding them. In a regular file each shows one frame or, by its header,
+    none; frames are known by their timestamps, so that reading may begin at a key frame. In any other file
+    the frames are counted by decoding them all, and known by their place in that order.
     """
 
     def __init__(self, path: Path, threads: int, contents: bytes | None = None):
         # With av.logging.set_level these threads log through Python and may block for good: leave it off.
         self.path, self.threads, self.contents = path, threads, contents
         with self._open() as (container, stream):
-            packets = [_Listed.of(packet) for packet in demux(container, stream) if packet.size]
+            shows = shows_frame(stream.codec_context.name, stream.codec_context.extradata)
+            packets = [_Listed.of(packet, shows) for packet in demux(container, stream) if packet.size]
             packets, self._cut = _without_end(packets)
             rate, unit = stream.average_rate, stream.time_base
-            hides = stream.codec_context.name in HIDING_CODECS
             reorders = stream.codec_context.has_b_frames
             kind = container.format.name.partition(",")[0]
             self.shortage = _shortage(container, stream, packets)
@@ -260,10 +259,9 @@ class AvVideo(Frames):
         self._until: dict[int, int] = {}  # frame -> the last one shown of those decoded up to it
         if (
             shown
-            and not hides
             and None not in times
             and len(set(shown)) == len(shown)
-            and not any(packet.corrupt for packet in packets)
+            and not any(packet.corrupt or packet.discard is None for packet in packets)
             # frames in front of the first key frame refer to what is not there, and do not come out
             and packets[0].key
             and times[0] == min(times)
@@ -414,15 +412,17 @@ class _Listed(NamedTuple):
     pts: int | None
     dts: int | None
     key: bool
-    discard: bool
+    discard: bool | None  # decoded and not shown; None: perhaps
     corrupt: bool
     place: int | None  # in the file, bytes
     size: int
     duration: int
 
     @classmethod
-    def of(cls, packet: av.Packet) -> Self:
-        flags = packet.is_keyframe, packet.is_discard, packet.is_corrupt
+    def of(cls, packet: av.Packet, shows: Callable[[av.Packet], bool | None]) -> Self:
+        shown = shows(packet)
+        discard = packet.is_discard or (None if shown is None else not shown)
+        flags = packet.is_keyframe, discard, packet.is_corrupt
         return cls(packet.pts, packet.dts, *flags, packet.pos, packet.size, packet.duration or 0)
 
 
