@@ -24,6 +24,7 @@ from .data.demo import is_demo, prepare_demo
 from .data.demo_movers import prepare_movers
 from .data.demo_objects import prepare_objects
 from .data.demo_scenes import prepare_scenes
+from .data.media import IMAGE_SUFFIXES
 from .data.preview import make_preview
 from .data.rows import class_ids
 from .data.sampling import permuted
@@ -319,7 +320,8 @@ def read_split(
     for row in rows:
         if max(class_ids(row.target), default=0) >= len(names):
             raise ConfigError(f"{path}: label {row.target} of {row.path}: must be below {len(names)}")
-    if distributed.is_main() and (hint := _absent(rows, data.root)):
+    hint = _absent(rows, data.root) or _stills(rows, data.num_frames)
+    if distributed.is_main() and hint:
         print(f"warning: data.{split}={path}: {hint}", file=sys.stderr)
     if shared_out:
         rows = hold_back(rows, data.hold_back, config.seed)[split != "train"]
@@ -348,6 +350,13 @@ def _absent(rows: Rows, root: str | None) -> str | None:
     return f"none of the {len(some)} videos looked for is there, the first: {path}{hint}"
 
 
+def _stills(rows: Rows, num_frames: int) -> str | None:
+    """What may be wrong where all rows are single images."""
+    if num_frames == 1 or not all(Path(row.path).suffix.lower() in IMAGE_SUFFIXES for row in rows):
+        return None
+    return f"all are single images, each {num_frames} times in a clip; data.num_frames=1 is image mode"
+
+
 def hold_back(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     """-> the rows to train on, and those to validate on: of each class `share`, rounded, at least one.
 
@@ -360,9 +369,10 @@ def hold_back(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     for target, members in classes.items():
         count = max(round(share * len(members)), 1)
         if count >= len(members):
+            name = rows.class_names[target] if rows.class_names and isinstance(target, int) else target
             raise ConfigError(
-                f"data.hold_back={share:g}: class {target} has {len(members)} videos, none would be left "
-                "to train on; give data.val"
+                f"data.hold_back={share:g}: of the {len(members)} videos of class {name!r} none would be "
+                "left to train on; give data.val"
             )
         held.update(random.Random(f"{seed} {target}").sample(members, count))
     parts = ([row for i, row in enumerate(rows) if (i in held) == back] for back in (False, True))

@@ -19,6 +19,11 @@ class ListError(InputError):
     """A list of videos that cannot be read: file and line, what was found, what was expected."""
 
 
+def cause_of(failure: str, path: str) -> str:
+    """What such a line says behind the path that it begins with: for tables with a column of paths."""
+    return failure.removeprefix(f"{path}: ")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all of them."""
     known = sorted(known)

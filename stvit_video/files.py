@@ -81,7 +81,7 @@ def read_torch(path: Path, *, verify: bool = True, mmap: bool = False) -> Any:
     """
     try:
         if not path.is_file():
-            raise FileError(f"{path}: no such file")
+            raise FileError(f"{path}: {'a folder, not a' if path.is_dir() else 'no such'} file")
         if path.stat().st_size == 0:
             raise FileError(f"{path}: the file is empty")
         if verify and (broken := _damage(path)):

@@ -34,6 +34,7 @@ def check(folder, *args, **lists):
     with open(folder / "out" / "check.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert all("\n" not in row["cause"] for row in rows)
+    assert not any(row["path"] and row["cause"].startswith(row["path"]) for row in rows)
     return code, [(row["split"], row["path"].rpartition("/")[2], row["kind"]) for row in rows]
 
 
@@ -110,7 +111,7 @@ def test_of_a_file_cut_within_a_frame_the_sound_part_is_read(tmp_path, name):
             assert torch.equal(video.read(range(n)), every[:n])
     code, found = check(tmp_path, "--thorough", train=[(path, 0)])
     assert (code, found) == (1, [("train", name, "short")])
-    assert f"{path}: cut off at " in (tmp_path / "out" / "check.csv").read_text()
+    assert f'{path},short,"cut off at ' in (tmp_path / "out" / "check.csv").read_text()
 
 
 def fast_start(source, target):

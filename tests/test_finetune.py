@@ -14,9 +14,10 @@ from test_weights import own_checkpoint, reference, settled, video
 
 from stvit_video import WeightsError, build, cli, create_model, load_weights
 from stvit_video.cli.serving import validated
-from stvit_video.config import Config, ConfigError, DataConfig, make_parser, parse, resolve
+from stvit_video.config import Config, ConfigError, DataConfig, ModelConfig, make_parser, parse, resolve
 from stvit_video.data.rows import Row, Rows
 from stvit_video.engine import checkpoint
+from stvit_video.errors import InputError
 from stvit_video.recognizer import load_model
 from stvit_video.weights import model_of
 
@@ -134,8 +135,8 @@ def test_a_share_of_each_class_is_held_back_by_the_seed():
     assert build.hold_back(rows, 0.1, seed=5)[1] == held != build.hold_back(rows, 0.1, seed=6)[1]
     more = Rows([*rows, *(Row(f"new{i}.mp4", 2) for i in range(10))])  # of another class
     assert list(build.hold_back(more, 0.1, seed=5)[1])[:-1] == list(held)
-    with pytest.raises(ConfigError, match="class 7 has 1 videos"):
-        build.hold_back(Rows([*rows, Row("a.mp4", 7)]), 0.1, seed=5)
+    with pytest.raises(ConfigError, match="of the 1 videos of class 'b' none would be left to train on"):
+        build.hold_back(Rows([*rows, Row("a.mp4", 2)], ["c", "a", "b"]), 0.1, seed=5)
 
 
 def test_what_is_held_back_is_for_validation_where_no_list_is(demo_root):
@@ -154,6 +155,30 @@ def test_what_is_held_back_is_for_validation_where_no_list_is(demo_root):
 # ---- the command
 
 
+FOLDERS = {
+    "nested": (["clips/left/a.mp4", "clips/right/b.mp4"], "{0}: has only the class 'clips', .* takes two"),
+    "empty": (["left/a.mp4", "right/notes.txt"], "{0}/right: found no video, image or frame folder"),
+    "flat": (["a.mp4", "b.mp4"], "{0}: found no sub-folders, expected one for each class"),
+    "one.mp4": ([""], "{0}: found a video or image, expected a list or a folder of them"),
+    "absent": ([], "{0}: found no such file or folder, expected a list, class folders or shards"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_that_is_none_of_classes(tmp_path, name):
+    """Each is refused before any video is opened."""
+    files, line = FOLDERS[name]
+    for file in files:
+        path = tmp_path / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    data = DataConfig(train=f"{tmp_path}/{name}", image_size=32, num_frames=4)
+    model = ModelConfig(name="stvit_tiny_patch16_224", depth=6, embed_dim=48, semantic_tokens=(2, 1, 1))
+    config = resolve(Config(model=model, data=data))
+    with pytest.raises(InputError, match=f"^(data.train=)?{line.format(tmp_path / name)}[^\n]*$"):
+        build.build_job(config, torch.device("cpu"))
+
+
 def test_one_command_for_ones_own_videos(demo_root, tmp_path, capsys):
     """From a dense image ViT and one folder: trained, then scored by the command that is printed."""
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=9, img_size=32)
@@ -164,7 +189,8 @@ def test_one_command_for_ones_own_videos(demo_root, tmp_path, capsys):
     assert run(cli.train, *args) == 0
     out, err = capsys.readouterr()
     assert "data.flip=all mirrors clips of 'move_left', too" in err
-    assert "training on 16 videos of 8 classes: 10 epochs of 16 clips, 20 updates; validating on 8" in out
+    assert "training on 16 videos of 8 classes (grow, move_down, move_left, ...): 10 epochs " in out
+    assert "of 16 clips, 20 updates; validating on 8" in out
     assert "about 1 minutes, validations apart" in out
     state = checkpoint.load(tmp_path / "run" / "best.pt")
     assert state["built"]["name"] == state["config"]["model"]["name"] == "stvit_tiny_patch16_224"

@@ -440,7 +440,7 @@ def test_the_command_counts_and_lists(unbroken, tmp_path, capsys):
     assert set(expected) == {*(f"0000{i}.tar" for i in range(4)), "shards.jsonl", "unreadable.csv"}
     [(path, cause)] = list(csv.reader(expected["unreadable.csv"].decode().splitlines()))[1:]
     assert path.endswith("none.mp4")
-    assert cause == f"{path}: no such file"
+    assert cause == "no such file"
     assert run(cli.shards, *args, f"--to={tmp_path}/out", "--data.workers=3") == 1
     size = sum(len(data) for name, data in expected.items() if name.endswith("tar"))
     printed = capsys.readouterr().out

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_end_to_end import run, settings, trained  # noqa: F401
 
-from stvit_video import build, cli
+from stvit_video import build, cli, create_model
 from stvit_video.cli.common import videos_of
 from stvit_video.config import Config, ConfigError, DataConfig, make_parser, parse, resolve
 from stvit_video.data.media import VIDEO_SUFFIXES
@@ -16,6 +16,7 @@ from stvit_video.engine.job import Outcome
 from stvit_video.engine.logs import progress
 from stvit_video.errors import InputError, nearest
 from stvit_video.files import FileError, read_torch
+from stvit_video.models.zoo import changed_sizes
 from stvit_video.tasks.classification import Classification
 
 
@@ -65,10 +66,39 @@ def test_a_list_of_nothing_that_is_there(tmp_path, capsys, line, root, hint):
     assert capsys.readouterr().err == ""
 
 
-def test_a_size_that_another_model_has_is_left_out_by_auto():
-    args = ["--cfg=k400_stvit", "--model.name=vit_small_patch16_224"]
-    with pytest.raises(ConfigError, match="takes no size 'semantic_tokens'.*: model.semantic_tokens=auto"):
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [("vit_small_patch16_224", "stvit_small_patch16_224"), ("video_swin_tiny", "stvit_video_swin_tiny")],
+)
+def test_a_size_that_another_model_has_is_left_out_by_auto(name, twin):
+    args = ["--cfg=k400_stvit", f"--model.name={name}"]
+    line = rf"takes no size 'semantic_tokens' \({twin} does\): model.semantic_tokens=auto"
+    with pytest.raises(ConfigError, match=line):
         build.build_model(parse(make_parser(""), args)[0], 3)
+
+
+def test_sizes_that_are_not_those_of_the_name_stand_beside_it():
+    sizes = {"image_size": 32, "num_classes": 3}
+    assert changed_sizes(create_model("stvit_tiny_patch16_224", **sizes, semantic_tokens=(8, 2, 2))) == {
+        "semantic_tokens": [8, 2, 2]
+    }
+    model = create_model("vit_tiny_patch16_224", **sizes, num_frames=1, depth=3)
+    assert changed_sizes(model) == {"depth": 3}
+
+
+def test_single_images_in_clips_of_several_frames_are_named(tmp_path, capsys):
+    for name in ("a/1.jpg", "b/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for frames, line in (
+        (16, "all are single images, each 16 times in a clip; data.num_frames=1"),
+        (1, ""),
+    ):
+        data = DataConfig(train=str(tmp_path), num_frames=frames)
+        build.read_split(resolve(Config(data=data)), "train")
+        warning = capsys.readouterr().err
+        assert line in warning
+        assert bool(warning) == bool(line)
 
 
 def test_a_name_broken_off_suggests_what_begins_so():
@@ -93,6 +123,8 @@ def test_what_is_no_checkpoint_has_a_cause_in_words(tmp_path):
     (tmp_path / "a.pth").write_bytes(b"i am no checkpoint")
     with pytest.raises(FileError, match=r"not a checkpoint \([A-Za-z]"):
         read_torch(tmp_path / "a.pth")
+    with pytest.raises(FileError, match="a folder, not a file"):
+        read_torch(tmp_path)
 
 
 def test_features_go_where_they_are_told(trained, demo_root, tmp_path, capsys):  # noqa: F811

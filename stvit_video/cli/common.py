@@ -17,7 +17,7 @@ from ..data.shards import find_shards, index_shards
 from ..engine import distributed
 from ..engine.device import pick_precision, set_up
 from ..errors import InputError
-from ..models.zoo import multiply_adds
+from ..models.zoo import changed_sizes, multiply_adds
 from ..weights import LoadReport
 
 LISTS = (".txt", ".csv", ".json")
@@ -72,8 +72,10 @@ def introduce(
     cost = multiply_adds(backbone, num_frames=config.data.num_frames, image_size=config.data.image_size)
     parameters = sum(p.numel() for p in model.parameters())
     of_what, side = "" if backbone is model else "of the backbone ", config.data.image_size
+    changed = ", ".join(f"{key}={value}" for key, value in changed_sizes(model).items())
+    name = f"{model.built['name']} with {changed}" if changed else model.built["name"]
     print(
-        f"{model.built['name']}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
+        f"{name}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
         f"{of_what}a view of {config.data.num_frames}x{side}x{side}, "
         f"{outputs} classes"
     )

@@ -16,6 +16,7 @@ from ..data.encode import H264, Copy, Encoding, Jpeg
 from ..data.rows import Row
 from ..data.write_shards import UNREADABLE, write_shards
 from ..engine.logs import progress
+from ..errors import cause_of
 from .common import command, make_folder
 
 # Flags that say how videos are encoded, and their bounds.
@@ -64,7 +65,7 @@ def check(args: Sequence[str]) -> None:
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(Finding._fields)
-        writer.writerows(findings)
+        writer.writerows(f._replace(cause=cause_of(f.cause, f.path)) for f in findings)
     print(summary(splits, findings))
     for finding in findings[:10]:
         print(f"{finding.kind}: {finding.cause}")

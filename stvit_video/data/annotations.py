@@ -61,6 +61,12 @@ class Source:
 
     @functools.cached_property
     def text(self) -> str:
+        if not self.path.exists():
+            raise ListError(
+                f"{self.path}: found no such file or folder, expected a list, class folders or shards"
+            )
+        if self.path.suffix.lower() in MEDIA:
+            raise ListError(f"{self.path}: found a video or image, expected a list or a folder of them")
         text = _read_text(self.path)
         if not text.strip():
             raise ListError(f"{self.path}: found an empty file, expected a list of videos")

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, cause_of
 from ..files import written_whole
 from .annotations import MEDIA, SHARDS_NAMES
 from .encode import Copy, Encoding, Members
@@ -115,7 +115,8 @@ def write_shards(
                 with open(
                     part / UNREADABLE, "w", newline="", encoding="utf-8", errors="surrogateescape"
                 ) as file:
-                    csv.writer(file).writerows([("path", "cause"), *written.unreadable])
+                    lines = [(path, cause_of(failure, path)) for path, failure in written.unreadable]
+                    csv.writer(file).writerows([("path", "cause"), *lines])
             part.rename(folder)
             (folder / LOCK).unlink()
     except OSError as error:

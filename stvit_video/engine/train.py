@@ -3,7 +3,7 @@
 import copy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 
 from ..bounds import Range
 from ..data.batch import Batch
-from ..errors import InputError
+from ..errors import InputError, cause_of
 from ..figures import draw_curves
 from . import checkpoint, distributed, parallel
 from .device import MatmulPrecision, Precision, pick_precision
@@ -248,8 +248,7 @@ class Trainer:
         for batch in uploads:
             so_far.failures |= dict(batch.failures)
             if batch.failed:  # by itself more than the list may have
-                rows = [(self.run.epoch + 1, *failure) for failure in so_far.failures.items()]
-                self.log.append("unreadable.csv", UNREADABLE, rows)
+                self._append_unreadable(so_far.failures.items())
                 raise InputError(self._too_many(len(so_far.failures), batch.failures))
             so_far.batches += 1
             so_far.clips += len(batch.indices) * len(batch.clips[0]) * distributed.world()
@@ -408,5 +407,9 @@ class Trainer:
         """
         run = self.run
         failures = list(dict(distributed.to_main(list(run.so_far.failures.items()))).items())
-        self.log.append("unreadable.csv", UNREADABLE, [(run.epoch + 1, *failure) for failure in failures])
+        self._append_unreadable(failures)
         return failures
+
+    def _append_unreadable(self, failures: Iterable[tuple[str, str]]) -> None:
+        rows = [(self.run.epoch + 1, path, cause_of(failure, path)) for path, failure in failures]
+        self.log.append("unreadable.csv", UNREADABLE, rows)

@@ -147,6 +147,21 @@ def list_models() -> list[str]:
     return sorted(MODELS)
 
 
+def sizes_of(name: str, num_frames: int) -> dict[str, Any]:
+    """The sizes that a name stands for, for clips of so many frames."""
+    sizes = MODELS[name].sizes
+    if num_frames != 1:
+        return sizes
+    return {k: (1, *v[1:]) if isinstance(v, tuple) else v for k, v in sizes.items()}
+
+
+def changed_sizes(model: nn.Module) -> dict[str, Any]:
+    """Of a model that `create_model` made, the sizes that are not those of its name."""
+    built = model.built
+    names = sizes_of(built["name"], built["num_frames"])
+    return {k: built[k] for k, value in names.items() if built[k] != _plain(value)}
+
+
 def create_model(
     name: str,
     *,
@@ -176,18 +191,19 @@ def create_model(
         raise ValueError(f"unknown model {name!r}{nearest(name, MODELS)}")
     if head is not None and head not in HEADS:
         raise ValueError(f"unknown head {head!r}{nearest(head, HEADS)}")
-    build, defaults, frames = MODELS[name]
+    build, _, frames = MODELS[name]
+    num_frames = frames if num_frames is None else num_frames
+    defaults = sizes_of(name, num_frames)
     of_head = _sizes(HEADS[head]) if head else {}
     for size in sizes:
         if size not in defaults | of_head:
-            raise TypeError(f"{name} takes no size {size!r}{nearest(size, defaults | of_head)}")
-    num_frames = frames if num_frames is None else num_frames
+            twins = [t for t in (f"st{name}", f"stvit_{name}") if t in MODELS and size in MODELS[t].sizes]
+            hint = f" ({twins[0]} does)" if twins else nearest(size, defaults | of_head)
+            raise TypeError(f"{name} takes no size {size!r}{hint}")
     sizes = {name: value for name, value in sizes.items() if value != "auto"}
     clip = {"num_classes": num_classes, "num_frames": num_frames, "image_size": image_size}
     check(create_model, clip)
     check(Sizes, sizes)
-    if num_frames == 1:
-        defaults = {k: (1, *v[1:]) if isinstance(v, tuple) else v for k, v in defaults.items()}
     values = defaults | {key: value for key, value in sizes.items() if key in defaults}
     model = build(**clip | ({"num_classes": 0} if head else {}), **values)
     if head:

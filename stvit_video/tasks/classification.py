@@ -15,7 +15,7 @@ from ..bounds import Range
 from ..data.rows import class_ids
 from ..data.transforms import Mix, Normalise, TestTransform, TrainTransform
 from ..data.views import Sampling, TestViews, TrainViews
-from ..errors import InputError
+from ..errors import InputError, cause_of
 from ..figures import draw_confusion
 from ..reports.page import write_report_page
 
@@ -80,6 +80,11 @@ class Classification:
         return self
 
     def check(self, rows: Sequence, source: str) -> None:
+        if self.outputs < 2:
+            raise InputError(
+                f"{source}: has only the class {self.class_names[0]!r}, to tell apart takes two "
+                "(of a folder, its sub-folders are the classes)"
+            )
         for row in rows:
             if not isinstance(row.target, int):
                 cause = "has no label" if row.target is None else f"has several labels {row.target}"
@@ -215,7 +220,7 @@ class Classification:
                 line = [row.path, *(("", "") if label is None else (label, names[label]))]
                 line += [best, "" if best < 0 else names[best]]
                 line += top_cells(best_five[i], scores.scores[i], names, readable=best >= 0)
-                writer.writerow([*line, outcome.failures.get(i, "")])
+                writer.writerow([*line, cause_of(outcome.failures.get(i, ""), row.path)])
         return path
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.rows import class_ids
-from ..errors import InputError
+from ..errors import InputError, cause_of
 from .classification import Classification, mean_scores, top, top_cells, top_columns, write_views
 
 
@@ -115,5 +115,5 @@ class MultiLabel(Classification):
                 labels = class_ids(row.target)
                 line = [row.path, ",".join(map(str, labels)), ",".join(names[c] for c in labels)]
                 line += top_cells(best_five[i], scores[i], names, readable=i not in outcome.failures)
-                writer.writerow([*line, outcome.failures.get(i, "")])
+                writer.writerow([*line, cause_of(outcome.failures.get(i, ""), row.path)])
         return path

@@ -18,7 +18,7 @@ from ..data.mask_views import MaskReader, MaskTestViews, MaskTrainViews, Truth, 
 from ..data.masks import IGNORED, Masks
 from ..data.transforms import Normalise
 from ..data.views import Sampling
-from ..errors import InputError
+from ..errors import InputError, cause_of
 from ..figures import draw_scenes, draw_tokens, overlay, palette
 from . import token_counts
 from .token_counts import TokenCounts
@@ -263,7 +263,8 @@ class Segmentation:
             counts = self.counts([record])
             pixels, (ious, _) = int(counts[2].sum()), shares(counts)
             accuracy = int(counts[0].sum()) / pixels if pixels else None
-            images.append((row.path, pixels, accuracy, _mean(ious), outcome.failures.get(i, "")))
+            failure = cause_of(outcome.failures.get(i, ""), row.path)
+            images.append((row.path, pixels, accuracy, _mean(ious), failure))
         _write(written[1], ["path", "pixels", "accuracy", "mIoU", "failure"], images)
         shown = [i for i, record in enumerate(outcome.records) if record is not None and "truth" in record]
         if worst := sorted(shown, key=lambda i: images[i][3])[:WORST]:
