@@ -16,14 +16,14 @@ from .build import build_sampling, build_task, build_test_views, load_model
 from .data.decode import Video, open_video
 from .data.guard import GivenUp, Guard, guarded_in_order
 from .data.live import Chunk, LiveReader
-from .data.stream import EVERY, Window, WindowReader
+from .data.stream import Window, WindowReader
 from .data.views import TestViews
 from .engine.device import autocast, pick_device, pick_precision
 from .errors import DecodeError, InputError
 from .export import FORMATS
 from .export import read as read_exported
 from .figures import draw_maps
-from .timeline import Moment
+from .timeline import EVERY, Moment
 
 TIMELINE_BATCH = 16  # views; more are no faster, and a moment waits longer
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 ENTER, LEAVE = 0.5, 0.3  # scores
+EVERY = 2.0  # seconds from window to window; about the length of Kinetics' clips of 16x4
 
 
 class Moment(NamedTuple):

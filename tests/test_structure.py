@@ -178,6 +178,45 @@ def test_to_import_the_package_imports_next_to_nothing():
     assert not {"torch", "matplotlib"} & set(_python("import sys, stvit_video; print(*sys.modules)"))
 
 
+LATE = {
+    "gradio",
+    "jinja2",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "pycocotools",
+    "pytorchvideo",
+    "scipy",
+    "sklearn",
+}
+LATE |= {"tensorboard"}
+
+
+@pytest.mark.parametrize(
+    ("commands", "late"),
+    [
+        (("predict", "page", "curves", "compare"), LATE | {"jsonargparse", "timm", "torchvision"}),
+        (("train",), LATE),  # its settings are those of models and tasks
+    ],
+)
+def test_flags_wait_for_no_import_that_they_do_not_need(commands, late):
+    code = f"""
+import contextlib, io, sys
+from stvit_video import cli
+for name in {commands}:
+    for flag in ("--help", "--modle.name=x"):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                getattr(cli, name)([flag])
+            except SystemExit as stop:
+                assert bool(stop.code) == (flag != "--help"), err.getvalue()
+            else:
+                raise AssertionError(name)
+print(*sys.modules)
+"""
+    assert not late & set(_python(code))
+
+
 def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
     """A notebook's backend, and its open figures."""
     code = """

@@ -1,4 +1,4 @@
-"""What commands share: how they end, what they say at the start, where they write."""
+"""What commands share: how they end, what they read, where they write."""
 
 import hashlib
 import os
@@ -8,17 +8,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import torch
-
-from ..config import Config, ConfigError
-from ..data.annotations import read_rows
 from ..data.media import IMAGE_SUFFIXES
 from ..data.shards import find_shards, index_shards
 from ..engine import distributed
-from ..engine.device import pick_precision, set_up
 from ..errors import InputError
-from ..models.zoo import changed_sizes, multiply_adds
-from ..weights import LoadReport
 
 LISTS = (".txt", ".csv", ".json")
 
@@ -51,44 +44,11 @@ def command(function):
     return run
 
 
-def start(config: Config) -> torch.device:
-    """Join the other processes, if any; -> this one's device, set up."""
-    device = distributed.start(config.device, config.data.timeout)
-    if device.type == "cuda":
-        set_up(config.train.matmul, benchmark=config.model.name.startswith("ptv_"))
-    return device
-
-
-def introduce(
-    config: Config,
-    model: torch.nn.Module,
-    outputs: int,
-    device: torch.device,
-    weights: LoadReport | None,
-) -> None:
-    """What computes, what is computed, and where its weights come from."""
-    print(distributed.describe(device, pick_precision(config.train.precision, device)))
-    backbone = getattr(model, "backbone", model)  # what a head costs depends on what it finds
-    cost = multiply_adds(backbone, num_frames=config.data.num_frames, image_size=config.data.image_size)
-    parameters = sum(p.numel() for p in model.parameters())
-    of_what, side = "" if backbone is model else "of the backbone ", config.data.image_size
-    changed = ", ".join(f"{key}={value}" for key, value in changed_sizes(model).items())
-    name = f"{model.built['name']} with {changed}" if changed else model.built["name"]
-    print(
-        f"{name}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
-        f"{of_what}a view of {config.data.num_frames}x{side}x{side}, "
-        f"{outputs} classes"
-    )
-    if weights is not None:
-        print(weights)
-        weights.write(Path(config.output, "weights.json"))
-
-
 def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{path}: no folder can be made there ({error.strerror})") from None
+        raise InputError(f"{path}: no folder can be made there ({error.strerror})") from None
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
@@ -117,6 +77,8 @@ def videos_of(path: Path, suffixes: Collection[str]) -> list[Path]:
     if shards := find_shards(path):
         return [Path(sample.path) for sample in index_shards(shards)]
     if path.suffix.lower() in LISTS and path.is_file():
+        from ..data.annotations import read_rows  # takes seconds to import, which --help need not wait for
+
         return [Path(row.path) for row in read_rows(path)]
     if not path.is_dir():
         return [path]

@@ -10,15 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from ..data.stream import EVERY
 from ..errors import DecodeError, InputError
-from ..predictor import has_head
-from ..recognizer import Recognizer
-from ..timeline import ENTER, LEAVE
-from .actions import write_actions
+from ..timeline import ENTER, EVERY, LEAVE
 from .common import command, make_folder, output_names, videos_of
-from .drawing import predict_each
-from .timeline import write_timelines
 
 
 @command
@@ -65,6 +59,13 @@ def predict(args: Sequence[str]) -> None:
     )
     options = parser.parse_args(args)
     _check(parser, options)
+    # These take seconds to import, which --help and a wrong flag need not wait for.
+    from ..predictor import has_head
+    from ..recognizer import Recognizer
+    from .actions import write_actions
+    from .drawing import predict_each
+    from .timeline import write_timelines
+
     if options.actions:
         make_folder(Path(options.actions))
         paths = [path for name in options.videos for path in videos_of(Path(name), VIDEO_SUFFIXES)]

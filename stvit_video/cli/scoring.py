@@ -11,7 +11,8 @@ from ..engine import distributed
 from ..engine.device import pick_precision
 from ..engine.evaluate import Shares, score, write_report
 from ..weights import Pixels
-from .common import command, introduce, make_folder, start
+from .common import command, make_folder
+from .training import introduce, start
 
 
 @command

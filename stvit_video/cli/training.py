@@ -1,20 +1,56 @@
-"""The command train."""
+"""The command train; and how a run begins, which scoring shares."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
 
 from .. import build
 from ..config import Config, make_parser, parse, resolve, settle_pixels
 from ..engine import checkpoint as checkpoints
 from ..engine import distributed
+from ..engine.device import pick_precision, set_up
 from ..engine.job import Job
 from ..engine.train import fit
+from ..models.zoo import changed_sizes, multiply_adds
 from ..resume import check_resume, discard_run, find_run, model_of_run
-from ..weights import pixels_of_toolbox
-from .common import command, introduce, make_folder, start
+from ..weights import LoadReport, pixels_of_toolbox
+from .common import command, make_folder
+
+
+def start(config: Config) -> torch.device:
+    """Join the other processes, if any; -> this one's device, set up."""
+    device = distributed.start(config.device, config.data.timeout)
+    if device.type == "cuda":
+        set_up(config.train.matmul, benchmark=config.model.name.startswith("ptv_"))
+    return device
+
+
+def introduce(
+    config: Config,
+    model: torch.nn.Module,
+    outputs: int,
+    device: torch.device,
+    weights: LoadReport | None,
+) -> None:
+    """What computes, what is computed, and where its weights come from."""
+    print(distributed.describe(device, pick_precision(config.train.precision, device)))
+    backbone = getattr(model, "backbone", model)  # what a head costs depends on what it finds
+    cost = multiply_adds(backbone, num_frames=config.data.num_frames, image_size=config.data.image_size)
+    parameters = sum(p.numel() for p in model.parameters())
+    of_what, side = "" if backbone is model else "of the backbone ", config.data.image_size
+    changed = ", ".join(f"{key}={value}" for key, value in changed_sizes(model).items())
+    name = f"{model.built['name']} with {changed}" if changed else model.built["name"]
+    print(
+        f"{name}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
+        f"{of_what}a view of {config.data.num_frames}x{side}x{side}, "
+        f"{outputs} classes"
+    )
+    if weights is not None:
+        print(weights)
+        weights.write(Path(config.output, "weights.json"))
 
 
 @command

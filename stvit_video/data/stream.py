@@ -26,7 +26,6 @@ from .views import Sampling
 
 JUMP = 1.0  # seconds back in time; less is a rounded clock
 UNIFORM_WINDOW = 4.0  # seconds, where a checkpoint's clips span whole videos (Something-Something's last 4)
-EVERY = 2.0  # seconds from window to window; about the length of Kinetics' clips of 16x4
 ANSWER = 1.0  # seconds after which a child process hands over what it has, to show that it lives
 CUT, CUT_BYTES = 8, 1 << 19  # small frames are resized some at a time, larger ones one by one: cache
 CHUNK = 1 << 26  # bytes of frames that wait to be worked on
