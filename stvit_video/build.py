@@ -321,7 +321,7 @@ def read_split(
         if max(class_ids(row.target), default=0) >= len(names):
             raise ConfigError(f"{path}: label {row.target} of {row.path}: must be below {len(names)}")
     hint = _absent(rows, data.root) or _stills(rows, data.num_frames)
-    if distributed.is_main() and hint:
+    if distributed.is_main() and hint and (split == "train" or not shared_out):
         print(f"warning: data.{split}={path}: {hint}", file=sys.stderr)
     if shared_out:
         rows = hold_back(rows, data.hold_back, config.seed)[split != "train"]
