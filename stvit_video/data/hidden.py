@@ -34,7 +34,7 @@ class Mpeg4:
         self._read_layer(headers)
 
     def __call__(self, data: bytes) -> bool | None:
-        """Whether the picture is coded. None: none, several, a B-vop (shown later), an unknown header."""
+        """Whether the picture is coded. None: none or several, a B-vop (out of order), an odd header."""
         headers, *pictures = data.split(VOP)
         self._read_layer(headers)
         if len(pictures) != 1 or not self.time_bits:
