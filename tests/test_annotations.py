@@ -178,7 +178,7 @@ def test_empty_file(write, content, name):
 
 
 def test_unreadable_files(write, tmp_path):
-    check_error(["none.txt: found No such file", "expected"], tmp_path / "none.txt")
+    check_error(["none.txt: found no such file or folder", "expected a list"], tmp_path / "none.txt")
     parts = ["list.txt:3: found byte 0xe9, expected UTF-8"]
     check_error(parts, write(b"a.mp4 0\nb.mp4 1\ncaf\xe9.mp4 2\n"))
 

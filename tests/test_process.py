@@ -147,7 +147,7 @@ def test_torchrun_shows_the_error(args, tmp_path):
     text = log.read_text()
     assert "no folder can be made there" in text
     assert "exitcode  : 2" in text
-    assert '"message": "ConfigError' in text or "ConfigError" in text.partition("Root Cause")[2]
+    assert '"message": "InputError' in text or "InputError" in text.partition("Root Cause")[2]
 
 
 # ---- starts
