@@ -1,6 +1,7 @@
 """Benchmarks: what they measure is what they say. No timing is asserted but what follows from the work."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -134,8 +135,29 @@ def test_variants():
     assert variant(config, "dense").model.semantic_tokens is None
     own = variant(config, "tome:4x2x2").model
     assert (own.reducer, own.semantic_tokens, own.base_depth) == ("tome", (4, 2, 2), 2)
-    with pytest.raises(ConfigError, match="best"):
-        variant(config, "best:4x2x2")
+    own = variant(config, "semantic:4x2x2:base_depth=3:train.layer_decay=0.5")
+    assert (own.model.base_depth, own.train.layer_decay) == (3, 0.5)
+    own = variant(config, "tome:tome_r=7").model
+    assert (own.reducer, own.semantic_tokens, own.tome_r) == ("tome", None, 7)
+
+
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        ("best:4x2x2", "best"),
+        ("semantic", "how many tokens"),
+        ("semantic:4x2", "'4x2' is neither"),
+        ("dense:4x2x2", "'4x2x2' is neither"),
+        ("semantic:4x2x2:base_dept=3", "did you mean 'model.base_depth'"),
+        ("semantic:4x2x2:lr.all=3", "unknown key lr.all"),
+        ("semantic:4x2x2:pool=[1", "pool=[1"),
+        ("semantic:99x2x2", "between 1 and the number"),
+    ],
+)
+def test_variants_that_make_no_sense(name, part):
+    config = Config(model=ModelConfig(name="stvit_tiny_patch16_224"))
+    with pytest.raises(ConfigError, match=re.escape(part)):
+        variant(config, name)
 
 
 def test_accuracy_against_speed(tmp_path, demo_root, capsys):

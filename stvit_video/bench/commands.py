@@ -135,7 +135,7 @@ def accuracy(args: Sequence[str]) -> None:
         "--models",
         type=_names(),
         default="dense,semantic:4x3x3,semantic:4x2x2,semantic:2x2x2,pool:4x2x2,random:4x2x2,tome:4x2x2",
-        help="dense, or REDUCER:TxHxW, with commas between.",
+        help="dense, or REDUCER:TxHxW, with commas between; with settings: semantic:4x2x2:base_depth=3.",
     )
     parser.add_argument("--seeds", type=_numbers(0), default=[0, 1, 2], help="One run each: 0,1,2.")
     parser.add_argument("--rounds", type=_positive, default=20, help="Turns that the models take at speed.")
