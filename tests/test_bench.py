@@ -142,7 +142,7 @@ def test_variants():
 
 
 @pytest.mark.parametrize(
-    "name, part",
+    ("name", "part"),
     [
         ("best:4x2x2", "best"),
         ("semantic", "how many tokens"),
