@@ -152,41 +152,51 @@ def draw_tokens(
     figure.savefig(picture, dpi=110)
 
 
-def draw_trade(rows: Sequence[Mapping], picture: Path) -> None:
-    """Accuracy against measured speed: rows with model, clips/s, top-1 (mean), low and high, in percent."""
-    figure, axis = _axes(figsize=(6.4, 4.2))
-    colours: dict[str, str] = {}  # of a reducer, whatever its budget
-    for row in rows:
-        at = row["clips/s"], row["top-1"]
-        spread = [[row["top-1"] - row["low"]], [row["high"] - row["top-1"]]]
-        colour = colours.setdefault(row["model"].partition(":")[0], f"C{len(colours)}")
-        axis.errorbar(*at, spread, marker="o", capsize=3, color=colour)
-        axis.annotate(row["model"], at, (6, 5), textcoords="offset points", fontsize=8)
-    axis.set(title="accuracy (mean and range over seeds) against speed")
-    axis.set(xlabel="forward clips/s", ylabel="top-1, %")
-    axis.margins(x=0.18)
-    _finish(figure, [axis], picture)
+def draw_trade(tables: Mapping[str, Sequence[Mapping]], picture: Path) -> None:
+    """Accuracy against measured speed, a panel a table: rows with model, clips/s, top-1 (mean), low, high.
+    A colour for each reducer, a marker for each of its models."""
+    figure, axes = _axes(1, len(tables), figsize=(1.8 + 3.6 * len(tables), 5), squeeze=False)
+    models = list(dict.fromkeys(row["model"] for rows in tables.values() for row in rows))
+    reducers = list(dict.fromkeys(model.partition(":")[0] for model in models))
+    looks = {}
+    for model in models:
+        reducer = model.partition(":")[0]
+        turn = sum(other.partition(":")[0] == reducer for other in looks)
+        looks[model] = {"color": f"C{reducers.index(reducer)}", "marker": "os^Dv*PX<>"[turn % 10]}
+    for axis, (title, rows) in zip(axes[0], tables.items(), strict=True):
+        for row in rows:
+            value, low, high, speed = (float(row[key]) for key in ("top-1", "low", "high", "clips/s"))
+            spread = [[value - low], [high - value]]
+            axis.errorbar(speed, value, spread, capsize=3, label=row["model"], **looks[row["model"]])
+        axis.set(title=title, xlabel="forward clips/s", ylabel="top-1, %: mean and range over seeds")
+    handles = {h.get_label(): h for axis in axes[0] for h in axis.get_legend_handles_labels()[0]}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    _finish(figure, axes[0], picture)
 
 
 def draw_conversion(rows: Sequence[Mapping], picture: Path) -> None:
     """Share of the dense model's classes that stay, and their probability, against cost; rows of
-    `bench.convert`."""
-    figure, axes = _axes(1, 2, figsize=(10, 4))
-    dense, *rows = rows
+    `bench.convert`. A colour for each start; the more layers before, the darker."""
+    figure, axes = _axes(1, 2, figsize=(10, 4.6))
+    dense, mirrored, *rows = rows
     kinds = dict.fromkeys((row["start"], row["base depth"]) for row in rows)
+    starts = list(dict.fromkeys(start for start, _ in kinds))
+    depths = sorted({depth for _, depth in kinds if depth is not None})
     for axis, key in zip(axes, ("kept", "probability"), strict=True):
-        axis.axhline(100 * dense[key], color="0.7", linestyle=":", label="dense")
+        axis.axhline(100 * dense[key], color="0.4", linestyle=":", label="dense")
+        axis.axhline(100 * mirrored[key], color="0.7", linestyle=":", label="dense, on mirrored views")
         for start, depth in kinds:
-            points = sorted(
-                (100 * r["cost"], 100 * r[key])
-                for r in rows
-                if (r["start"], r["base depth"]) == (start, depth)
-            )
-            axis.plot(*zip(*points, strict=True), marker="o", label=f"{start}, {depth} layers before")
+            of_kind = [row for row in rows if (row["start"], row["base depth"]) == (start, depth)]
+            points = sorted((100 * row["cost"], 100 * row[key]) for row in of_kind)
+            shade = 1.0 if depth is None else (depths.index(depth) + 1) / len(depths)
+            label = start if depth is None else f"{start}, {depth} layers before"
+            look = {"color": f"C{starts.index(start)}", "alpha": 0.3 + 0.7 * shade}
+            axis.plot(*zip(*points, strict=True), marker="*" if depth is None else "o", label=label, **look)
         axis.set(xlabel="multiply-adds, % of the dense model's", ylabel="%", ylim=(0, 102))
     axes[0].set(title="the dense model's class stays")
     axes[1].set(title="mean probability of that class")
-    axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     _finish(figure, axes, picture)
 
 

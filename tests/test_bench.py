@@ -10,8 +10,11 @@ from torch import nn
 
 from stvit_video import cli, create_model, multiply_adds
 from stvit_video.bench import model as bench
+from stvit_video.bench import report
 from stvit_video.bench.accuracy import variant
+from stvit_video.bench.commands import _names
 from stvit_video.config import Config, ConfigError, ModelConfig
+from stvit_video.errors import InputError
 
 CPU = torch.device("cpu")
 CLIP = {"num_frames": 2, "image_size": 32}
@@ -130,6 +133,11 @@ def test_what_makes_no_sense_is_one_line(tmp_path, capsys, demo_root, args, part
         assert part in error
 
 
+def test_names_are_split_outside_brackets():
+    names = "a,b:shapes=[[8,1,1],[4,1,1]]:x=3,c:d=[1,2],e"
+    assert _names()(names) == ["a", "b:shapes=[[8,1,1],[4,1,1]]:x=3", "c:d=[1,2]", "e"]
+
+
 def test_variants():
     config = Config(model=ModelConfig(name="stvit_tiny_patch16_224", base_depth=2))
     assert variant(config, "dense").model.semantic_tokens is None
@@ -170,6 +178,11 @@ def test_accuracy_against_speed(tmp_path, demo_root, capsys):
     with open(tmp_path / "accuracy.csv", newline="") as file:
         first = list(csv.DictReader(file))
     assert [row["model"] for row in first] == ["dense", "pool:2x2x2"]
+    assert report.read(tmp_path / "accuracy.csv", ["model", "low"]) == first
+    with pytest.raises(InputError, match="no table with the columns model, speed"):
+        report.read(tmp_path / "accuracy.csv", ["model", "speed"])
+    with pytest.raises(InputError, match="none.csv: cannot be read"):
+        report.read(tmp_path / "none.csv", ["model"])
     assert float(first[1]["G multiply-adds"]) < float(first[0]["G multiply-adds"])
     for row in first:
         assert 0 <= float(row["low"]) <= float(row["top-1"]) <= float(row["high"]) <= 100
@@ -177,7 +190,8 @@ def test_accuracy_against_speed(tmp_path, demo_root, capsys):
     assert len(logs) == 4
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     before = [log.stat().st_mtime_ns for log in logs]
-    cli.bench(args)  # runs that have ended are not trained again
+    # runs that have ended are not trained again
+    cli.bench([*args, "--beside", str(tmp_path / "accuracy.csv")])
     assert [log.stat().st_mtime_ns for log in logs] == before
     cli.bench([*args, "--data.stride", "1"])  # but others are
     assert all(log.stat().st_mtime_ns > time for log, time in zip(logs, before, strict=True))

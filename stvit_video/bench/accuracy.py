@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import yaml
@@ -23,6 +24,7 @@ from ..files import written_whole
 from .model import measure_models
 
 BATCH = 16  # clips, where speed is measured
+TRADE = ("model", "clips/s", "top-1", "low", "high")  # what the picture needs of a table
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -32,6 +34,7 @@ def bench_accuracy(
     *,
     seeds: Sequence[int],
     rounds: int,
+    beside: Mapping[str, Sequence[dict]] = MappingProxyType({}),
     output: Path,
     device: torch.device,
 ) -> list[dict]:
@@ -40,7 +43,7 @@ def bench_accuracy(
     A variant is the ViT with what its name says, as `variant` reads it: "dense", "semantic:4x2x2".
     Accuracy is that of one view after the last epoch, of the averaged weights where the recipe has them.
     With `model.weights` all start from that checkpoint. Videos are decoded once and kept. A run that
-    stands finished in `output` is not trained again.
+    stands finished in `output` is not trained again. beside: tables of other runs, drawn into the picture.
     """
     configs = {name: variant(config, name) for name in variants}
     rows, class_names = build.read_split(config, "train")
@@ -73,7 +76,7 @@ def bench_accuracy(
         row |= {"top-1": statistics.mean(top1), "low": min(top1), "high": max(top1)}
         seconds = statistics.mean(run["seconds"] for run in results[speed["model"]])
         table.append(row | {"seconds": seconds})
-    draw_trade(table, output / "accuracy.png")
+    draw_trade({**beside, output.name: table}, output / "accuracy.png")
     return table
 
 
