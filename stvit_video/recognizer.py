@@ -264,11 +264,8 @@ class Recognizer:
         if maps is None:
             raise InputError(f"{self.config.model.name} has no semantic tokens to draw")
         step = -(-len(frames) // maps.shape[2])
-        draw_maps(
-            frames[::step],
-            maps[0].reshape(-1, *self.model.semantic.tokens[1:], *maps.shape[2:]),
-            Path(picture),
-        )
+        tokens = self.model.semantic.tokens or (1, 1, maps.shape[1])  # merged ones lie on no grid
+        draw_maps(frames[::step], maps[0].reshape(-1, *tokens[1:], *maps.shape[2:]), Path(picture))
 
     @torch.no_grad()
     def semantic_maps(self, path: str | Path, clips: int = 1) -> tuple[np.ndarray, np.ndarray | None]:
