@@ -116,6 +116,16 @@ class VideoViT(nn.Module):
         self._plan.append((name, first, rest))
 
     @property
+    def grid(self) -> Size3:
+        """(t, h, w), a clip's patches."""
+        return self._joined_size(self.patch_embed.grid)
+
+    @property
+    def base_depth(self) -> int:
+        """How many layers see all patches: those before the first reducer; of a dense model all."""
+        return self._plan[1][1] if len(self._plan) > 1 else len(self.blocks)
+
+    @property
     def segments(self) -> list[tuple[nn.Module | None, list[Block], list[Block]]]:
         """The way of the tokens: a reducer, the layers it uses, the layers after it; the first has none."""
         blocks = list(self.blocks)
@@ -250,7 +260,7 @@ class VideoViT(nn.Module):
 
     def _base_layers(self, x: Tensor) -> Iterator[tuple[int, Tokens]]:
         """`_layers` before the reducer, of every chunk as a clip of its own."""
-        x = x if self.chunk_embed is None else _cut(as_clip(x), self.patch_embed.clip_size[0])
+        x = x if self.chunk_embed is None else cut_clips(as_clip(x), self.patch_embed.clip_size[0])
         tokens = self.embed(x)
         yield 0, tokens
         yield from self._run(tokens, 0, self.segments[:1], x)
@@ -337,7 +347,7 @@ def count_chunks(num_frames: int, patch_size: Size3, base_window: int | None) ->
     return tubelets // base_window
 
 
-def _cut(clips: Tensor, frames: int) -> Tensor:
+def cut_clips(clips: Tensor, frames: int) -> Tensor:
     """Clips (B, 3, T, H, W) -> their chunks of so many frames: (B * chunks, 3, frames, H, W)."""
     if clips.shape[2] % frames:
         raise ValueError(f"input of shape {tuple(clips.shape)}: its frames are no whole chunks of {frames}")

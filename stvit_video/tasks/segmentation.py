@@ -32,8 +32,6 @@ class Settings:
     """Segmentation: most of a training crop that one class may take, where ten tries give such a crop."""
     distort: bool = True
     """Segmentation: change brightness, contrast, saturation and hue of training images at random."""
-    border_unsure: bool = False
-    """Policy: groups at the border with one class and ignored pixels teach nothing (CTS on ADE20K)."""
 
 
 @dataclass
@@ -59,6 +57,7 @@ class Segmentation:
     watched = ("mIoU", "accuracy")
     heads, items = ("linear", "upernet", "atm"), "images"
     on_failure = "exclude"
+    learnt = "the class of each pixel is to be learnt"
 
     def __init__(
         self,
@@ -85,7 +84,7 @@ class Segmentation:
         for row in rows:
             if not isinstance(row.target, Masks):
                 cause = "has no mask" if row.target is None else f"has label {row.target} and no mask"
-                raise InputError(f"{source}: {row.path} {cause}, the class of each pixel is to be learnt")
+                raise InputError(f"{source}: {row.path} {cause}, {self.learnt}")
         if rows and not 2 <= self.outputs <= IGNORED:
             raise InputError(
                 f"{source}: {self.outputs} classes: must be 2 to {IGNORED}, which masks do not say: set "
