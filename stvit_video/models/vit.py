@@ -224,6 +224,19 @@ class VideoViT(nn.Module):
             every[:, chunk, :, chunk] = maps[:, chunk]
         return every.flatten(3, 4).flatten(1, 2)
 
+    def superpatch_map(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> the number of the token that each patch is part of in the first layer, whole
+        numbers (B, T', H', W'): patches of one superpatch have the same. Chunks share no token.
+
+        Raises ValueError for a model without superpatches.
+        """
+        if self.superpatches is None:
+            raise ValueError("no superpatches: each patch is a token of its own (model.superpatches)")
+        _, tokens = next(self._base_layers(x))
+        places = tokens.places().unflatten(0, (-1, self.chunks))
+        first = torch.arange(self.chunks, device=places.device) * places.shape[2]
+        return (places + first[:, None]).unflatten(2, self.patch_embed.grid).flatten(1, 2)
+
     def chunk_tokens(self, x: Tensor) -> Tensor:
         """Chunks of clips (B, 3, T / chunks, H, W) -> their tokens (B, n / chunks, C), for `join`; a class
         token first, where the model has one: of chunks that are joined it is the mean.

@@ -19,7 +19,7 @@ from ..data.masks import IGNORED, Masks
 from ..data.transforms import Normalise
 from ..data.views import Sampling
 from ..errors import InputError
-from ..figures import draw_scenes, draw_tokens, overlay, palette
+from ..figures import BORDER, draw_scenes, draw_tokens, overlay, palette, show_tokens
 from . import token_counts
 from .token_counts import TokenCounts
 
@@ -293,8 +293,13 @@ class Segmentation:
     # ---- what a prediction is shown and written as
 
     def draw(self, frame: np.ndarray, record: Mapping[str, Any]) -> np.ndarray:
-        """uint8 (H, W, 3) and the record of it -> the same under its classes' colours."""
-        return overlay(frame, read_png(next(iter(record["masks"].values()))))
+        """uint8 (H, W, 3) and the record of it -> the same under its classes' colours; where it has
+        superpatches, with dark lines between its tokens."""
+        drawn = overlay(frame, read_png(next(iter(record["masks"].values()))))
+        tokens = record.get("tokens_of", {})
+        if "map" not in tokens or tokens["tokens"].min() == tokens["patches"]:
+            return drawn
+        return show_tokens(drawn, BORDER * (tokens["map"].numpy() == BORDER))
 
     def plain(self, record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         """For json: "classes", the share of the pixels that each has, by name, the largest first."""
