@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from test_end_to_end import SMALL, figures, run
@@ -14,6 +15,7 @@ from stvit_video.data.batch import Batch
 from stvit_video.data.transforms import Normalise
 from stvit_video.engine import checkpoint
 from stvit_video.models.superpatches import agreement_targets, policy_loss
+from stvit_video.predictor import Predictor
 from stvit_video.recognizer import load_model
 from stvit_video.tasks.agreement import Agreement
 
@@ -118,6 +120,21 @@ def test_a_policy_without_labels_is_scored_by_its_teacher(runs, tmp_path):
     assert report["tokens"]["patches"] == 18
     assert report["tokens"]["windows"] == 22
     assert all(0 <= group["share"] <= 1 for group in report["groups"].values())
+
+
+def test_images_without_labels(runs, tmp_path, demo_root):
+    """Also drawn, by a model that needs no teacher any more."""
+    _, labelled, args = runs
+    image = ["--data.num_frames=1", "--model.patch_size=[1,8,8]", "--model.semantic_tokens=[1,2,2]"]
+    teacher = tmp_path / "stvit"  # its layer before the semantic ones
+    assert run(cli.train, *labelled, *image, f"--output={teacher}") == 0
+    given = [*args, *image, f"--train.teacher={teacher}/last.pt", f"--output={tmp_path}/policy"]
+    assert run(cli.train, *given) == 0
+    teacher.rename(tmp_path / "gone")
+    predict = Predictor(tmp_path / "policy" / "last.pt", device="cpu")
+    record = predict(np.full((40, 24, 3), 100, np.uint8))
+    assert predict.task.plain(record)["patches"] == 18  # two windows
+    assert predict.task.draw(np.zeros((40, 24, 3), np.uint8), record).shape == (400, 240, 3)
 
 
 @pytest.mark.parametrize(
