@@ -263,7 +263,7 @@ def _draw_groups(figure, axes: Sequence, frames: np.ndarray, groups: np.ndarray,
     ]
     words = (
         "superpatch: these patches share one token",
-        "a patch with a token of its own",
+        "a single patch, one token",
         "dark: the same token as in a picture to the left",
     )
     figure.legend(

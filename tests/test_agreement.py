@@ -1,4 +1,4 @@
-"""The policy of superpatches without labels: a dense model's own patches say what can be merged."""
+"""The policy of superpatches without labels: a dense model's patches say what can be merged."""
 
 import json
 import re
@@ -109,12 +109,7 @@ def test_a_policy_without_labels_is_scored_by_its_teacher(runs, tmp_path):
     folder, _, _ = runs
     given = [f"--checkpoint={folder}/policy/last.pt", f"--data.val={folder}/test.txt", "--device=cpu"]
     given += ["--data.workers=0", "--eval.clips=2", "--eval.crops=1"]
-    assert (
-        run(
-            cli.test, *given, f"--output={tmp_path}", "--data.workers=0", "--eval.clips=2", "--eval.crops=1"
-        )
-        == 0
-    )
+    assert run(cli.test, *given, f"--output={tmp_path}") == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert next(iter(report["groups"])) == "2x2x2"
     assert report["tokens"]["patches"] == 18

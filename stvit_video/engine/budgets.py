@@ -48,7 +48,7 @@ class Budgets:
 
     @contextmanager
     def during(self, update: int) -> Iterator[None]:
-        """The model with this update's budget; after it with its own again, as scoring has it."""
+        """The model with this update's budget; after it, as in scoring, with `model.superpatch_tokens`."""
         budget = self.at(update)
         if budget is None:
             yield

@@ -225,13 +225,13 @@ class VideoViT(nn.Module):
         return every.flatten(3, 4).flatten(1, 2)
 
     def superpatch_map(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> the number of the token that each patch is part of in the first layer, whole
-        numbers (B, T', H', W'): patches of one superpatch have the same. Chunks share no token.
+        """(B, 3, T, H, W) -> which token each patch is part of in the first layer: its number, int64
+        (B, T', H', W'). Patches of one superpatch have the same; chunks share none.
 
         Raises ValueError for a model without superpatches.
         """
         if self.superpatches is None:
-            raise ValueError("no superpatches: each patch is a token of its own (model.superpatches)")
+            raise ValueError("no superpatches: each patch is a token (model.superpatches)")
         _, tokens = next(self._base_layers(x))
         places = tokens.places().unflatten(0, (-1, self.chunks))
         first = torch.arange(self.chunks, device=places.device) * places.shape[2]

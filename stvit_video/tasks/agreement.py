@@ -1,4 +1,4 @@
-"""Policy without labels: where a dense model's own patches agree, from any videos or images."""
+"""Policy without labels: where a dense model's patches agree, from any videos or images."""
 
 from collections.abc import Sequence
 from typing import Any
