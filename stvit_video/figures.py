@@ -219,31 +219,104 @@ def draw_speeds(rows: Sequence[Mapping], picture: Path) -> None:
     _finish(figure, [axis], picture)
 
 
-def draw_maps(frames: np.ndarray, maps: np.ndarray, picture: Path) -> None:
-    """Where semantic tokens look. A column a time slice: its frame, then one row a token of that time.
+def draw_maps(
+    frames: np.ndarray, maps: np.ndarray | None, groups: np.ndarray | None, picture: Path
+) -> None:
+    """Which patches are one token, and where semantic tokens look. A column a time slice: its frame, then a
+    row of superpatches, then one row a semantic token of that time; None: without these rows.
 
     frames: uint8 (T, H, W, 3), one of each slice of patches; maps: (t, h, w, T, H', W'), each summing to 1.
     A token's map is drawn over the frame, brighter where it took more; its share of the slice stands above.
+    groups: (T, H', W'), the number of the token that each patch is part of; see `show_groups`.
     """
-    times, (slices, height, width) = maps.shape[0], maps.shape[3:]
-    tokens = maps.reshape(times, -1, slices, height, width)[:, :8]
-    shown = min(slices, 8)
+    slices, height, width = (groups if maps is None else maps[0, 0, 0]).shape
+    tokens = np.zeros((1, 0)) if maps is None else maps.reshape(len(maps), -1, *maps.shape[3:])[:, :8]
+    shown, above = min(slices, 8), 1 + (groups is not None)
     columns = [round(i * (slices - 1) / max(shown - 1, 1)) for i in range(shown)]
-    lines = tokens.shape[1] + 1
-    figure, axes = _axes(lines, shown, figsize=(1.7 * shown, 1.8 * lines), squeeze=False)
-    sides = zip(frames.shape[1:3], (height, width), strict=True)
+    lines = tokens.shape[1] + above
+    size = 1.7 * shown, 1.8 * lines + 0.5 * (above - 1)
+    figure, axes = _axes(lines, shown, figsize=size, squeeze=False)
+    sides, kind = zip(frames.shape[1:3], (height, width), strict=True), ("token", "semantic")[above - 1]
     patch = np.ix_(*(np.arange(pixels) * patches // pixels for pixels, patches in sides))  # of each pixel
     for axis, at in zip(axes.T, columns, strict=True):
         axis[0].imshow(frames[at])
         axis[0].set_title(f"time {at}, {height * width} patches", fontsize=8)
-        for row, token in enumerate(tokens[at * times // slices], 1):
+        for row, token in enumerate(tokens[at * len(tokens) // slices], above):
             share = token[at] / token.max()
             shade = (0.25 + 0.75 * share[patch])[..., None]
             axis[row].imshow((frames[at] * shade).astype(np.uint8))
-            axis[row].set_title(f"token {row}: {token[at].sum():.0%} from here", fontsize=8)
+            axis[row].set_title(f"{kind} {row - above + 1}: {token[at].sum():.0%} from here", fontsize=8)
+    if groups is not None:
+        _draw_groups(figure, axes[1], frames[columns], groups, columns)
     for axis in axes.flat:
         axis.set_axis_off()
     figure.savefig(picture, dpi=120)
+
+
+def _draw_groups(figure, axes: Sequence, frames: np.ndarray, groups: np.ndarray, columns: Sequence[int]):
+    """Superpatches in a row of axes, with a legend and how many tokens there are."""
+    from matplotlib.patches import Patch
+
+    before = np.zeros(0, groups.dtype)
+    sizes = dict(zip(*np.unique(groups, return_counts=True), strict=True))
+    for axis, frame, at in zip(axes, frames, columns, strict=True):
+        there = np.unique(groups[at])
+        new = there[~np.isin(there, before)]
+        alone = [token for token in there if sizes[token] == 1]
+        axis.imshow(show_groups(frame, groups[at], alone, np.setdiff1d(there, new)))
+        axis.set_title(f"{len(new)} new tokens", fontsize=8)
+        before = np.union1d(before, there)
+    marks = [
+        Patch(facecolor="none", edgecolor=COLOURS[0], linewidth=1.5),
+        Patch(facecolor="none", edgecolor="0.5"),
+        Patch(facecolor="0.2"),
+    ]
+    words = (
+        "superpatch: these patches share one token",
+        "a single patch, one token",
+        "dark: the same token as in a picture to the left",
+    )
+    figure.legend(
+        marks,
+        words,
+        loc="outside upper center",
+        ncols=3 if len(columns) > 5 else 1,
+        fontsize=8,
+        frameon=False,
+        title=f"{groups.size} patches are {len(sizes)} tokens ({len(sizes) / groups.size:.0%})",
+        title_fontsize=11,
+    )
+
+
+def show_groups(
+    frame: np.ndarray, groups: np.ndarray, alone: Sequence[int] = (), seen: Sequence[int] = ()
+) -> np.ndarray:
+    """uint8 (H, W, 3) and the number of each patch's token (h, w) -> the frame, enlarged where lines would
+    hide it, with an outline around each superpatch.
+
+    alone: tokens of a single patch, which have a thin line; seen: tokens whose patches are dark.
+    """
+    enlarged = max(READABLE // min(frame.shape[:2]), 1)
+    out = frame.repeat(enlarged, 0).repeat(enlarged, 1)
+    rows, columns = (np.arange(n) * m // n for n, m in zip(out.shape[:2], groups.shape, strict=True))
+    token = groups[rows[:, None], columns]
+    single, dark = np.isin(token, alone), np.isin(token, seen)
+    thin = single & _near_edge(token, 1)
+    thick = ~single & _near_edge(token, max(min(out.shape[:2]) // 110, 1))
+    out[thin] //= 2
+    out[thick] = ImageColor.getrgb(COLOURS[0])
+    out[dark] //= 3
+    return out
+
+
+def _near_edge(token: np.ndarray, width: int) -> np.ndarray:
+    """(H, W) -> bool (H, W): pixels at most `width` from one of another number, or from the frame's end."""
+    padded, near = np.pad(token, width, constant_values=-1), np.zeros(token.shape, bool)
+    height, length = token.shape
+    for step in range(2 * width + 1):
+        near |= padded[step : step + height, width:-width] != token
+        near |= padded[width:-width, step : step + length] != token
+    return near
 
 
 def play_maps(frames: np.ndarray, maps: np.ndarray | None) -> bytes:

@@ -71,7 +71,7 @@ def test_merged_semantic_tokens_of_as_many_as_patches_are_the_dense_model():
 
 @pytest.mark.parametrize("semantic_layers", [1, 2])
 def test_semantic_tokens_start_as_means_of_what_is_alike(semantic_layers):
-    """Patches of three kinds, mixed: each token stands for patches of one kind, and starts as one of them."""
+    """Patches of three kinds, mixed: each token stands for patches of one kind, and starts as one."""
     model, _ = merging((2, 2, 4), semantic_layers=semantic_layers)
     model.pos_embed.data.zero_()
     kind = torch.arange(32) // 2 % 3
