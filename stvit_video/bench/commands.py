@@ -250,6 +250,8 @@ def _names(known: Collection[str] = ()) -> Callable[[str | list[str]], list[str]
 
     def parse(value: str | list[str]) -> list[str]:
         words = [word for word in SEPARATOR.split(value) if word] if isinstance(value, str) else value
+        if value == []:  # a default
+            return []
         if not words:
             raise ArgumentTypeError(f"{value!r}: nothing named")
         for word in words:

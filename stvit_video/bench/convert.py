@@ -22,6 +22,7 @@ from .accuracy import variant
 
 # How semantic tokens start, and "pool": average pooling in their place, the control.
 STARTS = {
+    "merge": {"pool": "merge", "semantic_proportional": True, "semantic_layers": 1},
     "grid": {"pool": "grid", "semantic_proportional": True},
     "avg": {"pool": "avg", "semantic_proportional": False},
     "max": {"pool": "max", "semantic_proportional": False},
