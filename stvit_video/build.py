@@ -34,7 +34,7 @@ from .data.views import Sampling
 from .engine import checkpoint, distributed
 from .engine.job import Job, Task, Views
 from .models.zoo import create_model
-from .tasks import TASKS
+from .tasks import TASKS, Agreement, task_class
 from .weights import LoadReport, Pixels, load_weights, model_of, rebuild
 
 
@@ -101,15 +101,16 @@ def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
     return config, values["class_names"], model.eval()
 
 
-def load_teacher(config: Config, task: Task, class_names: Sequence[str]) -> None:
-    """`train.teacher` into the task, where it is set. Raises ConfigError unless it takes the same clips."""
+def load_teacher(config: Config, task: Task, class_names: Sequence[str], model: nn.Module) -> None:
+    """`train.teacher` into the task, where it is set. Raises ConfigError unless it takes the same clips and
+    has what the model is to learn."""
     path = config.train.teacher
     if path is None:
         return
     if not hasattr(task, "teacher"):
         raise ConfigError(f"train.teacher={path}: task={config.task} learns from no teacher")
     theirs, names, task.teacher = load_model(path)
-    if names != list(class_names):
+    if not isinstance(task, Agreement) and names != list(class_names):
         raise ConfigError(
             f"train.teacher={path}: its classes are not those of data.train={config.data.train}"
         )
@@ -117,6 +118,11 @@ def load_teacher(config: Config, task: Task, class_names: Sequence[str]) -> None
         ours, value = (getattr(c.data, key) for c in (config, theirs))
         if ours != value:
             raise ConfigError(f"train.teacher={path}: was trained with data.{key}={value}, not {ours}")
+    if isinstance(task, Agreement):
+        try:
+            model.check_teacher(task.teacher)
+        except ValueError as error:
+            raise ConfigError(f"train.teacher={path}: {error}") from None
     task.teacher.requires_grad_(False)
 
 
@@ -203,7 +209,7 @@ def with_pixels(config: Config, report: LoadReport | None) -> Config:
 def build_task(config: Config, class_names: Sequence[str]) -> Task:
     """The task that `task` names. Raises ConfigError or ListError."""
     config = settle_pixels(config, None)
-    kind = TASKS[config.task]
+    kind = task_class(config.task, config.train.teacher)
     scoring = {}
     if hasattr(kind, "Scoring"):
         names = [field.name for field in dataclasses.fields(kind.Scoring)]
@@ -251,7 +257,7 @@ def build_job(
     if pretrained:
         load_policy(config, model)
     task = build_task(config, class_names)
-    load_teacher(config, task, class_names)
+    load_teacher(config, task, class_names, model)
     task.to(device)
     if config.data.flip == "swap" and task.twins is None:
         raise ConfigError(
@@ -266,7 +272,7 @@ def build_job(
     loader, val_loader = build_train_loader(config, task, rows, device), None
     if config.data.val is not None or config.data.hold_back:
         val_rows, _ = read_split(config, "val", class_names)
-        if all(row.target is None for row in val_rows):
+        if all(row.target is None for row in val_rows) and not isinstance(task, Agreement):
             raise ConfigError(f"data.val={config.data.val} has no labels to validate with")
         val_loader = build_test_loader(config, task, val_rows, device, clips=1, crops=1)
     run = {

@@ -131,6 +131,7 @@ class DataConfig:
 
 # Settings that only some task has stand in `train`, too, and those of its scoring in `eval`.
 _TASK_SETTINGS = tuple(dict.fromkeys(task.Settings for task in TASKS.values()))
+_TASK_SETTINGS = sorted(_TASK_SETTINGS, key=lambda s: -len(s.__mro__))  # before what they are made of
 _TASK_SCORING = tuple(dict.fromkeys(t.Scoring for t in TASKS.values() if hasattr(t, "Scoring")))
 
 

@@ -152,41 +152,51 @@ def draw_tokens(
     figure.savefig(picture, dpi=110)
 
 
-def draw_trade(rows: Sequence[Mapping], picture: Path) -> None:
-    """Accuracy against measured speed: rows with model, clips/s, top-1 (mean), low and high, in percent."""
-    figure, axis = _axes(figsize=(6.4, 4.2))
-    colours: dict[str, str] = {}  # of a reducer, whatever its budget
-    for row in rows:
-        at = row["clips/s"], row["top-1"]
-        spread = [[row["top-1"] - row["low"]], [row["high"] - row["top-1"]]]
-        colour = colours.setdefault(row["model"].partition(":")[0], f"C{len(colours)}")
-        axis.errorbar(*at, spread, marker="o", capsize=3, color=colour)
-        axis.annotate(row["model"], at, (6, 5), textcoords="offset points", fontsize=8)
-    axis.set(title="accuracy (mean and range over seeds) against speed")
-    axis.set(xlabel="forward clips/s", ylabel="top-1, %")
-    axis.margins(x=0.18)
-    _finish(figure, [axis], picture)
+def draw_trade(tables: Mapping[str, Sequence[Mapping]], picture: Path) -> None:
+    """Accuracy against measured speed, a panel a table: rows with model, clips/s, top-1 (mean), low, high.
+    A colour for each reducer, a marker for each of its models."""
+    figure, axes = _axes(1, len(tables), figsize=(1.8 + 3.6 * len(tables), 5), squeeze=False)
+    models = list(dict.fromkeys(row["model"] for rows in tables.values() for row in rows))
+    reducers = list(dict.fromkeys(model.partition(":")[0] for model in models))
+    looks = {}
+    for model in models:
+        reducer = model.partition(":")[0]
+        turn = sum(other.partition(":")[0] == reducer for other in looks)
+        looks[model] = {"color": f"C{reducers.index(reducer)}", "marker": "os^Dv*PX<>"[turn % 10]}
+    for axis, (title, rows) in zip(axes[0], tables.items(), strict=True):
+        for row in rows:
+            value, low, high, speed = (float(row[key]) for key in ("top-1", "low", "high", "clips/s"))
+            spread = [[value - low], [high - value]]
+            axis.errorbar(speed, value, spread, capsize=3, label=row["model"], **looks[row["model"]])
+        axis.set(title=title, xlabel="forward clips/s", ylabel="top-1, %: mean and range over seeds")
+    handles = {h.get_label(): h for axis in axes[0] for h in axis.get_legend_handles_labels()[0]}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    _finish(figure, axes[0], picture)
 
 
 def draw_conversion(rows: Sequence[Mapping], picture: Path) -> None:
     """Share of the dense model's classes that stay, and their probability, against cost; rows of
-    `bench.convert`."""
-    figure, axes = _axes(1, 2, figsize=(10, 4))
-    dense, *rows = rows
+    `bench.convert`. A colour for each start; the more layers before, the darker."""
+    figure, axes = _axes(1, 2, figsize=(10, 4.6))
+    dense, mirrored, *rows = rows
     kinds = dict.fromkeys((row["start"], row["base depth"]) for row in rows)
+    starts = list(dict.fromkeys(start for start, _ in kinds))
+    depths = sorted({depth for _, depth in kinds if depth is not None})
     for axis, key in zip(axes, ("kept", "probability"), strict=True):
-        axis.axhline(100 * dense[key], color="0.7", linestyle=":", label="dense")
+        axis.axhline(100 * dense[key], color="0.4", linestyle=":", label="dense")
+        axis.axhline(100 * mirrored[key], color="0.7", linestyle=":", label="dense, on mirrored views")
         for start, depth in kinds:
-            points = sorted(
-                (100 * r["cost"], 100 * r[key])
-                for r in rows
-                if (r["start"], r["base depth"]) == (start, depth)
-            )
-            axis.plot(*zip(*points, strict=True), marker="o", label=f"{start}, {depth} layers before")
+            of_kind = [row for row in rows if (row["start"], row["base depth"]) == (start, depth)]
+            points = sorted((100 * row["cost"], 100 * row[key]) for row in of_kind)
+            shade = 1.0 if depth is None else (depths.index(depth) + 1) / len(depths)
+            label = start if depth is None else f"{start}, {depth} layers before"
+            look = {"color": f"C{starts.index(start)}", "alpha": 0.3 + 0.7 * shade}
+            axis.plot(*zip(*points, strict=True), marker="*" if depth is None else "o", label=label, **look)
         axis.set(xlabel="multiply-adds, % of the dense model's", ylabel="%", ylim=(0, 102))
     axes[0].set(title="the dense model's class stays")
     axes[1].set(title="mean probability of that class")
-    axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     _finish(figure, axes, picture)
 
 
@@ -209,31 +219,104 @@ def draw_speeds(rows: Sequence[Mapping], picture: Path) -> None:
     _finish(figure, [axis], picture)
 
 
-def draw_maps(frames: np.ndarray, maps: np.ndarray, picture: Path) -> None:
-    """Where semantic tokens look. A column a time slice: its frame, then one row a token of that time.
+def draw_maps(
+    frames: np.ndarray, maps: np.ndarray | None, groups: np.ndarray | None, picture: Path
+) -> None:
+    """Which patches are one token, and where semantic tokens look. A column a time slice: its frame, then a
+    row of superpatches, then one row a semantic token of that time; None: without these rows.
 
     frames: uint8 (T, H, W, 3), one of each slice of patches; maps: (t, h, w, T, H', W'), each summing to 1.
     A token's map is drawn over the frame, brighter where it took more; its share of the slice stands above.
+    groups: (T, H', W'), the number of the token that each patch is part of; see `show_groups`.
     """
-    times, (slices, height, width) = maps.shape[0], maps.shape[3:]
-    tokens = maps.reshape(times, -1, slices, height, width)[:, :8]
-    shown = min(slices, 8)
+    slices, height, width = (groups if maps is None else maps[0, 0, 0]).shape
+    tokens = np.zeros((1, 0)) if maps is None else maps.reshape(len(maps), -1, *maps.shape[3:])[:, :8]
+    shown, above = min(slices, 8), 1 + (groups is not None)
     columns = [round(i * (slices - 1) / max(shown - 1, 1)) for i in range(shown)]
-    lines = tokens.shape[1] + 1
-    figure, axes = _axes(lines, shown, figsize=(1.7 * shown, 1.8 * lines), squeeze=False)
-    sides = zip(frames.shape[1:3], (height, width), strict=True)
+    lines = tokens.shape[1] + above
+    size = 1.7 * shown, 1.8 * lines + 0.5 * (above - 1)
+    figure, axes = _axes(lines, shown, figsize=size, squeeze=False)
+    sides, kind = zip(frames.shape[1:3], (height, width), strict=True), ("token", "semantic")[above - 1]
     patch = np.ix_(*(np.arange(pixels) * patches // pixels for pixels, patches in sides))  # of each pixel
     for axis, at in zip(axes.T, columns, strict=True):
         axis[0].imshow(frames[at])
         axis[0].set_title(f"time {at}, {height * width} patches", fontsize=8)
-        for row, token in enumerate(tokens[at * times // slices], 1):
+        for row, token in enumerate(tokens[at * len(tokens) // slices], above):
             share = token[at] / token.max()
             shade = (0.25 + 0.75 * share[patch])[..., None]
             axis[row].imshow((frames[at] * shade).astype(np.uint8))
-            axis[row].set_title(f"token {row}: {token[at].sum():.0%} from here", fontsize=8)
+            axis[row].set_title(f"{kind} {row - above + 1}: {token[at].sum():.0%} from here", fontsize=8)
+    if groups is not None:
+        _draw_groups(figure, axes[1], frames[columns], groups, columns)
     for axis in axes.flat:
         axis.set_axis_off()
     figure.savefig(picture, dpi=120)
+
+
+def _draw_groups(figure, axes: Sequence, frames: np.ndarray, groups: np.ndarray, columns: Sequence[int]):
+    """Superpatches in a row of axes, with a legend and how many tokens there are."""
+    from matplotlib.patches import Patch
+
+    before = np.zeros(0, groups.dtype)
+    sizes = dict(zip(*np.unique(groups, return_counts=True), strict=True))
+    for axis, frame, at in zip(axes, frames, columns, strict=True):
+        there = np.unique(groups[at])
+        new = there[~np.isin(there, before)]
+        alone = [token for token in there if sizes[token] == 1]
+        axis.imshow(show_groups(frame, groups[at], alone, np.setdiff1d(there, new)))
+        axis.set_title(f"{len(new)} new tokens", fontsize=8)
+        before = np.union1d(before, there)
+    marks = [
+        Patch(facecolor="none", edgecolor=COLOURS[0], linewidth=1.5),
+        Patch(facecolor="none", edgecolor="0.5"),
+        Patch(facecolor="0.2"),
+    ]
+    words = (
+        "superpatch: these patches share one token",
+        "a single patch, one token",
+        "dark: the same token as in a picture to the left",
+    )
+    figure.legend(
+        marks,
+        words,
+        loc="outside upper center",
+        ncols=3 if len(columns) > 5 else 1,
+        fontsize=8,
+        frameon=False,
+        title=f"{groups.size} patches are {len(sizes)} tokens ({len(sizes) / groups.size:.0%})",
+        title_fontsize=11,
+    )
+
+
+def show_groups(
+    frame: np.ndarray, groups: np.ndarray, alone: Sequence[int] = (), seen: Sequence[int] = ()
+) -> np.ndarray:
+    """uint8 (H, W, 3) and the number of each patch's token (h, w) -> the frame, enlarged where lines would
+    hide it, with an outline around each superpatch.
+
+    alone: tokens of a single patch, which have a thin line; seen: tokens whose patches are dark.
+    """
+    enlarged = max(READABLE // min(frame.shape[:2]), 1)
+    out = frame.repeat(enlarged, 0).repeat(enlarged, 1)
+    rows, columns = (np.arange(n) * m // n for n, m in zip(out.shape[:2], groups.shape, strict=True))
+    token = groups[rows[:, None], columns]
+    single, dark = np.isin(token, alone), np.isin(token, seen)
+    thin = single & _near_edge(token, 1)
+    thick = ~single & _near_edge(token, max(min(out.shape[:2]) // 110, 1))
+    out[thin] //= 2
+    out[thick] = ImageColor.getrgb(COLOURS[0])
+    out[dark] //= 3
+    return out
+
+
+def _near_edge(token: np.ndarray, width: int) -> np.ndarray:
+    """(H, W) -> bool (H, W): pixels at most `width` from one of another number, or from the frame's end."""
+    padded, near = np.pad(token, width, constant_values=-1), np.zeros(token.shape, bool)
+    height, length = token.shape
+    for step in range(2 * width + 1):
+        near |= padded[step : step + height, width:-width] != token
+        near |= padded[width:-width, step : step + length] != token
+    return near
 
 
 def play_maps(frames: np.ndarray, maps: np.ndarray | None) -> bytes:

@@ -1,6 +1,7 @@
 """Weights by name: timm:NAME, and hf:OWNER/NAME of the Hugging Face Hub; and how their pixels were made."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from .errors import InputError, nearest
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SETTINGS = ("config.json", "preprocessor_config.json")  # timm's, with its pretrained_cfg; transformers'
+HASH = re.compile(r"[-_][0-9a-f]{8}$")  # at the end of a published file's name
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -81,6 +83,21 @@ def published_pixels(source: Any) -> Pixels | None:
         if pixels is not None:
             return pixels
     return None
+
+
+def pixels_by_name(path: str | Path) -> Pixels | None:
+    """Those of the timm models whose name a file has, as `vit_tiny_patch16_224_in1k.safetensors`; None: it
+    has no such name, or timm's models of that name differ."""
+    import timm
+
+    model, *words = HASH.sub("", Path(path).stem).split(".", 1)
+    while model and not (tags := timm.list_pretrained(f"{model}.*")):
+        model, _, word = model.rpartition("_")
+        words.insert(0, word)
+    said = set("_".join(words).split("_")) - {""}
+    tags = [tag for tag in tags if said <= set(tag.partition(".")[2].split("_"))] if model else []
+    every = {published_pixels(f"timm:{tag}") for tag in tags}
+    return every.pop() if len(every) == 1 else None
 
 
 def _pixels(values: Mapping[str, Any], mean: str, std: str) -> Pixels | None:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class Predictor:
         self.path, self.device, self.timeout = Path(checkpoint), pick_device(device or "auto"), timeout
         self.config, self.class_names, self.model = load_model(checkpoint)
         self.precision = pick_precision(self.config.train.precision, self.device)
-        self.task = build_task(self.config, self.class_names).to(self.device)
+        untaught = replace(self.config, train=replace(self.config.train, teacher=None))
+        self.task = build_task(untaught, self.class_names).to(self.device)
         if self.task.heads == (None,) or self.config.data.num_frames != 1:
             raise InputError(f"{self.path}: was trained for task={self.config.task}, not for single images")
         self.model.to(self.device)

@@ -257,18 +257,25 @@ class Recognizer:
         return torch.cat(features).mean(0)
 
     @torch.no_grad()
-    def draw_semantic_maps(self, path: str | Path, picture: str | Path) -> None:
-        """Draw what the semantic tokens took from the central view of one video. Raises DecodeError."""
-        self._need_checkpoint("maps of semantic tokens")
-        (frames,), maps = self.semantic_maps(path)
-        if maps is None:
-            raise InputError(f"{self.config.model.name} has no semantic tokens to draw")
-        step = -(-len(frames) // maps.shape[2])
-        draw_maps(
-            frames[::step],
-            maps[0].reshape(-1, *self.model.semantic.tokens[1:], *maps.shape[2:]),
-            Path(picture),
-        )
+    def draw_maps(self, path: str | Path, picture: str | Path) -> None:
+        """Draw, over the central view of one video, which patches are one superpatch, and what the semantic
+        tokens took; of these what the model has.
+
+        Raises DecodeError; InputError for a model that has neither.
+        """
+        self._need_checkpoint("maps of tokens")
+        frames, maps = self.semantic_maps(path)
+        groups = None
+        if getattr(self.model, "superpatches", None) is not None:
+            clip = torch.from_numpy(frames).permute(0, 4, 1, 2, 3).to(self.device)
+            groups = self.model.superpatch_map(self.task.normalise(clip))[0].cpu().numpy()
+        if maps is not None:
+            tokens = self.model.semantic.tokens or (1, 1, maps.shape[1])  # merged ones lie on no grid
+            maps = maps[0].reshape(-1, *tokens[1:], *maps.shape[2:])
+        if maps is None and groups is None:
+            raise InputError(f"{self.config.model.name} has no superpatches and no semantic tokens to draw")
+        slices = len(groups) if maps is None else maps.shape[3]
+        draw_maps(frames[0, :: -(-frames.shape[1] // slices)], maps, groups, Path(picture))
 
     @torch.no_grad()
     def semantic_maps(self, path: str | Path, clips: int = 1) -> tuple[np.ndarray, np.ndarray | None]:

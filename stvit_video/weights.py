@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .adapters import ADAPTERS, CLASS_TOKEN, DETECTOR, DROPS, RECOMPUTED, Adapter, Pixels, State, square
 from .files import FileError, read_torch
-from .hub import WeightsError, from_hub, from_timm, published_pixels
+from .hub import WeightsError, from_hub, from_timm, pixels_by_name, published_pixels
 from .models.embed import Size3, resize_grid, sincos_table
 from .models.heads import WithHead
 from .models.windows import table_rows
@@ -98,6 +98,10 @@ def load_weights(
         raise ValueError(f"inflate={inflate!r} is none of ['average', 'centre']")
     contents = _parse(*_read(source))
     contents.pixels = published_pixels(source) or contents.pixels
+    if contents.pixels is None and contents.adapter.origin.startswith("timm"):
+        contents.pixels = pixels_by_name(contents.name)
+        if contents.pixels:
+            contents.notes.append("its file has a name of timm's: mean, std and interpolation are taken so")
     of_backbone = not any(name.startswith("backbone.") for name in contents.state)
     if isinstance(model, WithHead) and of_backbone:
         head = _segvits_heads(model, contents)
@@ -138,6 +142,7 @@ def _fit_into(
     class_names: Sequence[str] | None,
 ) -> LoadReport:
     report = LoadReport(contents.name, contents.adapter.origin, pixels=contents.pixels)
+    report.notes = contents.notes
     state, targets = contents.adapter.convert(contents.state), model.state_dict()
     if CLASS_TOKEN[0] not in targets and state.keys() >= set(CLASS_TOKEN):
         state = {name: tensor for name, tensor in state.items() if name not in CLASS_TOKEN}
@@ -281,7 +286,7 @@ class _Contents:
 
     class_names, by_class, heads, built: of a checkpoint of this toolbox, its classes, the tensors with a
         row for each, the attention heads of its layers, which no shape shows, what it was built with.
-    pixels: as in `LoadReport`.
+    pixels, notes: as in `LoadReport`.
     """
 
     name: str
@@ -292,6 +297,7 @@ class _Contents:
     heads: dict[str, int] = field(default_factory=dict)
     built: dict[str, Any] = field(default_factory=dict)
     pixels: Pixels | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def _parse(values: Mapping[str, Any], name: str) -> _Contents:

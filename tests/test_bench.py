@@ -1,6 +1,7 @@
 """Benchmarks: what they measure is what they say. No timing is asserted but what follows from the work."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ from torch import nn
 
 from stvit_video import cli, create_model, multiply_adds
 from stvit_video.bench import model as bench
+from stvit_video.bench import report
 from stvit_video.bench.accuracy import variant
+from stvit_video.bench.commands import _names
 from stvit_video.config import Config, ConfigError, ModelConfig
+from stvit_video.errors import InputError
 
 CPU = torch.device("cpu")
 CLIP = {"num_frames": 2, "image_size": 32}
@@ -129,13 +133,39 @@ def test_what_makes_no_sense_is_one_line(tmp_path, capsys, demo_root, args, part
         assert part in error
 
 
+def test_names_are_split_outside_brackets():
+    names = "a,b:shapes=[[8,1,1],[4,1,1]]:x=3,c:d=[1,2],e"
+    assert _names()(names) == ["a", "b:shapes=[[8,1,1],[4,1,1]]:x=3", "c:d=[1,2]", "e"]
+
+
 def test_variants():
     config = Config(model=ModelConfig(name="stvit_tiny_patch16_224", base_depth=2))
     assert variant(config, "dense").model.semantic_tokens is None
     own = variant(config, "tome:4x2x2").model
     assert (own.reducer, own.semantic_tokens, own.base_depth) == ("tome", (4, 2, 2), 2)
-    with pytest.raises(ConfigError, match="best"):
-        variant(config, "best:4x2x2")
+    own = variant(config, "semantic:4x2x2:base_depth=3:train.layer_decay=0.5")
+    assert (own.model.base_depth, own.train.layer_decay) == (3, 0.5)
+    own = variant(config, "tome:tome_r=7").model
+    assert (own.reducer, own.semantic_tokens, own.tome_r) == ("tome", None, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("best:4x2x2", "best"),
+        ("semantic", "how many tokens"),
+        ("semantic:4x2", "'4x2' is neither"),
+        ("dense:4x2x2", "'4x2x2' is neither"),
+        ("semantic:4x2x2:base_dept=3", "did you mean 'model.base_depth'"),
+        ("semantic:4x2x2:lr.all=3", "unknown key lr.all"),
+        ("semantic:4x2x2:pool=[1", "pool=[1"),
+        ("semantic:99x2x2", "between 1 and the number"),
+    ],
+)
+def test_variants_that_make_no_sense(name, part):
+    config = Config(model=ModelConfig(name="stvit_tiny_patch16_224"))
+    with pytest.raises(ConfigError, match=re.escape(part)):
+        variant(config, name)
 
 
 def test_accuracy_against_speed(tmp_path, demo_root, capsys):
@@ -148,6 +178,11 @@ def test_accuracy_against_speed(tmp_path, demo_root, capsys):
     with open(tmp_path / "accuracy.csv", newline="") as file:
         first = list(csv.DictReader(file))
     assert [row["model"] for row in first] == ["dense", "pool:2x2x2"]
+    assert report.read(tmp_path / "accuracy.csv", ["model", "low"]) == first
+    with pytest.raises(InputError, match="no table with the columns model, speed"):
+        report.read(tmp_path / "accuracy.csv", ["model", "speed"])
+    with pytest.raises(InputError, match="none.csv: cannot be read"):
+        report.read(tmp_path / "none.csv", ["model"])
     assert float(first[1]["G multiply-adds"]) < float(first[0]["G multiply-adds"])
     for row in first:
         assert 0 <= float(row["low"]) <= float(row["top-1"]) <= float(row["high"]) <= 100
@@ -155,7 +190,8 @@ def test_accuracy_against_speed(tmp_path, demo_root, capsys):
     assert len(logs) == 4
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     before = [log.stat().st_mtime_ns for log in logs]
-    cli.bench(args)  # runs that have ended are not trained again
+    # runs that have ended are not trained again
+    cli.bench([*args, "--beside", str(tmp_path / "accuracy.csv")])
     assert [log.stat().st_mtime_ns for log in logs] == before
     cli.bench([*args, "--data.stride", "1"])  # but others are
     assert all(log.stat().st_mtime_ns > time for log, time in zip(logs, before, strict=True))

@@ -193,7 +193,7 @@ def test_a_recognizer_of_the_file_is_one_of_the_checkpoint(kind, views, deployed
     with pytest.raises(InputError, match=r"model\.\w+: an exported file gives scores only"):
         recognize.features(video)
     with pytest.raises(InputError, match="need the checkpoint"):
-        recognize.draw_semantic_maps(video, "never.png")
+        recognize.draw_maps(video, "never.png")
 
 
 @pytest.mark.parametrize("kind", export.FORMATS)

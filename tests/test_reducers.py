@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from stvit_video import create_model, list_models
 from stvit_video.models.layers import Block
-from stvit_video.models.reducers import PooledTokens, RandomTokens, merge_similar
+from stvit_video.models.merging import merge_similar
+from stvit_video.models.reducers import PooledTokens, RandomTokens
 from stvit_video.models.tokens import Tokens, regions
 
 CONTROLS = ("pool", "random", "tome")
@@ -51,6 +52,43 @@ def test_all_layers_after_it_run_on_the_budget(name, tokens):
     on_a_grid = name in ("semantic", "pool")
     assert features.shape == ((2, *tokens, 24) if on_a_grid else (2, 2, 4, 4, 24))
     assert model.tokens(torch.randn(2, 3, 4, 32, 32)).x.shape == (2, n, 24)
+
+
+def merging(tokens, **sizes):
+    sizes |= {"base_depth": 1, "semantic_tokens": tokens, "pool": "merge", "semantic_proportional": True}
+    model = create_model("stvit_tiny_patch16_224", **CLIP, **TINY, **sizes).eval()
+    return model, create_model("vit_tiny_patch16_224", **CLIP, **TINY).eval()
+
+
+def test_merged_semantic_tokens_of_as_many_as_patches_are_the_dense_model():
+    """Nothing is merged: the one semantic layer asks every patch, with every patch."""
+    model, dense = merging((2, 4, 4), semantic_layers=1)
+    model.load_state_dict(dense.state_dict())
+    clip = torch.randn(2, 3, 4, 32, 32)
+    torch.testing.assert_close(model(clip), dense(clip))
+    assert model.tokens(clip).x.shape == (2, 32, 24)
+
+
+@pytest.mark.parametrize("semantic_layers", [1, 2])
+def test_semantic_tokens_start_as_means_of_what_is_alike(semantic_layers):
+    """Patches of three kinds, mixed: each token stands for patches of one kind, and starts as one."""
+    model, _ = merging((2, 2, 4), semantic_layers=semantic_layers)
+    model.pos_embed.data.zero_()
+    kind = torch.arange(32) // 2 % 3
+    patches = (
+        torch.randn(3, 3, 1, 8, 8)[kind].reshape(2, 4, 4, 3, 1, 8, 8).expand(-1, -1, -1, -1, 2, -1, -1)
+    )
+    clip = patches.permute(3, 0, 4, 1, 5, 2, 6).reshape(1, 3, 4, 32, 32)
+    embedded = next(tokens for layer, tokens in model._layers(clip) if layer == 1)
+    start = model.semantic._start(embedded)
+    torch.testing.assert_close(start.to_grid(), embedded.to_grid())
+    tokens = model.tokens(clip)
+    assert len(set(zip(kind.tolist(), tokens.places()[0].tolist(), strict=True))) == 16
+    assert (tokens.sizes() >= 1).all()
+    assert tokens.asked.equal(tokens.sizes())
+    maps = model.semantic_maps(clip)
+    assert maps.shape == (1, 16, 2, 4, 4)
+    torch.testing.assert_close(maps.sum((2, 3, 4)), torch.ones(1, 16))
 
 
 @pytest.mark.parametrize("name", CONTROLS)

@@ -73,6 +73,17 @@ def test_a_chunk_knows_nothing_of_the_others_before_they_are_joined():
     assert torch.allclose(model(swapped), model(clips), atol=1e-6)
 
 
+@pytest.mark.parametrize("budget", [{}, {"superpatch_tokens": 5}])
+def test_chunks_with_superpatches_joined_are_the_clip(budget):
+    model = make(superpatches="contrast", image_size=32, **budget)
+    clips = 0.02 * torch.randn(2, 3, 8, 32, 32)
+    clips[..., 16:] = torch.randn(2, 3, 8, 32, 16)
+    chunks = clips.unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1)
+    assert model.embed(chunks).x.shape[1] < 32
+    tokens = model.chunk_tokens(chunks).unflatten(0, (2, 2))
+    assert torch.allclose(model.join(tokens), model(clips), atol=1e-6)
+
+
 @pytest.mark.parametrize("sizes", [{}, {"class_token": True}, {"semantic_proportional": True}])
 def test_one_chunk_without_a_vector_is_the_plain_model(sizes):
     plain, one = (make(window, **sizes) for window in (None, 4))

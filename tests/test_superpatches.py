@@ -1,6 +1,7 @@
 """Superpatches: by value against CTS; what is merged, what comes back, and that nothing else changes."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from test_models import CLIP, TINY
 from torch import nn
 
 from stvit_video import create_model, multiply_adds
+from stvit_video.build import build_model
+from stvit_video.config import make_parser, parse, resolve
 from stvit_video.models import superpatches
 from stvit_video.models.superpatches import (
     PolicyNet,
@@ -23,6 +26,7 @@ from stvit_video.models.superpatches import (
 from stvit_video.models.tokens import Tokens
 from stvit_video.weights import WeightsError, load_weights
 
+ROOT = Path(__file__).parents[1]
 GRID, PATCHES = (2, 4, 4), 32
 NET = "test_efficientnet"
 DECIDERS = {
@@ -424,6 +428,30 @@ def test_a_budget_exports_and_counts(decider, sizes, monkeypatch):
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         model(clip[:1])
     assert counter.get_total_flops() // 2 == multiply_adds(model, num_frames=4, image_size=32)
+
+
+@pytest.mark.parametrize("name", ["40", "20", "long64", "long128"])
+def test_joined_recipes_cost_what_they_say(name):
+    """In the README, on the page about them, and at their head."""
+    recipe = f"k400_joined_{name}"
+    config = resolve(parse(make_parser(""), ["--cfg", recipe])[0])
+    with torch.device("meta"):
+        model = build_model(config, 400)
+    frames = config.data.num_frames
+    cost = f"{multiply_adds(model, num_frames=frames, image_size=224) / 1e9:.1f} G"
+    millions = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
+    (row,) = (line for line in (ROOT / "README.md").read_text().splitlines() if f"`{recipe}`" in line)
+    assert f"| {frames}x224x224 | {millions} | **{cost}** |" in row
+    head = (ROOT / "configs" / f"{recipe}.yaml").read_text()
+    assert f"Cost: {cost} multiply-adds" in head
+    assert f"{millions} parameters" in head
+    rows = [
+        line for line in (ROOT / "docs" / "joined.md").read_text().splitlines() if f"| `{recipe}`" in line
+    ]
+    assert all(line.endswith(f"| {cost} |") for line in rows)
+    assert rows
+    if frames > 16:
+        assert float(cost[:-2]) < 180.3  # a dense clip of 16 frames
 
 
 def test_a_dense_checkpoint_loads_and_a_policy_is_never_left_out_unsaid():

@@ -25,6 +25,7 @@ SIZES = CLIP | TINY
 GRID, PATCHES = (2, 4, 4), 32
 BUDGET = {"semantic_tokens": (2, 2, 3)}
 PLANS = {name: {1: partial(REDUCERS[name], **BUDGET)} for name in REDUCERS}
+PLANS["semantic, merged"] = {1: partial(SemanticTokens, **BUDGET, pool="merge", semantic_proportional=True)}
 PLANS["schedule"] = dict.fromkeys(range(5), partial(MergedTokens, tome_r=3))
 PLANS["two"] = {
     1: partial(MergedTokens, semantic_tokens=(2, 3, 3)),
@@ -391,7 +392,7 @@ def test_the_defaults_of_every_name_are_within_bounds(name):
         ({"semantic_tokens": (0, 1, 1)}, r"semantic_tokens=\(0, 1, 1\): must lie between 1 and inf"),
         ({"drop_path": float("nan")}, "drop_path=nan: must lie between 0 and 0.999"),
         ({"mlp_ratio": 0}, "mlp_ratio=0: must lie between 0.01 and inf"),
-        ({"pool": "median"}, r"pool=median: must be one of \['max', 'avg', 'grid'\]"),
+        ({"pool": "median"}, r"pool=median: must be one of \['max', 'avg', 'grid', 'merge'\]"),
     ],
 )
 def test_bounds(value, rule):

@@ -17,6 +17,7 @@ from stvit_video.adapters import IMAGENET, Pixels
 from stvit_video.build import build_model
 from stvit_video.config import Config, DataConfig, make_parser, parse, resolve, to_dict
 from stvit_video.engine.checkpoint import FORMAT
+from stvit_video.hub import pixels_by_name
 from stvit_video.models.embed import sincos_table
 from stvit_video.weights import resize_grid
 
@@ -91,6 +92,30 @@ def test_weights_of_timm_bring_their_pixels(monkeypatch, name, pixels):
     report = load_weights(image(semantic_tokens=None, depth=3), f"timm:{name}")
     assert report.pixels == settled(report) == pixels._replace(interpolation="bicubic")
     assert not report.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [
+        ("vit_tiny_patch16_224_in1k.safetensors", HALF),
+        ("vit_large_patch16_224_in21k.bin", HALF),  # two of them, both with 0.5
+        ("vit_base_patch16_224.mae.pth", IMAGENET),
+        ("deit_small_patch16_224-cd65a155.pth", IMAGENET),
+        ("vit_base_patch16_224.pth", None),  # AugReg's and DINO's differ
+        ("vit_small_patch16_224_mocov3.pth", None),
+        ("model.safetensors", None),
+    ],
+)
+def test_a_file_with_a_name_of_timms_brings_its_pixels(name, pixels):
+    assert pixels_by_name(f"runs/{name}") == (pixels and pixels._replace(interpolation="bicubic"))
+
+
+def test_pixels_taken_by_a_files_name_are_told(tmp_path):
+    path = tmp_path / "vit_tiny_patch16_224_in1k.pth"
+    torch.save(timm_vit().state_dict(), path)
+    report = load_weights(image(semantic_tokens=None, depth=3), path)
+    assert settled(report) == HALF._replace(interpolation="bicubic")
+    assert report.notes == ["its file has a name of timm's: mean, std and interpolation are taken so"]
 
 
 def test_a_checkpoint_brings_its_normalisation(tmp_path):

@@ -1,17 +1,19 @@
 """What token reduction costs in accuracy and gives in speed: one recipe, one backbone, several seeds."""
 
 import contextlib
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import yaml
 
 from .. import build
-from ..config import Config, ConfigError, to_dict
+from ..config import Config, ConfigError, from_dict, resolve, to_dict
 from ..data.dataset import open_kept
 from ..engine.device import pick_precision
 from ..engine.logs import progress, read_log
@@ -22,6 +24,7 @@ from ..files import written_whole
 from .model import measure_models
 
 BATCH = 16  # clips, where speed is measured
+TRADE = ("model", "clips/s", "top-1", "low", "high")  # what the picture needs of a table
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,15 +34,16 @@ def bench_accuracy(
     *,
     seeds: Sequence[int],
     rounds: int,
+    beside: Mapping[str, Sequence[dict]] = MappingProxyType({}),
     output: Path,
     device: torch.device,
 ) -> list[dict]:
     """Train each variant of the config's ViT with each seed; -> a row a variant, `accuracy.png` in output.
 
-    A variant is "dense", or a reducer with its budget (time x height x width): "semantic:4x2x2".
+    A variant is the ViT with what its name says, as `variant` reads it: "dense", "semantic:4x2x2".
     Accuracy is that of one view after the last epoch, of the averaged weights where the recipe has them.
     With `model.weights` all start from that checkpoint. Videos are decoded once and kept. A run that
-    stands finished in `output` is not trained again.
+    stands finished in `output` is not trained again. beside: tables of other runs, drawn into the picture.
     """
     configs = {name: variant(config, name) for name in variants}
     rows, class_names = build.read_split(config, "train")
@@ -62,7 +66,7 @@ def bench_accuracy(
     runs = [(seed, name) for seed in seeds for name in variants]
     with progress(runs, desc="training", unit="run") as bar:
         for seed, name in bar:
-            folder = output / f"{name.replace(':', '_')}_seed{seed}"
+            folder = output / re.sub(r"[^\w.=-]+", "_", f"{name}_seed{seed}")
             job = replace(configs[name], seed=seed, output=str(folder))
             results[name].append(_finished(job) or _train(job, device))
     table = []
@@ -72,24 +76,41 @@ def bench_accuracy(
         row |= {"top-1": statistics.mean(top1), "low": min(top1), "high": max(top1)}
         seconds = statistics.mean(run["seconds"] for run in results[speed["model"]])
         table.append(row | {"seconds": seconds})
-    draw_trade(table, output / "accuracy.png")
+    draw_trade({**beside, output.name: table}, output / "accuracy.png")
     return table
 
 
 def variant(config: Config, name: str) -> Config:
-    """The config with the model that `name` says. Raises ConfigError."""
-    reducer, _, budget = name.partition(":")
-    if name == "dense":
-        return replace(config, model=replace(config.model, semantic_tokens=None))
-    try:
-        tokens = tuple(int(n) for n in budget.split("x"))
-    except ValueError:
-        tokens = ()
-    if len(tokens) != 3:
-        raise ConfigError(f"--models {name}: is neither dense nor REDUCER:TxHxW, as in semantic:4x2x2")
-    own = replace(config, model=replace(config.model, reducer=reducer, semantic_tokens=tokens))
-    build.build_model(own, 1)
-    return own
+    """The config with the model that `name` says: its parts have colons between.
+
+    First "dense" or a reducer; then how many tokens, TxHxW (none: ToMe's schedule); then any settings,
+    those of `model` by their own name: "semantic:4x2x2:base_depth=3", "dense:train.layer_decay=1".
+    Raises ConfigError.
+    """
+    reducer, *parts = name.split(":")
+    where, values = f"--models {name}", to_dict(build.with_model(config))
+    settings = {"semantic_tokens": None}
+    if reducer != "dense":
+        settings["reducer"] = reducer
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if equals:
+            try:
+                settings[key] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise ConfigError(f"{where}: {part!r} has no value that YAML reads") from None
+            continue
+        settings["semantic_tokens"] = [int(n) for n in part.split("x") if n.isdecimal()]
+        if reducer == "dense" or len(settings["semantic_tokens"]) != 3:
+            raise ConfigError(f"{where}: {part!r} is neither TxHxW tokens of a reducer nor KEY=VALUE")
+    if reducer != "dense" and not any(map(settings.get, ("semantic_tokens", "tome_r"))):
+        raise ConfigError(f"{where}: says neither how many tokens, TxHxW, nor tome_r=N")
+    for key, value in settings.items():
+        group, _, key = key.rpartition(".")
+        values.setdefault(group or "model", {})[key] = value
+    chosen = resolve(from_dict(values, where))
+    build.build_model(chosen, 1)
+    return chosen
 
 
 def _train(config: Config, device: torch.device) -> dict:

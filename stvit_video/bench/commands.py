@@ -1,6 +1,7 @@
 """The benchmarks of `stvit-bench`: from the command line to a table, a csv and a picture."""
 
 import argparse
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from ..errors import InputError, nearest
 from ..figures import draw_speeds
 from ..models.zoo import MODELS, create_model
 from . import report
-from .accuracy import bench_accuracy
+from .accuracy import TRADE, bench_accuracy
 from .convert import STARTS, bench_convert
 from .data import bench_data, bench_feeding, bench_views
 from .model import MODES, measure_memory, measure_models
@@ -25,6 +26,7 @@ from .step import bench_checkpoints, bench_step
 
 OUTPUT = "runs/bench"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SEPARATOR = re.compile(r",(?![^\[]*\]|[^:]*\]\])")  # a comma that stands in no brackets
 COMPILE = ("default", "reduce-overhead", "max-autotune")
 
 
@@ -135,15 +137,20 @@ def accuracy(args: Sequence[str]) -> None:
         "--models",
         type=_names(),
         default="dense,semantic:4x3x3,semantic:4x2x2,semantic:2x2x2,pool:4x2x2,random:4x2x2,tome:4x2x2",
-        help="dense, or REDUCER:TxHxW, with commas between.",
+        help="dense, or REDUCER:TxHxW, with commas between; with settings: semantic:4x2x2:base_depth=3.",
     )
     parser.add_argument("--seeds", type=_numbers(0), default=[0, 1, 2], help="One run each: 0,1,2.")
     parser.add_argument("--rounds", type=_positive, default=20, help="Turns that the models take at speed.")
+    parser.add_argument(
+        "--beside", nargs="+", default=[], metavar="CSV", help="Tables of other runs, into the picture."
+    )
     config, flags = parse(parser, args)
     config = resolve(config)
+    beside = {Path(name).parent.name: report.read(Path(name), TRADE) for name in flags.beside}
     device, output = distributed.start(config.device), _output(config, args)
     print(report.machine(device))
     case = {"seeds": flags.seeds, "rounds": flags.rounds, "output": output, "device": device}
+    case |= {"beside": beside}
     _finish(bench_accuracy(config, flags.models, **case), output, "accuracy")
 
 
@@ -158,6 +165,7 @@ def convert(args: Sequence[str]) -> None:
         help="TxHxW or HxW, with commas between; default: 3 of the grid.",
     )
     parser.add_argument("--starts", type=_names(STARTS), default=list(STARTS), help=",".join(STARTS))
+    parser.add_argument("--also", type=_names(), default=[], help="More models, as accuracy's --models.")
     parser.add_argument("--limit", type=_positive, default=200, help="Videos or images of data.test (200).")
     config, flags = parse(parser, args)
     for key, value in (("model.weights", config.model.weights), ("data.test", config.data.test)):
@@ -171,6 +179,7 @@ def convert(args: Sequence[str]) -> None:
         base_depths=flags.base_depths,
         tokens=flags.tokens,
         starts=flags.starts,
+        also=flags.also,
         limit=flags.limit,
         output=output,
         device=device,
@@ -237,10 +246,12 @@ def _output(config: Config, args: Sequence[str]) -> Path:
 
 
 def _names(known: Collection[str] = ()) -> Callable[[str | list[str]], list[str]]:
-    """Words with commas between, each of `known` if there are any."""
+    """Words with commas between (not those within brackets), each of `known` if there are any."""
 
     def parse(value: str | list[str]) -> list[str]:
-        words = [word for word in value.split(",") if word] if isinstance(value, str) else value
+        words = [word for word in SEPARATOR.split(value) if word] if isinstance(value, str) else value
+        if value == []:  # a default
+            return []
         if not words:
             raise ArgumentTypeError(f"{value!r}: nothing named")
         for word in words:

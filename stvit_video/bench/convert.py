@@ -18,9 +18,11 @@ from ..errors import InputError
 from ..figures import draw_conversion
 from ..models.zoo import create_model, multiply_adds
 from ..weights import classes_of, load_weights, model_of
+from .accuracy import variant
 
 # How semantic tokens start, and "pool": average pooling in their place, the control.
 STARTS = {
+    "merge": {"pool": "merge", "semantic_proportional": True, "semantic_layers": 1},
     "grid": {"pool": "grid", "semantic_proportional": True},
     "avg": {"pool": "avg", "semantic_proportional": False},
     "max": {"pool": "max", "semantic_proportional": False},
@@ -34,6 +36,7 @@ def bench_convert(
     base_depths: Sequence[int],
     tokens: Sequence[tuple[int, int, int]],
     starts: Sequence[str],
+    also: Sequence[str] = (),
     limit: int,
     output: Path,
     device: torch.device,
@@ -41,13 +44,13 @@ def bench_convert(
     """Agreement with the dense model of `model.weights`, on one view of each of `limit` videos or images.
 
     tokens: (t, h, w) of each; none: 0.7, 0.5 and 0.3 of the patches along each axis of a frame.
-    kept: share of them whose best class stays; probability: the mean of that class's; the dense model's row
-    comes first. cost: multiply-adds over the dense model's. Raises InputError for weights without classes.
+    also: more models, named as `accuracy.variant` reads them.
+    kept: share of them whose best class stays; probability: the mean of that class's. The dense model comes
+    first, then what itself makes of mirrored views: where it is unsure, it keeps few of its own classes.
+    cost: multiply-adds over the dense model's. Raises InputError for weights without classes.
     """
-    source, clip = (
-        config.model.weights,
-        {key: getattr(config.data, key) for key in ("num_frames", "image_size")},
-    )
+    source = config.model.weights
+    clip = {key: getattr(config.data, key) for key in ("num_frames", "image_size")}
     classes = classes_of(source)
     if not classes:
         raise InputError(f"model.weights={source}: has no classifier, so that there are no classes to keep")
@@ -55,7 +58,7 @@ def bench_convert(
 
     def make(**more) -> tuple[nn.Module, Any]:
         model = create_model(**clip, **sizes | more, num_classes=classes)
-        return model, load_weights(model, source, fresh=(), inflate=config.model.inflate)
+        return model, load_weights(model, source, fresh=("superpatches",), inflate=config.model.inflate)
 
     dense, report = make(semantic_tokens=None)
     config = build.with_pixels(config, report)
@@ -63,28 +66,32 @@ def bench_convert(
     loader = _loader(config, task, limit, device)
     t, *grid = dense.patch_embed.grid
     tokens = tokens or [(t, *(max(round(share * n), 1) for n in grid)) for share in (0.7, 0.5, 0.3)]
-    variants = [
-        (depth, size, start, make(base_depth=depth, semantic_tokens=size, **STARTS[start])[0])
+    cases = [
+        (start, depth, size, {"base_depth": depth, "semantic_tokens": size, **STARTS[start]})
         for depth in base_depths
         for size in tokens
         for start in starts
     ]
-    scores = _scores([dense, *(model for *_, model in variants)], task, loader, device)
+    cases += [(name, None, (), variant(config, name).model.sizes()) for name in also]
+    models = [make(**more)[0] for *_, more in cases]
+    own, mirrored, *scores = _scores(dense, models, task, loader, device)
     whole = multiply_adds(dense, **clip)
-    best = scores[0].argmax(-1, keepdim=True)
-    rows = [_row("dense", None, "", scores[0], best, 1.0)]
-    for (depth, size, start, model), part in zip(variants, scores[1:], strict=True):
+    best = own.argmax(-1, keepdim=True)
+    rows = [_row("dense", None, (), own, best, 1.0), _row("dense, mirrored", None, (), mirrored, best, 1.0)]
+    for (start, depth, size, _), model, part in zip(cases, models, scores, strict=True):
         cost = multiply_adds(model, **clip) / whole
-        rows.append(_row(start, depth, "x".join(map(str, size)), part, best, cost))
+        rows.append(_row(start, depth, size, part, best, cost))
     draw_conversion(rows, output / "convert.png")
     return rows
 
 
-def _row(start: str, depth: int | None, tokens: str, scores: Tensor, best: Tensor, cost: float) -> dict:
+def _row(
+    start: str, depth: int | None, tokens: Sequence[int], scores: Tensor, best: Tensor, cost: float
+) -> dict:
     kept = (scores.argmax(-1, keepdim=True) == best).double().mean().item()
     probability = scores.gather(-1, best).double().mean().item()
     return {
-        **{"start": start, "base depth": depth, "tokens": tokens},
+        **{"start": start, "base depth": depth, "tokens": "x".join(map(str, tokens))},
         **{"cost": round(cost, 4), "kept": kept, "probability": probability},
     }
 
@@ -100,14 +107,16 @@ def _loader(config: Config, task: Task, limit: int, device: torch.device) -> Dat
 
 @torch.no_grad()
 def _scores(
-    models: Sequence[nn.Module], task: Task, loader: DataLoader, device: torch.device
+    dense: nn.Module, models: Sequence[nn.Module], task: Task, loader: DataLoader, device: torch.device
 ) -> list[Tensor]:
-    """Of each model (N, K), on the CPU."""
-    models = [model.eval().to(device) for model in models]
+    """(N, K), on the CPU: of the dense model, of it on mirrored clips, of each of the others."""
+    dense, *models = [model.eval().to(device) for model in (dense, *models)]
     parts = []
     for batch in tqdm(loader, desc="scoring", unit="batch"):
         if batch.failures:
             raise InputError(f"{batch.failures[0][1]}: to compare models, all must be readable")
         clips = batch.clips.to(device)
-        parts.append([task.view_scores(model, clips)[:, 0].cpu() for model in models])
+        mirrored = clips.flip(-1) if isinstance(clips, Tensor) else [c.flip(-1) for c in clips]
+        pairs = [(dense, clips), (dense, mirrored), *((model, clips) for model in models)]
+        parts.append([task.view_scores(model, views)[:, 0].cpu() for model, views in pairs])
     return [torch.cat(part) for part in zip(*parts, strict=True)]

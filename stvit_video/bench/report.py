@@ -4,11 +4,13 @@ import contextlib
 import csv
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from ..errors import InputError
 
 
 def machine(device: torch.device) -> str:
@@ -49,6 +51,18 @@ def write(rows: Sequence[Mapping], output: Path, name: str) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def read(path: Path, columns: Collection[str]) -> list[dict]:
+    """The rows of a table that `write` wrote, as text. Raises InputError unless it has these columns."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    if not rows or not set(columns) <= rows[0].keys():
+        raise InputError(f"{path}: is no table with the columns {', '.join(columns)}")
+    return rows
 
 
 def _cell(value: object) -> str:

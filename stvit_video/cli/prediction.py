@@ -29,7 +29,7 @@ def predict(args: Sequence[str]) -> None:
     parser.add_argument("--workers", type=int, default=4, help="videos decoded at a time (4)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line and video")
     parser.add_argument("--features", metavar="FILE.npz", help="also save pooled features here")
-    parser.add_argument("--maps", metavar="FOLDER", help="also draw what the semantic tokens look at")
+    parser.add_argument("--maps", metavar="FOLDER", help="draw superpatches and semantic tokens here")
     timeline = any(word.partition("=")[0] == "--timeline" for word in args)
     parser.add_argument(
         "--draw",
@@ -111,7 +111,7 @@ def predict(args: Sequence[str]) -> None:
             if options.features:
                 features[str(path)] = recognize.features(path).cpu().numpy()
             if options.maps:
-                recognize.draw_semantic_maps(path, pictures[path])
+                recognize.draw_maps(path, pictures[path])
         except DecodeError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr)

@@ -53,7 +53,10 @@ def test(args: Sequence[str]) -> None:
         config = build.with_pixels(config, weights)
         build.load_policy(config, model)
     views = {"clips": config.eval.clips, "crops": config.eval.crops}
-    task = build.build_task(config, class_names).to(device)
+    task = build.build_task(config, class_names)
+    if config.task == "policy":  # whose teacher says what is right
+        build.load_teacher(config, task, class_names, model)
+    task.to(device)
     previews = _previews(config, len(rows))
     loader = build.build_test_loader(config, task, rows, device, **views, previews=previews)
     source = str(flags.checkpoint or config.model.weights)

@@ -18,6 +18,7 @@ from ..data.batch import Batch
 from ..errors import InputError, cause_of
 from ..figures import draw_curves
 from . import checkpoint, distributed, parallel
+from .budgets import Budgets
 from .device import MatmulPrecision, Precision, pick_precision
 from .evaluate import score
 from .freeze import freeze, train_mode
@@ -87,6 +88,10 @@ class LoopConfig:
     """Epochs between validations."""
     log_every: Count = 10
     """Updates between log entries."""
+    budgets: tuple[Count, ...] = ()
+    """Superpatches: tokens of a clip, one of these drawn for each update; none: model.superpatch_tokens."""
+    budget_epochs: NotNegative | None = None
+    """The budgets in turn, in equal shares of so many epochs, then the model's; null: drawn at random."""
     freeze: Literal["backbone"] | Count | None = None
     """Not trained: backbone (all but norm and head: a linear probe), or embedding and first N layers."""
     keep_every: Count | None = None
@@ -162,6 +167,8 @@ class Trainer:
         self.loader = job.train_loader
         per_update = config.batch_size * config.accumulate * distributed.world()
         updates_an_epoch = len(self.loader) // config.accumulate
+        falling = None if config.budget_epochs is None else round(config.budget_epochs * updates_an_epoch)
+        self.budgets = Budgets(job.model, config.budgets, seed=seed, falling_updates=falling)
         self.run = start_run(
             job,
             config,
@@ -224,14 +231,15 @@ class Trainer:
         title = f"epoch {run.epoch + 1}/{self.config.epochs}"
         with progress(total=batches, initial=so_far.batches, desc=title, unit="batch") as bar:
             while so_far.batches < batches:
-                update = run.make_update(
-                    self.job.task,
-                    self._counted(uploads),
-                    parts,
-                    seed=self.seed,
-                    flags=self._flags,
-                    prefetch=uploads.prefetch,
-                )
+                with self.budgets.during(run.update):
+                    update = run.make_update(
+                        self.job.task,
+                        self._counted(uploads),
+                        parts,
+                        seed=self.seed,
+                        flags=self._flags,
+                        prefetch=uploads.prefetch,
+                    )
                 bar.update(parts)
                 so_far.waited, uploads.waited = so_far.waited + uploads.waited, 0.0
                 so_far.seconds += time.perf_counter() - ready
@@ -268,8 +276,10 @@ class Trainer:
             self.log.append("nonfinite.csv", header, self._record(update))
         if run.update % self.config.log_every == 0 or run.so_far.batches == batches:
             losses = dict.fromkeys(update.losses) if update.skipped else update.losses
+            budget = self.budgets.at(run.update - 1)
+            tokens = {} if budget is None else {"tokens": budget}
             at = round(run.epoch + run.so_far.batches / batches, 4)
-            self.log.write("step", step=run.update, at=at, **losses, lr=run.lr())
+            self.log.write("step", step=run.update, at=at, **losses, **tokens, lr=run.lr())
             bar.set_postfix_str(self._postfix(losses["loss"]), refresh=False)
 
     def _foretell(self, bar) -> None:

@@ -5,13 +5,15 @@ from torch import Tensor, nn
 
 from .embed import as_clip
 from .segmentation import Passed
-from .superpatches import group_scores, group_targets, policy_loss
+from .superpatches import agreement_targets, group_scores, group_targets, policy_loss
+from .vit import VideoViT, cut_clips
 
 
 class PolicyTrainer(nn.Module):
     """The superpatches of a backbone alone; only their `PolicyNet` learns.
 
-    size: (height, width) of its clips. groups: the shapes of groups by name: "16x16", of clips "8x2x2".
+    size: (height, width) of its clips. grid: of their patches. groups: the shapes of groups by name:
+        "16x16", of clips "8x2x2". layer: the backbone's last on all patches, where a teacher is compared.
     Raises ValueError for a backbone without superpatches="dcts".
     """
 
@@ -24,7 +26,9 @@ class PolicyTrainer(nn.Module):
             )
         self.superpatches.requires_grad_(False)
         self.superpatches.policy.requires_grad_(True)
-        self.size = tuple(backbone.patch_embed.clip_size[1:])
+        self.frames, *size = backbone.patch_embed.clip_size
+        self.size = tuple(size)
+        self.grid, self.layer = backbone.grid, max(backbone.base_depth, 1)
         self.patch_size, self.shapes = backbone.patch_embed.patch_size, self.superpatches.shapes
         self.groups = ["x".join(map(str, shape[shape[0] == 1 :])) for shape in self.shapes]
 
@@ -35,12 +39,34 @@ class PolicyTrainer(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, T, H, W) -> of each shape (B, 2, t, h, w): logits of no and yes."""
-        return self.superpatches.policy(as_clip(x))
+        """(B, 3, T, H, W) -> of each shape (B, 2, t, h, w): logits of no and yes; of a backbone with
+        base_window for each of its chunks (B * chunks, 2, t, h, w)."""
+        return self.superpatches.policy(cut_clips(as_clip(x), self.frames))
 
     def targets(self, masks: Tensor, unsure_at_border: bool) -> list[Tensor]:
         """Masks (B, T, H, W) -> see `group_targets`."""
         return group_targets(masks, self.shapes, self.patch_size, unsure_at_border=unsure_at_border)
+
+    def check_teacher(self, teacher: nn.Module) -> None:
+        """Raises ValueError for a model whose patches cannot be this one's targets."""
+        if not isinstance(teacher, VideoViT):
+            raise ValueError(f"its model is a {type(teacher).__name__}; a ViT's patches agree or not")
+        if teacher.superpatches is not None:
+            raise ValueError("its model merges patches itself (model.superpatches): they always agree")
+        if teacher.grid != self.grid:
+            raise ValueError(f"its grid of patches is {teacher.grid}, not {self.grid} (model.patch_size)")
+        if teacher.base_depth < self.layer:
+            raise ValueError(
+                f"it has {teacher.base_depth} layers on all patches, less than {self.layer} "
+                "(model.base_depth; of a dense model its depth)"
+            )
+
+    @torch.no_grad()
+    def agreement(self, teacher: VideoViT, x: Tensor, threshold: float) -> list[Tensor]:
+        """Clips (B, 3, T, H, W) -> see `agreement_targets`, by the teacher's patches after `layer`."""
+        (grid,) = teacher.grids(x, [self.layer])
+        chunks = grid.unflatten(1, (-1, self.superpatches.grid[0])).flatten(0, 1)
+        return agreement_targets(chunks, self.shapes, threshold=threshold)
 
     def loss(self, logits: list[Tensor], targets: list[Tensor]) -> dict[str, Tensor]:
         return {"loss": policy_loss(logits, targets)}

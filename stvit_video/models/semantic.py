@@ -17,7 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from . import windows
 from .embed import Size3, resize_grid
 from .layers import Block
+from .merging import merge
 from .tokens import Tokens, regions
+
+MERGE = "merge"  # a start that is no pooling
 
 
 class SemanticTokens(nn.Module):
@@ -29,7 +32,9 @@ class SemanticTokens(nn.Module):
 
     semantic_tokens: how many (t, h, w); semantic_layers: how many layers it is handed.
     pool: "max", "avg", or "grid": the patch in the middle of each token's region, which a dense model's
-        layers know. centres: learn G, one vector per semantic token, which needs two layers.
+        layers know; or "merge": the means of patches that are alike, wherever they lie (ToMe's matching, by
+        their features), so that the tokens lie on no grid.
+    centres: learn G, one vector per semantic token, which needs two layers and a grid.
     semantic_proportional: later layers ask a token as often as it stands for patches: log(size) on its key
         (ToMe's proportional attention, ICLR 2023, equation 1).
     """
@@ -46,46 +51,63 @@ class SemanticTokens(nn.Module):
         semantic_proportional: bool = False,
     ):
         super().__init__()
-        self.tokens, self.pool = check_fits(semantic_tokens, grid), make_pool(pool)
-        self.layers = semantic_layers
-        needed = centres and semantic_layers > 1
-        self.centres = nn.Parameter(torch.zeros(1, *self.tokens, dim)) if needed else None
-        token = regions(grid, self.tokens)
-        sizes = torch.zeros(1, math.prod(self.tokens)).scatter_add(1, token, torch.ones(token.shape))
+        size = check_fits(semantic_tokens, grid)
+        self.pool = None if pool == MERGE else make_pool(pool, MERGE)
+        self.tokens = None if self.pool is None else size
+        self.layers, self.budget, self.proportional = (
+            semantic_layers,
+            math.prod(size),
+            semantic_proportional,
+        )
+        needed = centres and semantic_layers > 1 and self.pool is not None
+        self.centres = nn.Parameter(torch.zeros(1, *size, dim)) if needed else None
+        token = regions(grid, size)
+        sizes = torch.zeros(1, self.budget).scatter_add(1, token, torch.ones(token.shape))
         self.register_buffer("token", token, persistent=False)
         self.register_buffer("asked", sizes if semantic_proportional else None, persistent=False)
 
     def forward(self, tokens: Tokens, layers: Sequence[Block], clip: Tensor | None = None) -> Tokens:
         """Any tokens and the semantic layers -> (B, t*h*w, C)."""
-        x = _semantic_layer(layers[-1], *self._last_question(tokens, layers))
-        made = Tokens(x, tokens.grid, self.token, asked=self.asked, class_token=tokens.class_token)
-        return made.with_sequence(x)
+        start = self._start(tokens)
+        return start.with_sequence(_semantic_layer(layers[-1], *self._last_question(tokens, start, layers)))
 
     def maps(self, tokens: Tokens, layers: Sequence[Block]) -> Tensor:
         """How much each semantic token took from each patch: (B, t*h*w, T, H, W), each summing to 1.
 
         The last layer's attention, averaged over heads, restricted to the patches and renormalised.
         """
-        query, bias, *context = self._last_question(tokens, layers)
+        start = self._start(tokens)
+        query, bias, *context = self._last_question(tokens, start, layers)
         weights = layers[-1].attention_map(query, torch.cat(context, 1), bias=bias).mean(1)
-        weights = tokens.share(weights[:, -math.prod(self.tokens) :, -tokens.x.shape[1] :])
+        weights = tokens.share(weights[:, -start.x.shape[1] :, -tokens.x.shape[1] :])
         return (weights / weights.sum(-1, keepdim=True)).unflatten(-1, tokens.grid)
 
-    def _last_question(self, tokens: Tokens, layers: Sequence[Block]) -> tuple[Tensor | None, ...]:
+    def _start(self, tokens: Tokens) -> Tokens:
+        """P, with the class token."""
+        if self.pool is None:
+            return merge(tokens, tokens.x, self.budget, proportional=self.proportional)
+        pooled = self.pool(tokens.to_grid(), self.tokens).flatten(1, 3)
+        return Tokens(pooled, tokens.grid, self.token, asked=self.asked, class_token=tokens.class_token)
+
+    def _last_question(
+        self, tokens: Tokens, start: Tokens, layers: Sequence[Block]
+    ) -> tuple[Tensor | None, ...]:
         """What the last layer asks (B, t*h*w, C), the bias, and whom: (B, M, C), one part or two.
 
         A class token is the first query and the first key.
         """
-        pooled = self.pool(tokens.to_grid(), self.tokens).flatten(1, 3)
-        query = tokens._replace(x=pooled).sequence()
-        bias, context = tokens.bias(), (tokens.sequence(),)
+        query, bias, context = start.sequence(), tokens.bias(), (tokens.sequence(),)
         for i, layer in enumerate(layers[:-1]):
             made = query = _semantic_layer(layer, query, bias, *context)
             if i == 0:
                 if self.centres is not None:
                     centres = self.centres.flatten(1, 3)
                     query = made + F.pad(centres, (0, 0, made.shape[1] - centres.shape[1], 0))
-                bias = None if bias is None else F.pad(bias, (pooled.shape[1], 0))
+                if bias is not None:  # padding among the merged tokens is not asked either
+                    padding = start._replace(asked=None if self.pool else (start.weight > 0).float()).bias()
+                    padding = bias.new_zeros(1, 1, 1, made.shape[1]) if padding is None else padding
+                    padding = padding.expand(bias.shape[0], -1, -1, -1)
+                    bias = torch.cat([padding, bias[..., -tokens.x.shape[1] :]], -1)
             context = (made, tokens.x)
         return query, bias, *context
 
@@ -228,10 +250,13 @@ class SemanticWindows(nn.Module):
         return windows.merge(parts, group, size)
 
 
-def make_pool(name: str) -> Callable[[Tensor, Size3], Tensor]:
-    """What pools (B, T, H, W, C) to (B, t, h, w, C): a name of `POOLS`. Raises ValueError for others."""
+def make_pool(name: str, *more: str) -> Callable[[Tensor, Size3], Tensor]:
+    """What pools (B, T, H, W, C) to (B, t, h, w, C): a name of `POOLS`. Raises ValueError for others.
+
+    more: what the caller takes beside these.
+    """
     if name not in POOLS:
-        raise ValueError(f"pool={name!r} is none of {sorted(POOLS)}")
+        raise ValueError(f"pool={name!r} is none of {sorted((*POOLS, *more))}")
     return POOLS[name]
 
 

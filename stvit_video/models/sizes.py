@@ -57,8 +57,9 @@ class Sizes:
     """Tubelets of a chunk that base and semantic layers stay within (ViT), for streams; null: no chunks."""
     semantic_layers: Count | Auto = "auto"
     """Layers that make the semantic tokens."""
-    pool: Literal["max", "avg", "grid"] | Auto = "auto"
-    """How the semantic tokens start: pooled, or grid: as the patch in the middle of each one's region."""
+    pool: Literal["max", "avg", "grid", "merge"] | Auto = "auto"
+    """How the semantic tokens start: pooled; grid: as the patch in the middle of each one's region; merge:
+    as means of patches that are alike (ViT)."""
     centres: bool | Auto = "auto"
     """Learn G, a vector per semantic token, added before the second semantic layer."""
     tome_r: Count | None | Auto = "auto"

@@ -82,12 +82,8 @@ class Superpatches(nn.Module):
         self.tokens = superpatch_tokens
         default = 0.03 if superpatches == "contrast" else 0.5
         self.threshold = default if superpatch_threshold is None else superpatch_threshold
-        fewest = fewest_tokens(self.grid, self.shapes)
-        if self.tokens is not None and not fewest <= self.tokens <= self.patches:
-            raise ValueError(
-                f"superpatch_tokens={self.tokens} must lie between {fewest} and {self.patches}: "
-                f"a grid of {self.grid} patches in groups of {list(self.shapes)}"
-            )
+        if self.tokens is not None:
+            self.check_budget(self.tokens)
         self.policy = None
         if superpatches == "dcts":
             self.policy = PolicyNet(patch_size, self.shapes, superpatch_policy).requires_grad_(False)
@@ -96,6 +92,15 @@ class Superpatches(nn.Module):
         self.vectors = nn.ParameterList(
             nn.Parameter(torch.zeros(dim)) for _ in self.shapes if superpatch_vectors
         )
+
+    def check_budget(self, tokens: int) -> None:
+        """Raises ValueError for a number of tokens that no clip can have."""
+        fewest = fewest_tokens(self.grid, self.shapes)
+        if not fewest <= tokens <= self.patches:
+            raise ValueError(
+                f"superpatch_tokens={tokens} must lie between {fewest} and {self.patches}: "
+                f"a grid of {self.grid} patches in groups of {list(self.shapes)}"
+            )
 
     def train(self, mode: bool = True) -> "Superpatches":
         """The policy stays in evaluation mode: in training mode the batch would decide, and its running

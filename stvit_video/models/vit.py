@@ -116,6 +116,16 @@ class VideoViT(nn.Module):
         self._plan.append((name, first, rest))
 
     @property
+    def grid(self) -> Size3:
+        """(t, h, w), a clip's patches."""
+        return self._joined_size(self.patch_embed.grid)
+
+    @property
+    def base_depth(self) -> int:
+        """How many layers see all patches: those before the first reducer; of a dense model all."""
+        return self._plan[1][1] if len(self._plan) > 1 else len(self.blocks)
+
+    @property
     def segments(self) -> list[tuple[nn.Module | None, list[Block], list[Block]]]:
         """The way of the tokens: a reducer, the layers it uses, the layers after it; the first has none."""
         blocks = list(self.blocks)
@@ -214,6 +224,19 @@ class VideoViT(nn.Module):
             every[:, chunk, :, chunk] = maps[:, chunk]
         return every.flatten(3, 4).flatten(1, 2)
 
+    def superpatch_map(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> which token each patch is part of in the first layer: its number, int64
+        (B, T', H', W'). Patches of one superpatch have the same; chunks share none.
+
+        Raises ValueError for a model without superpatches.
+        """
+        if self.superpatches is None:
+            raise ValueError("no superpatches: each patch is a token (model.superpatches)")
+        _, tokens = next(self._base_layers(x))
+        places = tokens.places().unflatten(0, (-1, self.chunks))
+        first = torch.arange(self.chunks, device=places.device) * places.shape[2]
+        return (places + first[:, None]).unflatten(2, self.patch_embed.grid).flatten(1, 2)
+
     def chunk_tokens(self, x: Tensor) -> Tensor:
         """Chunks of clips (B, 3, T / chunks, H, W) -> their tokens (B, n / chunks, C), for `join`; a class
         token first, where the model has one: of chunks that are joined it is the mean.
@@ -250,7 +273,7 @@ class VideoViT(nn.Module):
 
     def _base_layers(self, x: Tensor) -> Iterator[tuple[int, Tokens]]:
         """`_layers` before the reducer, of every chunk as a clip of its own."""
-        x = x if self.chunk_embed is None else _cut(as_clip(x), self.patch_embed.clip_size[0])
+        x = x if self.chunk_embed is None else cut_clips(as_clip(x), self.patch_embed.clip_size[0])
         tokens = self.embed(x)
         yield 0, tokens
         yield from self._run(tokens, 0, self.segments[:1], x)
@@ -337,7 +360,7 @@ def count_chunks(num_frames: int, patch_size: Size3, base_window: int | None) ->
     return tubelets // base_window
 
 
-def _cut(clips: Tensor, frames: int) -> Tensor:
+def cut_clips(clips: Tensor, frames: int) -> Tensor:
     """Clips (B, 3, T, H, W) -> their chunks of so many frames: (B * chunks, 3, frames, H, W)."""
     if clips.shape[2] % frames:
         raise ValueError(f"input of shape {tuple(clips.shape)}: its frames are no whole chunks of {frames}")

@@ -21,7 +21,14 @@ from ..reports.page import write_report_page
 
 
 @dataclass
-class Settings:
+class Taught:
+    teacher: str | None = None
+    """Checkpoint of a run with the same clips and classes whose scores are learnt, too (distillation);
+    task=policy learns where its patches agree, whatever its classes."""
+
+
+@dataclass
+class Settings(Taught):
     label_smoothing: Annotated[float, Range(0, 0.999)] = 0.0
     """Share of the target that is spread over all classes; of several labels, of each."""
     erasing: Annotated[float, Range(0, 1)] = 0.0
@@ -30,8 +37,6 @@ class Settings:
     """Alpha of mixup; 0: none. With cutmix too, they take turns."""
     cutmix: Annotated[float, Range(0)] = 0.0
     """Alpha of cutmix; 0: none."""
-    teacher: str | None = None
-    """Checkpoint of a run with the same classes and clips whose scores are learnt, too (distillation)."""
     distill: Annotated[float, Range(0, 1)] = 0.5
     """Share of train.teacher's scores in the loss; the labels have the rest."""
 

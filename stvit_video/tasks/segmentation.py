@@ -19,7 +19,7 @@ from ..data.masks import IGNORED, Masks
 from ..data.transforms import Normalise
 from ..data.views import Sampling
 from ..errors import InputError, cause_of
-from ..figures import draw_scenes, draw_tokens, overlay, palette
+from ..figures import BORDER, draw_scenes, draw_tokens, overlay, palette, show_tokens
 from . import token_counts
 from .token_counts import TokenCounts
 
@@ -32,8 +32,6 @@ class Settings:
     """Segmentation: most of a training crop that one class may take, where ten tries give such a crop."""
     distort: bool = True
     """Segmentation: change brightness, contrast, saturation and hue of training images at random."""
-    border_unsure: bool = False
-    """Policy: groups at the border with one class and ignored pixels teach nothing (CTS on ADE20K)."""
 
 
 @dataclass
@@ -59,6 +57,7 @@ class Segmentation:
     watched = ("mIoU", "accuracy")
     heads, items = ("linear", "upernet", "atm"), "images"
     on_failure = "exclude"
+    learnt = "the class of each pixel is to be learnt"
 
     def __init__(
         self,
@@ -85,7 +84,7 @@ class Segmentation:
         for row in rows:
             if not isinstance(row.target, Masks):
                 cause = "has no mask" if row.target is None else f"has label {row.target} and no mask"
-                raise InputError(f"{source}: {row.path} {cause}, the class of each pixel is to be learnt")
+                raise InputError(f"{source}: {row.path} {cause}, {self.learnt}")
         if rows and not 2 <= self.outputs <= IGNORED:
             raise InputError(
                 f"{source}: {self.outputs} classes: must be 2 to {IGNORED}, which masks do not say: set "
@@ -295,8 +294,13 @@ class Segmentation:
     # ---- what a prediction is shown and written as
 
     def draw(self, frame: np.ndarray, record: Mapping[str, Any]) -> np.ndarray:
-        """uint8 (H, W, 3) and the record of it -> the same under its classes' colours."""
-        return overlay(frame, read_png(next(iter(record["masks"].values()))))
+        """uint8 (H, W, 3) and the record of it -> the same under its classes' colours; where it has
+        superpatches, with dark lines between its tokens."""
+        drawn = overlay(frame, read_png(next(iter(record["masks"].values()))))
+        tokens = record.get("tokens_of", {})
+        if "map" not in tokens or tokens["tokens"].min() == tokens["patches"]:
+            return drawn
+        return show_tokens(drawn, BORDER * (tokens["map"].numpy() == BORDER))
 
     def plain(self, record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         """For json: "classes", the share of the pixels that each has, by name, the largest first."""
