@@ -117,7 +117,7 @@ def test_the_command(tmp_path, capsys):
         (["data", "--rounds", "0"], ("--rounds",)),
         (["data", "--workers", ""], ("--workers",)),
         (["data", "--workers=-1"], ("--workers", "-1")),
-        (["accuracy", "--models", "dense,tome"], ("tome", "REDUCER:TxHxW")),
+        (["accuracy", "--models", "dense,tome"], ("tome", "how many tokens, TxHxW")),
         (["accuracy", "--seeds=-1"], ("--seeds", "-1")),
         (["accuracy", "--rounds", "0"], ("--rounds",)),
     ],
