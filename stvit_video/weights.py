@@ -197,8 +197,8 @@ def model_of(source: str | Path | Mapping[str, Any], *, num_frames: int) -> dict
     """Which model a checkpoint is for: a name and sizes, as `create_model` takes them.
 
     A checkpoint of this toolbox: what it was built with. A dense ViT or Swin of another project: the STViT
-    with its layers, known by their width and number; a ViT's semantic tokens start as patches of the grid,
-    which its layers know.
+    with its layers, known by their width and number; a ViT's semantic tokens start as means of patches that
+    are alike, which keeps most of what its layers know (docs/evidence.md).
     num_frames: of the clips to come; tubelets of an image model become as long as the name says.
     Raises WeightsError for what cannot be read, and for layers that no name of `MODELS` has.
     """
@@ -230,7 +230,7 @@ def model_of(source: str | Path | Mapping[str, Any], *, num_frames: int) -> dict
         "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / len(kernel),
         "pos_embed": "sincos" if contents.adapter.fixed_positions else "learned",
         "class_token": state.keys() >= set(CLASS_TOKEN) and "fc_norm.weight" not in contents.state,
-        "pool": "grid",
+        "pool": "merge",
         "semantic_proportional": True,
     }
 

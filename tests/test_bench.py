@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,11 @@ def test_variants():
     assert (own.reducer, own.semantic_tokens, own.base_depth) == ("tome", (4, 2, 2), 2)
     own = variant(config, "semantic:4x2x2:base_depth=3:train.layer_decay=0.5")
     assert (own.model.base_depth, own.train.layer_decay) == (3, 0.5)
+    merging = replace(config, model=replace(config.model, pool="merge"))
+    assert [variant(merging, f"{name}:4x2x2").model.pool for name in ("semantic", "pool")] == [
+        "merge",
+        "avg",
+    ]
     own = variant(config, "tome:tome_r=7").model
     assert (own.reducer, own.semantic_tokens, own.tome_r) == ("tome", None, 7)
 

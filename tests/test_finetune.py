@@ -194,7 +194,7 @@ def test_one_command_for_ones_own_videos(demo_root, tmp_path, capsys):
     assert "about 1 minutes, validations apart" in out
     state = checkpoint.load(tmp_path / "run" / "best.pt")
     assert state["built"]["name"] == state["config"]["model"]["name"] == "stvit_tiny_patch16_224"
-    assert state["built"]["pool"] == "grid"
+    assert state["built"]["pool"] == "merge"
     held = {row.path for row in build.read_split(Config(data=DataConfig(
         train=f"{demo_root}/train", hold_back=0.1)), "val")[0]}  # fmt: skip
     score = next(line for line in out.splitlines() if line.startswith("score:"))

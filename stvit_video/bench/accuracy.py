@@ -105,6 +105,8 @@ def variant(config: Config, name: str) -> Config:
             raise ConfigError(f"{where}: {part!r} is neither TxHxW tokens of a reducer nor KEY=VALUE")
     if reducer != "dense" and not any(map(settings.get, ("semantic_tokens", "tome_r"))):
         raise ConfigError(f"{where}: says neither how many tokens, TxHxW, nor tome_r=N")
+    if reducer == "pool" and values["model"]["pool"] == "merge":
+        settings.setdefault("pool", "avg")  # merging is no pooling
     for key, value in settings.items():
         group, _, key = key.rpartition(".")
         values.setdefault(group or "model", {})[key] = value

@@ -84,7 +84,7 @@ class VideoViT(nn.Module):
             if len(joined) != 1 or joined[0].tokens is None:
                 raise ValueError(
                     f"base_window={base_window}: chunks are joined by one reducer whose tokens lie on a "
-                    "grid (semantic, pool), which this model has not"
+                    "grid (semantic with model.pool other than merge, or pool), which this model has not"
                 )
             self.chunk_embed = nn.Parameter(torch.zeros(1, self.chunks, 1, embed_dim))
         scaled_from = min(reducers or [0])
