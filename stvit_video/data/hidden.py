@@ -73,5 +73,5 @@ def shows_frame(codec: str, headers: bytes | None) -> Callable[[av.Packet], bool
         mpeg4 = Mpeg4(headers or b"")
         return lambda packet: mpeg4(bytes(packet))
     if codec == "vp8":  # RFC 6386, 9.1
-        return lambda packet: bool(memoryview(packet)[0] & 16)
+        return lambda packet: bool(memoryview(packet)[0] & 16) if packet.size else None
     return lambda packet: True
