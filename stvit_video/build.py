@@ -47,8 +47,13 @@ def with_model(config: Config) -> Config:
         return config
     if config.model.weights is None:
         raise ConfigError("model.name=auto is the model of model.weights: give --model.weights FILE")
-    sizes = model_of(config.model.weights, num_frames=config.data.num_frames)
-    return replace(config, model=replace(config.model, **sizes | config.model.sizes()))
+    sizes, chosen = model_of(config.model.weights, num_frames=config.data.num_frames), config.model.sizes()
+    if sizes.get("pool") == "merge":  # merged tokens lie on no grid
+        if chosen.get("base_window") is not None:
+            sizes["pool"] = "grid"
+        elif chosen.get("reducer") == "pool":
+            sizes["pool"] = "avg"
+    return replace(config, model=replace(config.model, **sizes | chosen))
 
 
 # What renders a demo set, by its folder's name; of other names, clips of one moving shape.

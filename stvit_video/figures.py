@@ -165,7 +165,7 @@ def draw_trade(tables: Mapping[str, Sequence[Mapping]], picture: Path) -> None:
         looks[model] = {"color": f"C{reducers.index(reducer)}", "marker": "os^Dv*PX<>"[turn % 10]}
     for axis, (title, rows) in zip(axes[0], tables.items(), strict=True):
         for row in rows:
-            value, low, high, speed = (float(row[key]) for key in ("top-1", "low", "high", "clips/s"))
+            value, low, high, speed = (row[key] for key in ("top-1", "low", "high", "clips/s"))
             spread = [[value - low], [high - value]]
             axis.errorbar(speed, value, spread, capsize=3, label=row["model"], **looks[row["model"]])
         axis.set(title=title, xlabel="forward clips/s", ylabel="top-1, %: mean and range over seeds")

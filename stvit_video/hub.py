@@ -95,7 +95,9 @@ def pixels_by_name(path: str | Path) -> Pixels | None:
         model, _, word = model.rpartition("_")
         words.insert(0, word)
     said = set("_".join(words).split("_")) - {""}
-    tags = [tag for tag in tags if said <= set(tag.partition(".")[2].split("_"))] if model else []
+    if not model or said == {"ft"}:  # whatever it was tuned from
+        return None
+    tags = [tag for tag in tags if said <= set(tag.partition(".")[2].split("_"))]
     every = {published_pixels(f"timm:{tag}") for tag in tags}
     return every.pop() if len(every) == 1 else None
 

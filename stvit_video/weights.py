@@ -547,7 +547,9 @@ def _advice(report: LoadReport) -> list[str]:
             "a classifier's checkpoint has no norms for every stage: they can be trained (fresh: norms)"
         )
     if any(name.endswith("semantic.centres") for name in report.unexpected):
-        advice.append("the checkpoint has a vector G per semantic token: model.centres=true")
+        advice.append(
+            "the checkpoint has a vector G per semantic token: model.centres=true and no model.pool=merge"
+        )
     if "pos_embed" in report.unexpected:
         advice.append("the checkpoint's positions are learned: model.pos_embed=learned")
     if any(_within(name, ["head"]) for name in (*report.missing, *report.mismatched)):

@@ -163,7 +163,8 @@ def test_variants():
         ("semantic:4x2", "'4x2' is neither"),
         ("dense:4x2x2", "'4x2x2' is neither"),
         ("semantic:4x2x2:base_dept=3", "did you mean 'model.base_depth'"),
-        ("semantic:4x2x2:lr.all=3", "unknown key lr.all"),
+        ("dense:data.stride=3", "model and train alone"),
+        ("semantic:4x2xx2", "'4x2xx2' is neither"),
         ("semantic:4x2x2:pool=[1", "pool=[1"),
         ("semantic:99x2x2", "between 1 and the number"),
     ],
@@ -174,7 +175,7 @@ def test_variants_that_make_no_sense(name, part):
         variant(config, name)
 
 
-def test_accuracy_against_speed(tmp_path, demo_root, capsys):
+def test_accuracy_against_speed(tmp_path, demo_root, capsys, monkeypatch):
     args = ["accuracy", "--cfg", "configs/demo_stvit.yaml", "--data.train", str(demo_root / "train"),
             "--data.val", str(demo_root / "test"), "--model.embed_dim", "24", "--model.depth", "4",
             "--model.base_depth", "1", "--train.epochs", "1", "--models", "dense,pool:2x2x2",
@@ -184,7 +185,12 @@ def test_accuracy_against_speed(tmp_path, demo_root, capsys):
     with open(tmp_path / "accuracy.csv", newline="") as file:
         first = list(csv.DictReader(file))
     assert [row["model"] for row in first] == ["dense", "pool:2x2x2"]
-    assert report.read(tmp_path / "accuracy.csv", ["model", "low"]) == first
+    assert [row["low"] for row in report.read(tmp_path / "accuracy.csv", ["low"])] == [
+        float(row["low"]) for row in first
+    ]
+    (tmp_path / "odd.csv").write_text("model,low\ndense,\n")
+    with pytest.raises(InputError, match="odd.csv, line 2: low is '', no number"):
+        report.read(tmp_path / "odd.csv", ["model", "low"])
     with pytest.raises(InputError, match="no table with the columns model, speed"):
         report.read(tmp_path / "accuracy.csv", ["model", "speed"])
     with pytest.raises(InputError, match="none.csv: cannot be read"):
@@ -196,8 +202,18 @@ def test_accuracy_against_speed(tmp_path, demo_root, capsys):
     assert len(logs) == 4
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     before = [log.stat().st_mtime_ns for log in logs]
-    # runs that have ended are not trained again
-    cli.bench([*args, "--beside", str(tmp_path / "accuracy.csv")])
+    # runs that have ended are not trained again; another run's table is drawn beside this one's
+    other = tmp_path / "other" / "accuracy.csv"
+    other.parent.mkdir()
+    other.write_text((tmp_path / "accuracy.csv").read_text())
+    titles = []
+    monkeypatch.setattr("stvit_video.bench.accuracy.draw_trade", lambda tables, _: titles.extend(tables))
+    cli.bench([*args, "--beside", str(other)])
+    assert titles == ["other", tmp_path.name]
+    monkeypatch.undo()
+    with pytest.raises(SystemExit):
+        cli.bench([*args, "--beside", str(tmp_path / "accuracy.csv")])
+    assert f"another is called {tmp_path.name}" in capsys.readouterr().err
     assert [log.stat().st_mtime_ns for log in logs] == before
     cli.bench([*args, "--data.stride", "1"])  # but others are
     assert all(log.stat().st_mtime_ns > time for log, time in zip(logs, before, strict=True))

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from stvit_video.data import decode, hidden
-from stvit_video.data.decode import open_video
+from stvit_video.data.decode import _Listed, _without_end, open_video
 from stvit_video.data.media import VIDEO_SUFFIXES
 from stvit_video.errors import DecodeError
 
@@ -644,3 +644,12 @@ def test_what_comes_before_the_damage_of_a_real_file_is_read():
         for lost in (28, 49):
             with pytest.raises(DecodeError, match=f"frame {lost} of 50"):
                 video.read([lost])
+
+
+def test_what_a_cut_off_file_leaves_unknown_stays_unknown():
+    """A packet of which only the decoder can tell, before the packet within which the file ends."""
+    packet = _Listed(0, 0, True, False, False, 0, 100, 1)
+    packets = [packet, packet._replace(pts=1, discard=None), packet._replace(pts=3), packet._replace(pts=2)]
+    kept, place = _without_end([*packets[:3], packets[3]._replace(corrupt=True, place=300)])
+    assert [p.discard for p in kept] == [False, None, True]
+    assert place == 300

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections import Counter
+from dataclasses import replace
 
 import huggingface_hub.constants
 import pytest
@@ -177,6 +178,19 @@ def test_a_folder_that_is_none_of_classes(tmp_path, name):
     config = resolve(Config(model=model, data=data))
     with pytest.raises(InputError, match=f"^(data.train=)?{line.format(tmp_path / name)}[^\n]*$"):
         build.build_job(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("more", "pool"), [({}, "merge"), ({"base_window": 2}, "grid"), ({"reducer": "pool"}, "avg")]
+)
+def test_a_start_that_goes_with_what_is_asked_for(tmp_path, more, pool):
+    """Merged tokens lie on no grid, which chunks and pooling need."""
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=9, img_size=32)
+    save_file(theirs.state_dict(), tmp_path / "vit.safetensors")
+    model = ModelConfig(name="auto", weights=str(tmp_path / "vit.safetensors"), **more)
+    config = build.with_model(Config(model=model, data=DataConfig(num_frames=8, image_size=32)))
+    assert config.model.pool == pool
+    build.build_model(replace(config, model=replace(config.model, semantic_tokens=(2, 1, 1))), 2)
 
 
 def test_one_command_for_ones_own_videos(demo_root, tmp_path, capsys):

@@ -103,6 +103,7 @@ def test_weights_of_timm_bring_their_pixels(monkeypatch, name, pixels):
         ("deit_small_patch16_224-cd65a155.pth", IMAGENET),
         ("vit_base_patch16_224.pth", None),  # AugReg's and DINO's differ
         ("vit_small_patch16_224_mocov3.pth", None),
+        ("vit_large_patch16_224_ft.pth", None),  # tuned from whatever it was
         ("model.safetensors", None),
     ],
 )

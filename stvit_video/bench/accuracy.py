@@ -95,15 +95,23 @@ def variant(config: Config, name: str) -> Config:
     for part in parts:
         key, equals, value = part.partition("=")
         if equals:
+            if "." in key and not key.startswith(("model.", "train.")):
+                raise ConfigError(
+                    f"{where}: {part!r}: models may differ in settings of model and train alone"
+                )
             try:
                 settings[key] = yaml.safe_load(value)
             except yaml.YAMLError:
                 raise ConfigError(f"{where}: {part!r} has no value that YAML reads") from None
             continue
         settings["semantic_tokens"] = [int(n) for n in part.split("x") if n.isdecimal()]
-        if reducer == "dense" or len(settings["semantic_tokens"]) != 3:
+        if reducer == "dense" or not re.fullmatch(r"\d+x\d+x\d+", part):
             raise ConfigError(f"{where}: {part!r} is neither TxHxW tokens of a reducer nor KEY=VALUE")
-    if reducer != "dense" and not any(map(settings.get, ("semantic_tokens", "tome_r"))):
+    if reducer == "dense":
+        settings["semantic_tokens"] = None
+        if values["model"].get("tome_r") not in (None, "auto"):
+            settings["tome_r"] = None
+    elif not any(map(settings.get, ("semantic_tokens", "tome_r"))):
         raise ConfigError(f"{where}: says neither how many tokens, TxHxW, nor tome_r=N")
     if reducer == "pool" and values["model"]["pool"] == "merge":
         settings.setdefault("pool", "avg")  # merging is no pooling

@@ -146,8 +146,13 @@ def accuracy(args: Sequence[str]) -> None:
     )
     config, flags = parse(parser, args)
     config = resolve(config)
-    beside = {Path(name).parent.name: report.read(Path(name), TRADE) for name in flags.beside}
     device, output = distributed.start(config.device), _output(config, args)
+    beside: dict[str, list[dict]] = {}
+    for path in map(Path, flags.beside):
+        title = path.absolute().parent.name
+        if title in (*beside, output.name):
+            raise InputError(f"--beside {path}: its folder names its panel, and another is called {title}")
+        beside[title] = report.read(path, TRADE)
     print(report.machine(device))
     case = {"seeds": flags.seeds, "rounds": flags.rounds, "output": output, "device": device}
     case |= {"beside": beside}

@@ -20,9 +20,11 @@ from ..models.zoo import create_model, multiply_adds
 from ..weights import classes_of, load_weights, model_of
 from .accuracy import variant
 
-# How semantic tokens start, and "pool": average pooling in their place, the control.
+# How semantic tokens start ("merge1": with one semantic layer), and "pool": average pooling in their place,
+# the control.
 STARTS = {
-    "merge": {"pool": "merge", "semantic_proportional": True, "semantic_layers": 1},
+    "merge": {"pool": "merge", "semantic_proportional": True},
+    "merge1": {"pool": "merge", "semantic_proportional": True, "semantic_layers": 1},
     "grid": {"pool": "grid", "semantic_proportional": True},
     "avg": {"pool": "avg", "semantic_proportional": False},
     "max": {"pool": "max", "semantic_proportional": False},
@@ -49,6 +51,9 @@ def bench_convert(
     first, then what itself makes of mirrored views: where it is unsure, it keeps few of its own classes.
     cost: multiply-adds over the dense model's. Raises InputError for weights without classes.
     """
+    for name in also:
+        if ":train." in name:
+            raise InputError(f"--also {name}: nothing is trained here")
     source = config.model.weights
     clip = {key: getattr(config.data, key) for key in ("num_frames", "image_size")}
     classes = classes_of(source)
@@ -58,9 +63,12 @@ def bench_convert(
 
     def make(**more) -> tuple[nn.Module, Any]:
         model = create_model(**clip, **sizes | more, num_classes=classes)
-        return model, load_weights(model, source, fresh=("superpatches",), inflate=config.model.inflate)
+        return model, load_weights(
+            model, source, fresh=("superpatches.vectors",), inflate=config.model.inflate
+        )
 
-    dense, report = make(semantic_tokens=None)
+    reduced = {"semantic_tokens", *(key for key in ("superpatches", "tome_r") if sizes.get(key))}
+    dense, report = make(**dict.fromkeys(reduced))
     config = build.with_pixels(config, report)
     task = build.build_task(config, [str(i) for i in range(classes)]).to(device)
     loader = _loader(config, task, limit, device)

@@ -54,7 +54,10 @@ def write(rows: Sequence[Mapping], output: Path, name: str) -> Path:
 
 
 def read(path: Path, columns: Collection[str]) -> list[dict]:
-    """The rows of a table that `write` wrote, as text. Raises InputError unless it has these columns."""
+    """The rows of a table that `write` wrote. columns: what it must have, all but `model` numbers.
+
+    Raises InputError.
+    """
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -62,6 +65,12 @@ def read(path: Path, columns: Collection[str]) -> list[dict]:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not rows or not set(columns) <= rows[0].keys():
         raise InputError(f"{path}: is no table with the columns {', '.join(columns)}")
+    for line, row in enumerate(rows, 2):
+        for column in set(columns) - {"model"}:
+            try:
+                row[column] = float(row[column])
+            except (TypeError, ValueError):
+                raise InputError(f"{path}, line {line}: {column} is {row[column]!r}, no number") from None
     return rows
 
 

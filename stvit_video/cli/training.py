@@ -91,11 +91,12 @@ def train(args: Sequence[str]) -> None:
 def _plan(job: Job, config: Config) -> str:
     """What is about to happen, in a line."""
     loader, train, names = job.train_loader, config.train, job.task.class_names
-    classes = f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    classes = f" of {len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    classes = classes if getattr(job.task, "labelled", True) else ""
     clips = len(loader) * train.batch_size * config.data.repeats * distributed.world()
     validation = "" if job.val_loader is None else f"; validating on {len(job.val_loader.dataset)}"
     return (
-        f"training on {len(loader.dataset)} {job.task.items} of {classes}: {train.epochs} epochs "
+        f"training on {len(loader.dataset)} {job.task.items}{classes}: {train.epochs} epochs "
         f"of {clips} clips, {train.epochs * (len(loader) // train.accumulate)} updates{validation}"
     )
 

@@ -148,8 +148,8 @@ class VideoViT(nn.Module):
         return self.fc_norm(self.tokens(x).pooled())
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> the last tokens' grid (B, t, h, w, C); where they lie on none ("random",
-        "tome"), that of the patches, each with its token's features."""
+        """(B, 3, T, H, W) -> the last tokens' grid (B, t, h, w, C); where they lie on none (reducers
+        "random" and "tome", pool="merge"), that of the patches, each with its token's features."""
         tokens, (reducer, _, _) = self.tokens(x), self.segments[-1]
         size = None if reducer is None else reducer.tokens
         return tokens.to_grid() if size is None else tokens.x.unflatten(1, self._joined_size(size))

@@ -17,7 +17,7 @@ class Agreement(Policy):
     Lists and clips are `Classification`'s; labels, if there are some, are not looked at.
     """
 
-    items, alike = "videos", "whose patches agree"
+    items, alike, labelled = "videos", "whose patches agree", False
     teacher: nn.Module | None = None  # in evaluation mode
     train_views, test_views = Classification.train_views, Classification.test_views
 

@@ -85,7 +85,7 @@ class Classification:
         return self
 
     def check(self, rows: Sequence, source: str) -> None:
-        if self.outputs < 2:
+        if self.outputs == 1:
             raise InputError(
                 f"{source}: has only the class {self.class_names[0]!r}, to tell apart takes two "
                 "(of a folder, its sub-folders are the classes)"
