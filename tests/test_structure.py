@@ -232,6 +232,15 @@ print(matplotlib.get_backend(), len(pyplot.get_fignums()))
     assert (tmp_path / "confusion.png").stat().st_size > 1000
 
 
+def test_every_link_of_the_documents_leads_somewhere():
+    pages = [ROOT / "README.md", ROOT / "data" / "README.md", *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text())]
+    broken = [f"{page.name}: {link}" for page, link in links
+              if "://" not in link and not (page.parent / link).exists()]  # fmt: skip
+    assert len(links) > 30
+    assert broken == []
+
+
 def test_every_test_that_the_documents_name_exists():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for page in (ROOT / "docs").glob("*.md"):
