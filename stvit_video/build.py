@@ -250,6 +250,11 @@ def build_job(
     pretrained: False leaves `model.weights` alone, for a run that goes on from its own checkpoint.
     """
     rows, class_names = read_split(config, "train")
+    if config.task == "classification" and len(class_names) == 1:
+        raise ConfigError(
+            f"data.train={config.data.train}: has only the class {class_names[0]!r}, to tell apart takes "
+            "two (of a folder, its sub-folders are the classes)"
+        )
     config = with_model(config)
     torch.manual_seed(config.seed)
     model = build_model(config, build_task(config, class_names).outputs)

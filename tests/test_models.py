@@ -118,7 +118,8 @@ def test_semantic_maps_are_the_attention_that_makes_the_tokens():
     """With values that mark one patch, the last layer's output says how much that patch gave."""
     model, clip = tiny(semantic_layers=2).eval(), torch.randn(1, 3, 4, 32, 32)
     tokens = dict(model._layers(clip))[1]
-    query, _, *context = model.semantic._last_question(tokens, model.blocks[1:3])
+    start = model.semantic._start(tokens)
+    query, _, *context = model.semantic._last_question(tokens, start, model.blocks[1:3])
     weights = model.blocks[2].attention_map(query, torch.cat(context, 1)).mean(1)
     assert weights.shape == (1, 8, 8 + 32)
     share = weights[..., 8:] / weights[..., 8:].sum(-1, keepdim=True)

@@ -85,11 +85,6 @@ class Classification:
         return self
 
     def check(self, rows: Sequence, source: str) -> None:
-        if self.outputs == 1:
-            raise InputError(
-                f"{source}: has only the class {self.class_names[0]!r}, to tell apart takes two "
-                "(of a folder, its sub-folders are the classes)"
-            )
         for row in rows:
             if not isinstance(row.target, int):
                 cause = "has no label" if row.target is None else f"has several labels {row.target}"
