@@ -119,10 +119,7 @@ def draw_scenes(
 def show_tokens(frame: np.ndarray, tokens: np.ndarray, share: float = 0.6) -> np.ndarray:
     """uint8 (H, W, 3) and a map of tokens (h, w): 0: it stays, n: it left at the n-th exit, `BORDER`
     between two -> the frame with the map over it, enlarged where lines would hide it."""
-    enlarged = max(READABLE // min(frame.shape[:2]), 1)
-    out = frame.repeat(enlarged, 0).repeat(enlarged, 1)
-    rows, columns = (np.arange(n) * m // n for n, m in zip(out.shape[:2], tokens.shape, strict=True))
-    tokens = tokens[rows[:, None], columns]
+    out, tokens = _enlarged(frame, tokens)
     left = (tokens > 0) & (tokens < BORDER)
     colours = np.array([ImageColor.getrgb(colour) for colour in COLOURS])
     out[left] = np.round((1 - share) * out[left] + share * colours[(tokens[left] - 1) % len(COLOURS)])
@@ -296,10 +293,7 @@ def show_groups(
 
     alone: tokens of a single patch, which have a thin line; seen: tokens whose patches are dark.
     """
-    enlarged = max(READABLE // min(frame.shape[:2]), 1)
-    out = frame.repeat(enlarged, 0).repeat(enlarged, 1)
-    rows, columns = (np.arange(n) * m // n for n, m in zip(out.shape[:2], groups.shape, strict=True))
-    token = groups[rows[:, None], columns]
+    out, token = _enlarged(frame, groups)
     single, dark = np.isin(token, alone), np.isin(token, seen)
     thin = single & _near_edge(token, 1)
     thick = ~single & _near_edge(token, max(min(out.shape[:2]) // 110, 1))
@@ -307,6 +301,15 @@ def show_groups(
     out[thick] = ImageColor.getrgb(COLOURS[0])
     out[dark] //= 3
     return out
+
+
+def _enlarged(frame: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(H, W, 3) and a value for each cell of a grid over it -> the frame, enlarged where lines would hide
+    it, and the value at each of its pixels."""
+    times = max(READABLE // min(frame.shape[:2]), 1)
+    out = frame.repeat(times, 0).repeat(times, 1)
+    rows, columns = (np.arange(n) * m // n for n, m in zip(out.shape[:2], cells.shape, strict=True))
+    return out, cells[rows[:, None], columns]
 
 
 def _near_edge(token: np.ndarray, width: int) -> np.ndarray:

@@ -113,7 +113,7 @@ def load_weights(
             )
         unused = ("fc_norm",) if head else ()
         report = _fit_into(model.backbone, contents, inflate, (*fresh, *unused), None)
-        model.head.load_state_dict(head, strict=False)
+        model.head.load_state_dict(head, strict=False)  # its other tensors stay fresh, as was checked
         report.loaded |= {f"head.{name}": _shape(tensor) for name, tensor in head.items()}
         return report
     return _fit_into(model, contents, inflate, fresh, class_names)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from launch import finish, launch
-from test_end_to_end import assert_same, figures, run
+from test_end_to_end import assert_same_runs, figures, run, train_in_two
 
 from stvit_video import build, cli, create_model
 from stvit_video.cli import actions
@@ -22,7 +22,6 @@ from stvit_video.data.key_frames import KeyFrame, KeyFrameViews, Resized
 from stvit_video.data.rows import Row, class_ids
 from stvit_video.data.transforms import Normalise, TrainTransform
 from stvit_video.data.views import Sampling
-from stvit_video.engine import checkpoint
 from stvit_video.engine.job import Outcome
 from stvit_video.errors import DecodeError, InputError, ListError
 from stvit_video.figures import draw_boxes
@@ -569,25 +568,8 @@ def scored(folder):
 
 
 def test_a_run_that_is_resumed_ends_as_if_unbroken(args, trained, tmp_path, monkeypatch):
-    saves, save_last = [], checkpoint.save_last
-
-    def stopped(folder, values):
-        save_last(folder, values)
-        saves.append(values["update"])
-        if len(saves) == 2:
-            raise KeyboardInterrupt
-
-    given = [*args, f"--output={tmp_path}/run", "--resume"]
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_last", stopped)
-        assert run(cli.train, *given, "--train.checkpoint_minutes=0") == 130
-    assert run(cli.train, *given) == 0
-    for name in ("last.pt", "best.pt"):
-        states = [checkpoint.load(folder / name) for folder in (trained, tmp_path / "run")]
-        for state in states:
-            del state["config"]
-        assert_same(*states)
-    assert figures(trained) == figures(tmp_path / "run")
+    train_in_two(args, tmp_path / "run", monkeypatch)
+    assert_same_runs(trained, tmp_path / "run")
 
 
 def test_one_two_and_three_ranks_score_alike_and_as_predictions_say(args, trained, movers, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_end_to_end import assert_same, figures, run, settings
+from test_end_to_end import assert_same_runs, figures, run, settings, train_in_two
 from test_superpatches import DECIDERS, half_even, vit
 
 from stvit_video import cli
@@ -90,25 +90,9 @@ def test_a_run_goes_on_with_the_budgets_that_it_would_have_had(args, tmp_path, m
     assert sorted(set(drawn)) == [12, 18]
     assert seen[True] == [tokens for tokens in drawn for _ in range(2)]  # two batches an update
     assert set(seen[False]) == {8}
-    save_last, saves = checkpoint.save_last, []
-
-    def stopped(folder, values):
-        save_last(folder, values)
-        saves.append(values["update"])
-        if saves == [1, 2]:
-            raise KeyboardInterrupt
-
-    broken = [*args, f"--output={tmp_path}/broken", "--resume"]
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_last", stopped)
-        assert run(cli.train, *broken, "--train.checkpoint_minutes=0") == 130
-    assert run(cli.train, *broken) == 0
-    states = [checkpoint.load(tmp_path / name / "last.pt") for name in ("unbroken", "broken")]
-    for state in states:
-        del state["config"]
-        assert state["built"]["superpatch_tokens"] == 8
-    assert_same(*states)
-    assert figures(tmp_path / "unbroken") == figures(tmp_path / "broken")
+    train_in_two(args, tmp_path / "broken", monkeypatch)
+    assert_same_runs(tmp_path / "unbroken", tmp_path / "broken")
+    assert checkpoint.load(tmp_path / "broken" / "last.pt")["built"]["superpatch_tokens"] == 8
 
 
 def test_a_run_ends_with_the_models_budget(args, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_end_to_end import assert_same, figures, run
+from test_end_to_end import assert_same_runs, figures, run, train_in_two
 
 from stvit_video import Detector, cli, create_model, read_rows
 from stvit_video.data import demo, demo_objects
@@ -540,24 +540,8 @@ def test_predictions_give_the_reports_figures_again(args, trained, demo_objects_
 
 
 def test_a_run_that_is_resumed_ends_as_if_unbroken(args, trained, tmp_path, monkeypatch):
-    saves, save_last = [], checkpoint.save_last
-
-    def stopped(folder, values):
-        save_last(folder, values)
-        saves.append(values["update"])
-        if saves == [1]:
-            raise KeyboardInterrupt
-
-    given = [*args, f"--output={tmp_path}/run", "--resume"]
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_last", stopped)
-        assert run(cli.train, *given, "--train.checkpoint_minutes=0") == 130
-    assert run(cli.train, *given) == 0
-    states = [checkpoint.load(folder / "last.pt") for folder in (trained, tmp_path / "run")]
-    for state in states:
-        del state["config"]
-    assert_same(*states)
-    assert figures(trained) == figures(tmp_path / "run")
+    train_in_two(args, tmp_path / "run", monkeypatch, saves=1)
+    assert_same_runs(trained, tmp_path / "run")
 
 
 def test_two_ranks_share_the_learning(args, tmp_path):

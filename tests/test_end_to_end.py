@@ -11,6 +11,7 @@ from launch import finish, launch
 
 import stvit_video
 from stvit_video import cli
+from stvit_video.engine import checkpoint
 
 TRAIN_NET = str(Path(__file__).parents[1] / "tools" / "train_net.py")
 SMALL = """
@@ -72,6 +73,33 @@ def assert_same(a, b):
             assert_same(x, y)
     else:
         assert a == b
+
+
+def assert_same_runs(a, b):
+    """Model, averages, optimiser and schedule to the last bit; the log without timings."""
+    for name in ("last.pt", "best.pt"):
+        states = [checkpoint.load(folder / name) for folder in (a, b)]
+        for state in states:
+            del state["config"]
+        assert_same(*states)
+    assert figures(a) == figures(b)
+
+
+def train_in_two(args, output, monkeypatch, saves=2):
+    """A run that is interrupted when so many checkpoints are written, one an update; and then resumed."""
+    save_last, written = checkpoint.save_last, []
+
+    def stopped(folder, values):
+        save_last(folder, values)
+        written.append(values["update"])
+        if written == list(range(1, saves + 1)):
+            raise KeyboardInterrupt
+
+    given = [*args, f"--output={output}", "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_last", stopped)
+        assert run(cli.train, *given, "--train.checkpoint_minutes=0") == 130
+    assert run(cli.train, *given) == 0
 
 
 def test_scoring_with_other_class_names_is_refused(trained, tmp_path, capsys):

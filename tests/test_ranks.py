@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import finish, free_port, launch
-from test_end_to_end import SMALL, TRAIN_NET, assert_same, figures, run
+from test_end_to_end import SMALL, TRAIN_NET, assert_same, assert_same_runs, figures, run
 from test_runs import children, entries, wait_for
 
 from stvit_video import build, cli, create_model
@@ -179,7 +179,7 @@ def test_checkpoints_do_not_know_how_they_were_trained(args, unbroken, broken, t
     said = train_on(2, tmp_path / "run", *args, f"--train.parallel={after}", "--resume")
     assert "continuing after update" in said
     if before == after:
-        assert_same_but_settings(unbroken / after, tmp_path / "run")
+        assert_same_runs(unbroken / after, tmp_path / "run")
     else:
         assert_close_runs(unbroken / after, tmp_path / "run")
 
@@ -308,15 +308,6 @@ def workers_of(job):
     return [pid for pid in children(job.pid) if "train_net" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
-def assert_same_but_settings(a, b):
-    for name in ("last.pt", "best.pt"):
-        states = [checkpoint.load(folder / name) for folder in (a, b)]
-        for state in states:
-            del state["config"]
-        assert_same(*states)
-    assert figures(a) == figures(b)
-
-
 def test_nodes_train_like_processes_and_go_down_together(args, unbroken, tmp_path):
     output, log = tmp_path / "run", tmp_path / "out.txt"
     jobs = two_nodes(output, args, log)
@@ -327,7 +318,7 @@ def test_nodes_train_like_processes_and_go_down_together(args, unbroken, tmp_pat
     assert entries(output) < 8
     assert ended(two_nodes(output, args, log), timeout=180) == [0, 0], log.read_text()
     assert "continuing after update" in log.read_text()
-    assert_same_but_settings(unbroken / "ddp", output)
+    assert_same_runs(unbroken / "ddp", output)
 
 
 def test_torchrun_restarts_a_job_and_hands_sigterm_on(args, tmp_path):
@@ -346,4 +337,4 @@ def test_torchrun_restarts_a_job_and_hands_sigterm_on(args, tmp_path):
     assert f"SIGTERM: stopped after update {state['update']}" in log.read_text()
     train_on(2, output, *args, "--resume")
     train_on(2, tmp_path / "unbroken", *args)
-    assert_same_but_settings(tmp_path / "unbroken", output)
+    assert_same_runs(tmp_path / "unbroken", output)

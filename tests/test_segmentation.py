@@ -10,7 +10,7 @@ import pytest
 import torch
 from launch import finish, launch
 from PIL import Image
-from test_end_to_end import assert_same, figures, run
+from test_end_to_end import assert_same_runs, figures, run, train_in_two
 
 from stvit_video import build, cli, create_model
 from stvit_video.config import Config, DataConfig, ModelConfig
@@ -22,7 +22,6 @@ from stvit_video.data.masks import IGNORED, Masks
 from stvit_video.data.rows import Row
 from stvit_video.data.transforms import Normalise
 from stvit_video.data.views import Sampling
-from stvit_video.engine import checkpoint
 from stvit_video.engine.job import Outcome
 from stvit_video.errors import DecodeError, InputError
 from stvit_video.models.segmentation import IGNORED as IGNORED_IN_LOSS
@@ -642,24 +641,8 @@ def test_the_scenes_are_what_their_lists_say(scenes):
 
 
 def test_a_run_ends_as_if_unbroken(args, unbroken, tmp_path, monkeypatch):
-    save_last, saves = checkpoint.save_last, []
-
-    def stopped(folder, values):
-        save_last(folder, values)
-        saves.append(values["update"])
-        if saves == [1, 2]:
-            raise KeyboardInterrupt
-
-    given = [*args, f"--output={tmp_path}/run", "--resume"]
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_last", stopped)
-        assert run(cli.train, *given, "--train.checkpoint_minutes=0") == 130
-    assert run(cli.train, *given) == 0
-    states = [checkpoint.load(folder / "last.pt") for folder in (unbroken, tmp_path / "run")]
-    for state in states:
-        del state["config"]
-    assert_same(*states)
-    assert figures(unbroken) == figures(tmp_path / "run")
+    train_in_two(args, tmp_path / "run", monkeypatch)
+    assert_same_runs(unbroken, tmp_path / "run")
 
 
 def scored(folder):

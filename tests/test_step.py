@@ -6,7 +6,7 @@ import pytest
 import torch
 from launch import finish, launch
 from safetensors.torch import load_file
-from test_end_to_end import assert_same, figures, run
+from test_end_to_end import assert_same_runs, figures, run, train_in_two
 from test_segmentation import SMALL, batch_of, scenes, task  # noqa: F401
 from test_superpatches import NET, half_even, wave
 
@@ -307,26 +307,12 @@ def test_a_segmenter_takes_the_policy_and_leaves_it_alone(args, policy, tmp_path
     """Resumed in the middle of its epochs, it ends as if unbroken."""
     given = [*args, *POLICY, f"--model.policy={policy}/last.pt", "--model.exits=[1]"]
     assert run(cli.train, *given, f"--output={tmp_path}/unbroken") == 0
-    save_last, saves = checkpoint.save_last, []
-
-    def stopped(folder, values):
-        save_last(folder, values)
-        saves.append(values["update"])
-        if saves == [1, 2]:
-            raise KeyboardInterrupt
-
-    broken = [*given, f"--output={tmp_path}/broken", "--resume"]
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_last", stopped)
-        assert run(cli.train, *broken, "--train.checkpoint_minutes=0") == 130
-    assert run(cli.train, *broken) == 0
-    states = [checkpoint.load(tmp_path / name / "last.pt") for name in ("unbroken", "broken")]
-    for state in states:
-        del state["config"]
-    assert_same(*states)
+    train_in_two(given, tmp_path / "broken", monkeypatch)
+    assert_same_runs(tmp_path / "unbroken", tmp_path / "broken")
+    state_of_run = checkpoint.load(tmp_path / "broken" / "last.pt")
     theirs = load_model(policy / "last.pt")[2].superpatches.policy.state_dict()
     for kind in ("model", "ema"):
-        state = states[0][kind]
+        state = state_of_run[kind]
         for name, tensor in theirs.items():
             assert torch.equal(state[f"backbone.superpatches.policy.{name}"], tensor), name
 

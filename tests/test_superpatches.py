@@ -416,6 +416,23 @@ def test_gradients_reach_what_should_have_them(decider, sizes, budget):
     assert decider == "contrast" or not model.superpatches.policy.training
 
 
+@every_decider
+@every_model
+@pytest.mark.parametrize("budget", [{}, {"superpatch_tokens": 13}])
+def test_in_half_precision_it_trains_and_contrast_decides_alike(decider, sizes, budget):
+    model, clips = vit(**DECIDERS[decider], **sizes, **budget).train(), half_even(3)
+    torch.manual_seed(0)  # the random reducer draws
+    expected = model(clips)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, halved = model(clips), model.embed(clips)
+    torch.testing.assert_close(out.float(), expected, atol=0.15, rtol=0.1)
+    if decider == "contrast":
+        assert halved.token.equal(model.embed(clips).token)
+    out.square().sum().backward()
+    assert model.patch_embed.proj.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(("decider", "sizes"), [("contrast", {"class_token": True} | STVIT), ("dcts", {})])
 def test_a_budget_exports_and_counts(decider, sizes, monkeypatch):
     monkeypatch.setattr(superpatches, "HALVINGS", 2)  # less to trace

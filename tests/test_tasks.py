@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from launch import finish, launch
-from test_end_to_end import SMALL, assert_same, figures, run
+from test_end_to_end import SMALL, assert_same_runs, figures, run, train_in_two
 
 from stvit_video import cli
 from stvit_video.data.batch import Batch
@@ -71,25 +71,8 @@ def test_a_run_logs_and_keeps_what_the_task_watches(task, unbroken):
 
 
 def test_a_run_that_is_resumed_ends_as_if_unbroken(args, unbroken, tmp_path, monkeypatch):
-    saves, save_last = [], checkpoint.save_last
-
-    def stopped(folder, values):
-        save_last(folder, values)
-        saves.append(values["update"])
-        if saves == [1, 2]:
-            raise KeyboardInterrupt
-
-    given = [*args, f"--output={tmp_path}/run", "--resume"]
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_last", stopped)
-        assert run(cli.train, *given, "--train.checkpoint_minutes=0") == 130
-    assert run(cli.train, *given) == 0
-    for name in ("last.pt", "best.pt"):
-        states = [checkpoint.load(folder / name) for folder in (unbroken, tmp_path / "run")]
-        for state in states:
-            del state["config"]
-        assert_same(*states)
-    assert figures(unbroken) == figures(tmp_path / "run")
+    train_in_two(args, tmp_path / "run", monkeypatch)
+    assert_same_runs(unbroken, tmp_path / "run")
 
 
 def scored(folder):

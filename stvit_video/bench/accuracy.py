@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 import yaml
@@ -34,7 +33,7 @@ def bench_accuracy(
     *,
     seeds: Sequence[int],
     rounds: int,
-    beside: Mapping[str, Sequence[dict]] = MappingProxyType({}),
+    beside: Mapping[str, Sequence[dict]],
     output: Path,
     device: torch.device,
 ) -> list[dict]:

@@ -38,7 +38,7 @@ def bench_convert(
     base_depths: Sequence[int],
     tokens: Sequence[tuple[int, int, int]],
     starts: Sequence[str],
-    also: Sequence[str] = (),
+    also: Sequence[str],
     limit: int,
     output: Path,
     device: torch.device,
@@ -124,7 +124,6 @@ def _scores(
         if batch.failures:
             raise InputError(f"{batch.failures[0][1]}: to compare models, all must be readable")
         clips = batch.clips.to(device)
-        mirrored = clips.flip(-1) if isinstance(clips, Tensor) else [c.flip(-1) for c in clips]
-        pairs = [(dense, clips), (dense, mirrored), *((model, clips) for model in models)]
+        pairs = [(dense, clips), (dense, clips.flip(-1)), *((model, clips) for model in models)]
         parts.append([task.view_scores(model, views)[:, 0].cpu() for model, views in pairs])
     return [torch.cat(part) for part in zip(*parts, strict=True)]

@@ -436,9 +436,8 @@ def _without_end(packets: list[_Listed]) -> tuple[list[_Listed], int | None]:
     *packets, last = packets
     if last.pts is not None:
         after = [packet.pts is not None and packet.pts >= last.pts for packet in packets]
-        packets = [
-            p._replace(discard=True if late else p.discard) for p, late in zip(packets, after, strict=True)
-        ]
+        pairs = zip(packets, after, strict=True)
+        packets = [packet._replace(discard=True) if late else packet for packet, late in pairs]
     return packets, last.place
 
 

@@ -54,11 +54,8 @@ class SemanticTokens(nn.Module):
         size = check_fits(semantic_tokens, grid)
         self.pool = None if pool == MERGE else make_pool(pool, MERGE)
         self.tokens = None if self.pool is None else size
-        self.layers, self.budget, self.proportional = (
-            semantic_layers,
-            math.prod(size),
-            semantic_proportional,
-        )
+        self.layers, self.budget = semantic_layers, math.prod(size)
+        self.proportional = semantic_proportional
         needed = centres and semantic_layers > 1 and self.pool is not None
         self.centres = nn.Parameter(torch.zeros(1, *size, dim)) if needed else None
         token = regions(grid, size)
@@ -103,13 +100,16 @@ class SemanticTokens(nn.Module):
                 if self.centres is not None:
                     centres = self.centres.flatten(1, 3)
                     query = made + F.pad(centres, (0, 0, made.shape[1] - centres.shape[1], 0))
-                if bias is not None:  # padding among the merged tokens is not asked either
-                    padding = start._replace(asked=None if self.pool else (start.weight > 0).float()).bias()
-                    padding = bias.new_zeros(1, 1, 1, made.shape[1]) if padding is None else padding
-                    padding = padding.expand(bias.shape[0], -1, -1, -1)
-                    bias = torch.cat([padding, bias[..., -tokens.x.shape[1] :]], -1)
+                if bias is not None:
+                    bias = torch.cat([_once(start).bias(), bias[..., -tokens.x.shape[1] :]], -1)
             context = (made, tokens.x)
         return query, bias, *context
+
+
+def _once(tokens: Tokens) -> Tokens:
+    """The same tokens, each asked as one, but padding never."""
+    weight = torch.ones_like(tokens.x[..., 0]) if tokens.weight is None else tokens.weight
+    return tokens._replace(asked=(weight > 0).float().expand(tokens.x.shape[:2]))
 
 
 def _semantic_layer(layer: Block, query: Tensor, bias: Tensor | None, *context: Tensor) -> Tensor:

@@ -250,7 +250,8 @@ class Superpatches(nn.Module):
     def _errors(self, pixels: Tensor) -> list[Tensor]:
         """Of each shape (B, n), the mean square of what averaging takes from a group's pixels, in units of
         0 to 1: their energy less that of their means."""
-        energy = pixels.float().square().unflatten(2, (3, -1)).mean(3) @ self.std.square() / 3
+        energy = pixels.float().square().unflatten(2, (3, -1)).mean(3)
+        energy = (energy * self.std.square()).mean(2)  # no matrix product, which autocast would round
         members = [self._members(i) for i in range(len(self.shapes))]
         patches, *groups = energy.split([self.patches, *map(len, members)], 1)
         return [
