@@ -14,6 +14,7 @@ from test_end_to_end import run
 from test_weights import own_checkpoint, reference, settled, video
 
 from stvit_video import WeightsError, build, cli, create_model, load_weights
+from stvit_video.cli import training
 from stvit_video.cli.serving import validated
 from stvit_video.config import Config, ConfigError, DataConfig, ModelConfig, make_parser, parse, resolve
 from stvit_video.data.rows import Row, Rows
@@ -206,6 +207,7 @@ def test_one_command_for_ones_own_videos(demo_root, tmp_path, capsys):
     assert "training on 16 videos of 8 classes (grow, move_down, move_left, ...): 10 epochs " in out
     assert "of 16 clips, 20 updates; validating on 8" in out
     assert "about 1 minutes, validations apart" in out
+    assert "layer_decay" not in out + err
     state = checkpoint.load(tmp_path / "run" / "best.pt")
     assert state["built"]["name"] == state["config"]["model"]["name"] == "stvit_tiny_patch16_224"
     assert state["built"]["pool"] == "merge"
@@ -220,3 +222,12 @@ def test_one_command_for_ones_own_videos(demo_root, tmp_path, capsys):
     assert {str(path) for path in validated(config)} == held
     (tmp_path / "vit.safetensors").unlink()
     assert run(cli.train, *args, "--resume") == 0
+
+
+@pytest.mark.parametrize(("decay", "told"), [(0.75, True), (1.0, False), (None, False)])
+def test_layer_decay_of_random_weights_is_told(demo_root, tmp_path, decay, told):
+    args = [f"--data.train={demo_root}/train", f"--train.layer_decay={json.dumps(decay)}", *CLIP]
+    config, _ = parse(make_parser(""), [*args, "--model.name=stvit_tiny_patch16_224", "--device=cpu"])
+    job, _ = build.build_job(resolve(config), torch.device("cpu"))
+    line = "train.layer_decay=0.75 is for pretrained weights, and there is no model.weights"
+    assert (line in training._plan(job, config)) == told

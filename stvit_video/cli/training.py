@@ -89,16 +89,22 @@ def train(args: Sequence[str]) -> None:
 
 
 def _plan(job: Job, config: Config) -> str:
-    """What is about to happen, in a line."""
+    """What is about to happen, in a line; and one more, where it will hardly learn."""
     loader, train, names = job.train_loader, config.train, job.task.class_names
     classes = f" of {len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
     classes = classes if getattr(job.task, "labelled", True) else ""
     clips = len(loader) * train.batch_size * config.data.repeats * distributed.world()
     validation = "" if job.val_loader is None else f"; validating on {len(job.val_loader.dataset)}"
-    return (
+    plan = (
         f"training on {len(loader.dataset)} {job.task.items}{classes}: {train.epochs} epochs "
         f"of {clips} clips, {train.epochs * (len(loader) // train.accumulate)} updates{validation}"
     )
+    if config.model.weights is None and (train.layer_decay or 1) < 1:
+        plan += (
+            f"\ntrain.layer_decay={train.layer_decay} is for pretrained weights, and there is no "
+            "model.weights: the first layers will hardly learn. From scratch: --train.layer_decay null"
+        )
+    return plan
 
 
 def _next_steps(job: Job, output: Path, best: Path) -> str:

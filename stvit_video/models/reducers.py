@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from .embed import Size3
 from .layers import Block
 from .merging import merge
 from .semantic import SemanticTokens, check_fits, make_pool
-from .tokens import Tokens, flat_index, regions, select
+from .tokens import Tokens, regions, select
 
 
 class Reducer(Protocol):
@@ -46,7 +47,7 @@ class PooledTokens(nn.Module):
 
 
 class RandomTokens(nn.Module):
-    """Patches kept at random in training, each clip its own; in scoring a regular grid of them.
+    """Patches kept at random: in training others of each clip, in scoring the same draw for all clips.
 
     What is not kept is stood for by the nearest patch that is.
     """
@@ -55,20 +56,16 @@ class RandomTokens(nn.Module):
 
     def __init__(self, grid: Size3, dim: int, *, semantic_tokens: Size3):
         super().__init__()
-        self.places = check_fits(semantic_tokens, grid)
+        self.number = math.prod(check_fits(semantic_tokens, grid))
+        drawn = np.random.default_rng(0).permutation(math.prod(grid))[: self.number]
+        self.register_buffer("drawn", torch.tensor(sorted(drawn)), persistent=False)
 
     def forward(self, tokens: Tokens, layers: Sequence[Block], clip: Tensor | None = None) -> Tokens:
         """Any tokens -> (B, n, C), in the order of the patches."""
-        x = tokens.to_grid().flatten(1, 3)
+        x, kept = tokens.to_grid().flatten(1, 3), self.drawn[None]
         if self.training:
             order = torch.rand(x.shape[:2], device=x.device).argsort(1)
-            kept = order[:, : math.prod(self.places)].sort(1).values
-        else:  # the middle of each of n equal parts of an axis
-            middles = [
-                (2 * torch.arange(n, device=x.device) + 1) * size // (2 * n)
-                for n, size in zip(self.places, tokens.grid, strict=True)
-            ]
-            kept = flat_index(middles, tokens.grid)
+            kept = order[:, : self.number].sort(1).values
         return Tokens(
             select(x, kept), tokens.grid, _nearest(kept, tokens.grid), class_token=tokens.class_token
         )
