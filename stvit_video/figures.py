@@ -201,7 +201,8 @@ def draw_speeds(rows: Sequence[Mapping], picture: Path) -> None:
     """Bars of clips/s over those of the first model, for each mode and batch size; the ratio on them."""
     cases = list(dict.fromkeys((row["mode"], row["batch"]) for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axis = _axes(figsize=(2.5 + 1.6 * len(cases), 3.8))
+    size = max(6, 1.5 + 0.55 * len(cases) * len(models)), 3.6 + 0.2 * len(models)
+    figure, axis = _axes(figsize=size)
     width = 0.8 / len(models)
     for i, model in enumerate(models):
         timed = {(row["mode"], row["batch"]): row for row in rows if row["model"] == model}
@@ -212,7 +213,7 @@ def draw_speeds(rows: Sequence[Mapping], picture: Path) -> None:
     axis.set(title=f"clips/s over those of {models[0]}", ylabel="ratio")
     axis.set_xticks(range(len(cases)), [f"{mode}\nbatch {batch}" for mode, batch in cases])
     axis.margins(y=0.2)
-    axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center")
     _finish(figure, [axis], picture)
 
 

@@ -90,14 +90,20 @@ def test_bfloat16_takes_less_than_float32():
 
 
 def test_the_command(tmp_path, capsys):
-    cli.bench(["model", "--models", "vit_tiny_patch16_224,stvit_tiny_patch16_224", "--batch", "1",
+    fewer = "stvit_tiny_patch16_224:base_depth=2:semantic_tokens=[2,2,2]"
+    cli.bench(["model", "--models", f"vit_tiny_patch16_224,{fewer}", "--batch", "1",
                "--modes", "forward", "--image-size", "64x96", "--rounds", "1",
                "--no-memory", "--output", str(tmp_path)])  # fmt: skip
     printed = capsys.readouterr().out
     assert "cores" in printed
     with open(tmp_path / "model.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["model"] for row in rows] == ["vit_tiny_patch16_224", "stvit_tiny_patch16_224"]
+    assert [row["model"] for row in rows] == ["vit_tiny_patch16_224", fewer]
+    sizes = {"num_frames": 16, "image_size": (64, 96)}
+    model = create_model(
+        "stvit_tiny_patch16_224", base_depth=2, semantic_tokens=(2, 2, 2), num_classes=400, **sizes
+    )
+    assert float(rows[1]["G multiply-adds"]) == pytest.approx(multiply_adds(model, **sizes) / 1e9, rel=1e-3)
     assert float(rows[0]["ratio"]) == 1
     assert (tmp_path / "model.png").stat().st_size > 5000
 
@@ -107,6 +113,9 @@ def test_the_command(tmp_path, capsys):
     [
         (["modle"], ("modle", "model")),
         (["model", "--models", "vit_tny_patch16_224"], ("vit_tny_patch16_224", "vit_tiny_patch16_224")),
+        (["model", "--models", "vit_tiny_patch16_224:dept=3"], ("dept", "depth")),
+        (["model", "--models", "vit_tiny_patch16_224:num_frames=3"], ("num_frames",)),
+        (["model", "--models", "vit_tiny_patch16_224:depth=]"], ("depth=]",)),
         (["model", "--models", "vit_tiny_patch16_224", "--modes", "backward"], ("backward", "training")),
         (["model", "--models", "vit_tiny_patch16_224", "--batch", "1,x"], ("1,x",)),
         (["model", "--models", "vit_tiny_patch16_224", "--rounds", "0"], ("--rounds",)),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -92,16 +93,13 @@ def variant(config: Config, name: str) -> Config:
     if reducer != "dense":
         settings["reducer"] = reducer
     for part in parts:
-        key, equals, value = part.partition("=")
-        if equals:
+        if "=" in part:
+            key, value = setting(part, where)
+            settings[key] = value
             if "." in key and not key.startswith(("model.", "train.")):
                 raise ConfigError(
                     f"{where}: {part!r}: models may differ in settings of model and train alone"
                 )
-            try:
-                settings[key] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise ConfigError(f"{where}: {part!r} has no value that YAML reads") from None
             continue
         settings["semantic_tokens"] = [int(n) for n in part.split("x") if n.isdecimal()]
         if reducer == "dense" or not re.fullmatch(r"\d+x\d+x\d+", part):
@@ -120,6 +118,15 @@ def variant(config: Config, name: str) -> Config:
     chosen = resolve(from_dict(values, where))
     build.build_model(chosen, 1)
     return chosen
+
+
+def setting(part: str, where: str) -> tuple[str, Any]:
+    """KEY=VALUE, a value as YAML has it. Raises ConfigError."""
+    key, _, value = part.partition("=")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"{where}: {part!r} has no value that YAML reads") from None
 
 
 def _train(config: Config, device: torch.device) -> dict:

@@ -18,7 +18,7 @@ from ..errors import InputError, nearest
 from ..figures import draw_speeds
 from ..models.zoo import MODELS, create_model
 from . import report
-from .accuracy import TRADE, bench_accuracy
+from .accuracy import TRADE, bench_accuracy, setting
 from .convert import STARTS, bench_convert
 from .data import bench_data, bench_feeding, bench_views
 from .model import MODES, measure_memory, measure_models
@@ -47,7 +47,9 @@ def model(args: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="stvit-bench model", description=model.__doc__, allow_abbrev=False, exit_on_error=False
     )
-    parser.add_argument("--models", type=_names(MODELS), required=True, help="a,b,c: ratios to the first")
+    parser.add_argument(
+        "--models", type=_names(MODELS), required=True, help="a,b:SIZE=VALUE,c: ratios to the first"
+    )
     parser.add_argument("--batch", type=_numbers(1), default=[1, 8], help="clips a call: 1,8")
     parser.add_argument("--modes", type=_names(MODES), default=MODES, help="forward,training")
     parser.add_argument("--num-frames", type=_positive, default=16)
@@ -74,8 +76,9 @@ def model(args: Sequence[str]) -> None:
     clip = {"num_frames": options.num_frames, "image_size": options.image_size}
     sizes, dtype = {"num_classes": options.num_classes}, DTYPES[options.dtype]
     try:
-        models = {name: create_model(name, **sizes, **clip) for name in options.models}
-    except ValueError as error:
+        variants = {word: _sized(word, sizes) for word in options.models}
+        models = {word: create_model(name, **theirs, **clip) for word, (name, theirs) in variants.items()}
+    except (TypeError, ValueError) as error:  # TypeError: a size that is a flag, too
         raise InputError(f"--models: {error}") from None
     rows = measure_models(
         models,
@@ -91,7 +94,7 @@ def model(args: Sequence[str]) -> None:
     for row in rows:
         case = clip | {"batch": row["batch"], "mode": row["mode"], "dtype": dtype, "device": device}
         skip = options.no_memory or options.compile  # what is compiled keeps other things
-        row["peak MiB"] = None if skip else measure_memory(row["model"], sizes, **case)
+        row["peak MiB"] = None if skip else measure_memory(*variants[row["model"]], **case)
     draw_speeds(rows, output / "model.png")
     _finish(rows, output, "model")
 
@@ -260,11 +263,17 @@ def _names(known: Collection[str] = ()) -> Callable[[str | list[str]], list[str]
         if not words:
             raise ArgumentTypeError(f"{value!r}: nothing named")
         for word in words:
-            if known and word not in known:
+            if known and word.partition(":")[0] not in known:
                 raise ArgumentTypeError(f"unknown {word!r}{nearest(word, known)}")
         return words
 
     return parse
+
+
+def _sized(word: str, sizes: dict) -> tuple[str, dict]:
+    """NAME:SIZE=VALUE:... -> a model's name and its sizes, with these. Raises ConfigError."""
+    name, *parts = word.split(":")
+    return name, sizes | dict(setting(part, f"--models {word}") for part in parts)
 
 
 def _numbers(least: int) -> Callable[[str | list[int]], list[int]]:
