@@ -80,6 +80,13 @@ def write(
     kind = kind or path.suffix
     if precision == "int8" and kind != ".onnx":
         raise ExportError(f"--precision int8: of .onnx files only (onnxruntime quantises), not of {kind}")
+    superpatches = getattr(model, "superpatches", None)
+    if superpatches is not None and superpatches.tokens is None:
+        raise ExportError(
+            f"{config.model.name} with model.superpatch_threshold={superpatches.threshold:g} cannot be "
+            "exported: its clips differ in their number of tokens, those of a file's batch must not; "
+            "train with a budget, model.superpatch_tokens"
+        )
     if kind == ".onnx":
         _need("onnx", "onnxscript", *(["onnxruntime"] if precision == "int8" else []))
     details = metadata(config, task.class_names, precision)

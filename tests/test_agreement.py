@@ -105,11 +105,12 @@ def test_a_run_without_labels_makes_a_policy_that_a_classifier_takes(runs, tmp_p
         assert torch.equal(ours[f"superpatches.policy.{name}"], tensor), name
 
 
-def test_a_policy_without_labels_is_scored_by_its_teacher(runs, tmp_path):
+def test_a_policy_without_labels_is_scored_by_its_teacher(runs, tmp_path, capsys):
     folder, _, _ = runs
     given = [f"--checkpoint={folder}/policy/last.pt", f"--data.val={folder}/test.txt", "--device=cpu"]
     given += ["--data.workers=0", "--eval.clips=2", "--eval.crops=1"]
     assert run(cli.test, *given, f"--output={tmp_path}") == 0
+    assert "a view of 4x24x24, no labels\n" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert next(iter(report["groups"])) == "2x2x2"
     assert report["tokens"]["patches"] == 18
@@ -117,14 +118,18 @@ def test_a_policy_without_labels_is_scored_by_its_teacher(runs, tmp_path):
     assert all(0 <= group["share"] <= 1 for group in report["groups"].values())
 
 
-def test_images_without_labels(runs, tmp_path, demo_root):
+def test_images_without_labels(runs, tmp_path, demo_root, capsys):
     """Also drawn, by a model that needs no teacher any more."""
     _, labelled, args = runs
     image = ["--data.num_frames=1", "--model.patch_size=[1,8,8]", "--model.semantic_tokens=[1,2,2]"]
     teacher = tmp_path / "stvit"  # its layer before the semantic ones
     assert run(cli.train, *labelled, *image, f"--output={teacher}") == 0
     given = [*args, *image, f"--train.teacher={teacher}/last.pt", f"--output={tmp_path}/policy"]
+    capsys.readouterr()
     assert run(cli.train, *given) == 0
+    assert re.search(
+        r"a view of 1x24x24, no labels\ntraining on 24 videos: 1 epochs", capsys.readouterr().out
+    )
     teacher.rename(tmp_path / "gone")
     predict = Predictor(tmp_path / "policy" / "last.pt", device="cpu")
     record = predict(np.full((40, 24, 3), 100, np.uint8))

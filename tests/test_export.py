@@ -237,6 +237,19 @@ def test_wrong_flags_are_one_line(flags, cause, deployed, tmp_path, capsys, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_a_threshold_is_refused_in_one_line(tmp_path, capsys):
+    model, _, config = make("vit_tiny_patch16_224", superpatches="contrast", superpatch_threshold=0.05)
+    values = {"model": model.state_dict(), "ema": None, "class_names": CLASSES}
+    checkpoint.save(tmp_path / "best.pt", values | {"config": to_dict(config), "built": model.built})
+    assert run("--checkpoint", tmp_path / "best.pt", "--to", tmp_path / "x.onnx") == 2
+    assert capsys.readouterr().err == (
+        "error: vit_tiny_patch16_224 with model.superpatch_threshold=0.05 cannot be exported: its clips "
+        "differ in their number of tokens, those of a file's batch must not; train with a budget, "
+        "model.superpatch_tokens\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
 def test_the_program_of_the_document_needs_no_toolbox(deployed, demo_root, tmp_path):
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.S)
     assert len([line for line in program.splitlines() if line.strip()]) <= 30

@@ -61,7 +61,7 @@ def test(args: Sequence[str]) -> None:
     loader = build.build_test_loader(config, task, rows, device, **views, previews=previews)
     source = str(flags.checkpoint or config.model.weights)
     if distributed.is_main():
-        introduce(config, model, task.outputs, device, weights)
+        introduce(config, model, task, device, weights)
         print(f"scoring {len(rows)} {task.items} x {views['clips']} clips x {views['crops']} crops")
     precision, settings = pick_precision(config.train.precision, device), to_dict(config)
     for key in ("workers", "prefetch", "timeout", "keep"):  # change no score

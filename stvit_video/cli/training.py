@@ -12,7 +12,7 @@ from ..config import Config, make_parser, parse, resolve, settle_pixels
 from ..engine import checkpoint as checkpoints
 from ..engine import distributed
 from ..engine.device import pick_precision, set_up
-from ..engine.job import Job
+from ..engine.job import Job, Task
 from ..engine.train import fit
 from ..models.zoo import changed_sizes, multiply_adds
 from ..resume import check_resume, discard_run, find_run, model_of_run
@@ -31,7 +31,7 @@ def start(config: Config) -> torch.device:
 def introduce(
     config: Config,
     model: torch.nn.Module,
-    outputs: int,
+    task: Task,
     device: torch.device,
     weights: LoadReport | None,
 ) -> None:
@@ -42,11 +42,11 @@ def introduce(
     parameters = sum(p.numel() for p in model.parameters())
     of_what, side = "" if backbone is model else "of the backbone ", config.data.image_size
     changed = ", ".join(f"{key}={value}" for key, value in changed_sizes(model).items())
+    learnt = f"{task.outputs} classes" if getattr(task, "labelled", True) else "no labels"
     name = f"{model.built['name']} with {changed}" if changed else model.built["name"]
     print(
         f"{name}: {parameters / 1e6:.2f} M parameters, {cost / 1e9:.3g} G multiply-adds "
-        f"{of_what}a view of {config.data.num_frames}x{side}x{side}, "
-        f"{outputs} classes"
+        f"{of_what}a view of {config.data.num_frames}x{side}x{side}, {learnt}"
     )
     if weights is not None:
         print(weights)
@@ -76,7 +76,7 @@ def train(args: Sequence[str]) -> None:
         if state is None:
             discard_run(output)
         (output / "config.yaml").write_text(yaml.safe_dump(job.details["config"], sort_keys=False))
-        introduce(config, job.model, job.task.outputs, device, weights)
+        introduce(config, job.model, job.task, device, weights)
         print(_plan(job, config))
     distributed.barrier()  # every rank has read its checkpoint
     if distributed.is_main():

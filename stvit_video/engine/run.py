@@ -1,6 +1,7 @@
 """What changes while training: one update of it, and the state that a checkpoint holds."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -28,6 +29,14 @@ class EpochSoFar:
     seconds: float = 0.0
     waited: float = 0.0  # for data, of these
     failures: dict[str, str] = field(default_factory=dict)  # cause by path; until gathered, a rank's
+    tokens: dict[int, int] = field(default_factory=dict)  # clips by their number of tokens; likewise
+
+    def gather(self) -> None:
+        """What each rank has for itself: all of it on the main process, none elsewhere. Every rank calls
+        this."""
+        parts = distributed.to_main([(self.failures, Counter(self.tokens))])
+        self.failures = {path: cause for failures, _ in parts for path, cause in failures.items()}
+        self.tokens = dict(sum((tokens for _, tokens in parts), Counter()))
 
     def rescale(self, accumulate: int, before: int) -> None:
         """Count in batches of another accumulation: an update is as many videos as before."""
@@ -35,6 +44,12 @@ class EpochSoFar:
         self.loss *= accumulate / before
 
     def figures(self) -> dict[str, float | None]:
+        """Of what is gathered. tokens of a clip, the mean, the least and the most: where clips differ."""
+        clips, tokens = sum(self.tokens.values()), {}
+        if clips:
+            total = sum(number * times for number, times in self.tokens.items())
+            least, most = min(self.tokens), max(self.tokens)
+            tokens = {"tokens": total / clips, "tokens_least": least, "tokens_most": most}
         return {
             "loss": self.loss / self.counted if self.counted else None,
             "clips": self.clips,
@@ -42,7 +57,7 @@ class EpochSoFar:
             "data_wait": round(self.waited / self.seconds, 4),
             "seconds": round(self.seconds, 1),
             "nonfinite": self.skipped,
-        }
+        } | tokens
 
 
 class Update(NamedTuple):
@@ -94,11 +109,12 @@ class Run:
         """
         torch.manual_seed(mixed_seed(seed, self.update, distributed.rank()))
         before = [buffer.clone() for buffer in self.buffers]
-        indices, losses = [], []
+        indices, losses, tokens = [], [], []
         for part in range(parts):
             batch = next(batches)
             indices.append(batch.indices)
             losses.append(self._backward(task, batch, parts, last=part + 1 == parts))
+            tokens.append(getattr(self.bare, "clip_tokens", None))
         prefetch()
         self.scaler.unscale_(self.optimizer)
         norm = parallel.gradient_norm(self.bare)
@@ -111,6 +127,9 @@ class Run:
         distributed.sums(sums)
         broken, *values = sums.tolist()  # the one place where the device is waited for
         values, flagged = values[: len(names)], values[len(names) :]
+        for counts in tokens:
+            if counts is not None:
+                self.so_far.tokens = dict(Counter(self.so_far.tokens) + Counter(counts.tolist()))
         if broken:
             self.skip(before)
         else:
@@ -170,7 +189,7 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """Plain values and whole tensors; complete on the main process. Every rank calls this."""
-        self.so_far.failures = dict(distributed.to_main(list(self.so_far.failures.items())))
+        self.so_far.gather()
         return parallel.whole(
             {
                 "model": self.bare.state_dict(),
@@ -199,4 +218,4 @@ class Run:
             setattr(self, name, state[name])
         self.so_far = EpochSoFar(**state["so_far"])
         if not distributed.is_main():
-            self.so_far.failures = {}
+            self.so_far.failures, self.so_far.tokens = {}, {}

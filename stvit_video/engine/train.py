@@ -405,18 +405,22 @@ class Trainer:
                 print(f"epoch {epoch}: {entry[key]} {what}, see {self.output / key}.csv")
         loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
         figure = "" if value is None else f", one-view {name} {value:.2%}, best {self.run.best:.2%}"
-        print(f"epoch {epoch}: loss {loss}{figure}")
+        tokens = ""
+        if "tokens" in entry:
+            counts = entry["tokens"], entry["tokens_least"], entry["tokens_most"]
+            tokens = ", {:.1f} tokens a clip ({} to {})".format(*counts)
+        print(f"epoch {epoch}: loss {loss}{tokens}{figure}")
         if outcome is not None and outcome.failures:
             count, first = len(outcome.failures), next(iter(outcome.failures.values()))
             print(f"epoch {epoch}: validation could not read {count} videos, the first: {first}")
 
     def _list_unreadable(self) -> list[tuple[str, str]]:
-        """Into `unreadable.csv` what the epoch under way could not read.
+        """Gather `run.so_far`; into `unreadable.csv` what the epoch under way could not read.
 
         -> (path, cause) of all ranks on the main process. Every rank calls this.
         """
-        run = self.run
-        failures = list(dict(distributed.to_main(list(run.so_far.failures.items()))).items())
+        self.run.so_far.gather()
+        failures = list(self.run.so_far.failures.items())
         self._append_unreadable(failures)
         return failures
 

@@ -43,6 +43,7 @@ class Superpatches(nn.Module):
     superpatch_vectors: learn a vector for each shape, which starts at zero; CTS has none.
     superpatch_policy: timm's name of the policy's network.
     superpatch_std: by what the pixels were divided, by channel, for contrast; by default ImageNet's.
+    clip_tokens: with a threshold, how many tokens each clip of the last forward pass has, (B); else None.
     CTS itself: "dcts", superpatch_shapes [(1, 2, 2)], a budget, no vectors, and a head that reads tokens
     before `Tokens.to_grid`.
     Raises ValueError where sizes do not fit each other.
@@ -79,7 +80,7 @@ class Superpatches(nn.Module):
             place[:, members] = np.indices(members.shape)
             self.register_buffer(f"members_{i}", torch.tensor(members), persistent=False)
             self.register_buffer(f"place_{i}", torch.tensor(place), persistent=False)
-        self.tokens = superpatch_tokens
+        self.tokens, self.clip_tokens = superpatch_tokens, None
         default = 0.03 if superpatches == "contrast" else 0.5
         self.threshold = default if superpatch_threshold is None else superpatch_threshold
         if self.tokens is not None:
@@ -121,6 +122,8 @@ class Superpatches(nn.Module):
         with torch.no_grad():
             owner = self.choose(self.scores(clip, pixels))
             number, n, token, order = self._numbered(owner)
+        if self.tokens is None:
+            self.clip_tokens = number
         if n == self.patches and (self.tokens or owner.is_meta or int(number.min()) == n):
             # nothing is merged; other processes wait for gradients of the vectors all the same
             return Tokens.of(embed(clip) + positions + sum(0 * vector.sum() for vector in self.vectors))

@@ -121,6 +121,13 @@ class VideoViT(nn.Module):
         return self._joined_size(self.patch_embed.grid)
 
     @property
+    def clip_tokens(self) -> Tensor | None:
+        """How many tokens each clip of the last forward pass had in the first layer, int64 (B), in all of
+        its chunks; None where every clip has as many."""
+        counts = getattr(self.superpatches, "clip_tokens", None)
+        return None if counts is None else counts.unflatten(0, (-1, self.chunks)).sum(1)
+
+    @property
     def base_depth(self) -> int:
         """How many layers see all patches: those before the first reducer; of a dense model all."""
         return self._plan[1][1] if len(self._plan) > 1 else len(self.blocks)

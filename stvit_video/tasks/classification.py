@@ -1,6 +1,7 @@
 """Classification: one class a video. Softmax, averaged over the views of a video."""
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..data.views import Sampling, TestViews, TrainViews
 from ..errors import InputError, cause_of
 from ..figures import draw_confusion
 from ..reports.page import write_report_page
+from . import token_counts
 
 
 @dataclass
@@ -142,30 +144,42 @@ class Classification:
         return self.mix(clips, batch.targets.transpose(0, 1).flatten(0, 1))
 
     @torch.no_grad()
-    def view_scores(self, model: nn.Module, clips: Tensor) -> Tensor:
+    def view_scores(self, model: nn.Module, clips: Tensor, tokens: list[Tensor] | None = None) -> Tensor:
         """uint8 clips (B, V, 3, T, H, W) -> scores by view (B, V, K), float32, on the model's device.
 
         `view_batch` views go through the model at a time, whichever videos they are of.
+        tokens: where views differ in their number of tokens, the numbers (n,) of each time are added.
         """
-        parts = clips.flatten(0, 1).split(self.view_batch)
-        scores = torch.cat([self.activation(model(self.normalise(part)).float()) for part in parts])
-        return scores.unflatten(0, clips.shape[:2])
+        scores = []
+        for part in clips.flatten(0, 1).split(self.view_batch):
+            scores.append(self.activation(model(self.normalise(part)).float()))
+            if tokens is not None and getattr(model, "clip_tokens", None) is not None:
+                tokens.append(model.clip_tokens)
+        return torch.cat(scores).unflatten(0, clips.shape[:2])
 
     def activation(self, logits: Tensor) -> Tensor:
         return logits.softmax(-1)
 
     def records(self, model: nn.Module, batch) -> list[dict[str, Tensor]]:
-        """scores: the mean over views (K,); classes: the best one of each view (V,)."""
-        views = self.view_scores(model, batch.clips).cpu()
+        """scores: the mean over views (K,); classes: the best one of each view (V,). tokens_of: where views
+        differ in their number of tokens, as `TokenCounts.record` with views for windows."""
+        tokens: list[Tensor] = []
+        views = self.view_scores(model, batch.clips, tokens).cpu()
         means, classes = views.double().mean(1).float(), views.argmax(-1)
         records = [{"scores": s, "classes": c} for s, c in zip(means, classes, strict=True)]
         if self.dump_views:
             for record, scores in zip(records, views, strict=True):
                 record["views"] = scores.clone()
+        if tokens:
+            patches, counts = math.prod(model.grid), torch.cat(tokens).cpu().unflatten(0, views.shape[:2])
+            for record, numbers in zip(records, counts, strict=True):
+                record["tokens_of"] = {"patches": patches, "tokens": numbers.clone(), "exits": {}}
         return records
 
-    def figures(self, outcome) -> dict[str, float | None]:
-        return Scores.of(outcome, self.outputs, self.on_failure).figures()
+    def figures(self, outcome) -> dict[str, Any]:
+        """See `Scores.figures`; and "tokens": see `token_counts.summary`, of views."""
+        tokens = token_counts.summary(outcome.records, self.class_names, "views")
+        return Scores.of(outcome, self.outputs, self.on_failure).figures() | tokens
 
     def report(self, output: Path, outcome, report: Mapping[str, Any]) -> list[str]:
         scores = Scores.of(outcome, self.outputs, self.on_failure)
@@ -180,6 +194,8 @@ class Classification:
             del titles["top5"]  # always right
         headlines = [(title, report[key]) for key, title in titles.items() if report[key] is not None]
         lines = [f"  {title:<24} {value:7.2%}" for title, value in headlines]
+        if "tokens" in report:
+            lines.append(token_counts.line(report, "tokens a view"))
         written = [self._write_predictions(output / "predictions.csv", scores, outcome)]
         if (scores.labels >= 0).any():
             written.append(output / "confusion.png")

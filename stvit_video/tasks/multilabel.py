@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..data.rows import class_ids
 from ..errors import InputError, cause_of
+from . import token_counts
 from .classification import Classification, mean_scores, top, top_cells, top_columns, write_views
 
 
@@ -50,10 +51,12 @@ class MultiLabel(Classification):
     def activation(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
-    def figures(self, outcome) -> dict[str, float | None]:
+    def figures(self, outcome) -> dict[str, Any]:
+        """mAP; and "tokens": see `token_counts.summary`, of views."""
         precisions = self.average_precisions(outcome)
         counted = [value for value in precisions if value is not None]
-        return {"mAP": float(np.mean(counted)) if counted else None}
+        tokens = token_counts.summary(outcome.records, self.class_names, "views")
+        return {"mAP": float(np.mean(counted)) if counted else None} | tokens
 
     def average_precisions(self, outcome) -> list[float | None]:
         """Of each class, over the labelled videos; None for a class without a positive one."""
@@ -88,6 +91,8 @@ class MultiLabel(Classification):
             headlines = [("mAP over {clips}x{crops} views".format(**report["views"]), report["mAP"])]
             title, value = headlines[0]
             lines.append(f"  {title:<24} {value:7.2%}  ({counted} of {self.outputs} classes)")
+        if "tokens" in report:
+            lines.append(token_counts.line(report, "tokens a view"))
         written = [output / "predictions.csv", output / "classes.csv", output / "scores.npz"]
         chosen, scores = self._chosen(outcome), mean_scores(outcome.records, self.outputs)
         videos = chosen[self._counted(outcome)].sum(0).astype(int).tolist()

@@ -74,19 +74,21 @@ def window_map(outputs: Any, i: int, size: Sequence[int]) -> Tensor:
     return out
 
 
-def summary(records: Sequence[Mapping | None], class_names: Sequence[str]) -> dict[str, Any]:
-    """-> "tokens": patches of a window, and the mean, least and most tokens; "exits": by layer the tokens
-    that were there before it, that left there, and these by class, over all windows.
+def summary(
+    records: Sequence[Mapping | None], class_names: Sequence[str], items: str = "windows"
+) -> dict[str, Any]:
+    """-> "tokens": patches of a window, how many windows, and the mean, least and most tokens; "exits": by
+    layer the tokens that were there before it, that left there, and these by class, over all windows.
 
-    Empty without counts.
+    items: what else is counted in the windows' place. Empty without counts.
     """
     counted = [record["tokens_of"] for record in records if record is not None and record.get("tokens_of")]
     if not counted:
         return {}
     tokens = torch.cat([record["tokens"] for record in counted])
-    found = {
+    numbers = {
         "patches": counted[0]["patches"],
-        "windows": len(tokens),
+        items: len(tokens),
         "mean": int(tokens.sum()) / len(tokens),
         "least": int(tokens.min()),
         "most": int(tokens.max()),
@@ -99,14 +101,14 @@ def summary(records: Sequence[Mapping | None], class_names: Sequence[str]) -> di
             "left": int(by_class.sum()),
             "classes": dict(zip(class_names, by_class.tolist(), strict=True)),
         }
-    return {"tokens": found} | ({"exits": exits} if exits else {})
+    return {"tokens": numbers} | ({"exits": exits} if exits else {})
 
 
-def line(figures: Mapping[str, Any]) -> str:
+def line(figures: Mapping[str, Any], title: str = "tokens") -> str:
     """What `summary` gave, in words."""
     tokens, exits = figures["tokens"], figures.get("exits", {})
     parts = [
         f"{tokens['mean']:.1f} of {tokens['patches']} patches ({tokens['least']} to {tokens['most']})",
         *(f"{e['left'] / max(e['tokens'], 1):.1%} leave after layer {layer}" for layer, e in exits.items()),
     ]
-    return f"  {'tokens':<24} {', '.join(parts)}"
+    return f"  {title:<24} {', '.join(parts)}"
