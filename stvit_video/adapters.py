@@ -13,19 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .pixels import IMAGENET, Pixels
+
 State = dict[str, Tensor]
-
-
-class Pixels(NamedTuple):
-    """What weights were trained on: RGB values from 0 to 1, minus `mean`, over `std`; how frames were
-    resized: "bilinear" or "bicubic"."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str = "bilinear"
-
-
-IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BICUBIC = IMAGENET._replace(interpolation="bicubic")  # of images, where the recipe is timm's
 SLOWFAST = Pixels((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
 

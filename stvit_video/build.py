@@ -34,8 +34,10 @@ from .data.views import Sampling
 from .engine import checkpoint, distributed
 from .engine.job import Job, Task, Views
 from .models.zoo import create_model
-from .tasks import TASKS, Agreement, task_class
-from .weights import LoadReport, Pixels, load_weights, model_of, rebuild
+from .pixels import Pixels
+from .tasks import TASKS, task_class
+from .tasks.agreement import Agreement
+from .weights import LoadReport, load_weights, model_of, rebuild
 
 
 def with_model(config: Config) -> Config:
@@ -214,15 +216,14 @@ def with_pixels(config: Config, report: LoadReport | None) -> Config:
 def build_task(config: Config, class_names: Sequence[str]) -> Task:
     """The task that `task` names. Raises ConfigError or ListError."""
     config = settle_pixels(config, None)
-    kind = task_class(config.task, config.train.teacher)
-    scoring = {}
-    if hasattr(kind, "Scoring"):
-        names = [field.name for field in dataclasses.fields(kind.Scoring)]
-        scoring["scoring"] = kind.Scoring(**{name: getattr(config.eval, name) for name in names})
-    return kind(
+    entry, scoring = TASKS[config.task], {}
+    if entry.scoring is not None:
+        names = [field.name for field in dataclasses.fields(entry.scoring)]
+        scoring["scoring"] = entry.scoring(**{name: getattr(config.eval, name) for name in names})
+    return task_class(config.task, config.train.teacher)(
         class_names,
         normalise=Normalise(config.data.mean, config.data.std),
-        settings=kind.Settings(**task_settings(config)),
+        settings=entry.settings(**task_settings(config)),
         **scoring,
         view_batch=config.eval.view_batch,
         on_failure=config.eval.on_failure,

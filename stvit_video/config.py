@@ -14,13 +14,12 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from . import bounds
-from .adapters import IMAGENET, Pixels
 from .bounds import Range
-from .engine.train import Count, LoopConfig
+from .engine.settings import Count, LoopConfig
 from .errors import InputError, nearest
-from .models.sizes import Sizes
+from .models.sizes import Inflate, Sizes
+from .pixels import IMAGENET, Pixels
 from .tasks import TASKS
-from .weights import Inflate
 
 CONFIGS = Path(__file__).with_name("configs")  # a link to the repository's folder; a wheel has a copy
 Share = Annotated[float, Range(0, 1)]
@@ -130,9 +129,9 @@ class DataConfig:
 
 
 # Settings that only some task has stand in `train`, too, and those of its scoring in `eval`.
-_TASK_SETTINGS = tuple(dict.fromkeys(task.Settings for task in TASKS.values()))
+_TASK_SETTINGS = tuple(dict.fromkeys(task.settings for task in TASKS.values()))
 _TASK_SETTINGS = sorted(_TASK_SETTINGS, key=lambda s: -len(s.__mro__))  # before what they are made of
-_TASK_SCORING = tuple(dict.fromkeys(t.Scoring for t in TASKS.values() if hasattr(t, "Scoring")))
+_TASK_SCORING = tuple(dict.fromkeys(task.scoring for task in TASKS.values() if task.scoring))
 
 
 @dataclass
@@ -265,7 +264,7 @@ def task_settings(config: Config) -> dict[str, Any]:
     """The settings that only this task has."""
     return {
         field.name: getattr(config.train, field.name)
-        for field in dataclasses.fields(TASKS[config.task].Settings)
+        for field in dataclasses.fields(TASKS[config.task].settings)
     }
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapters import Pixels
 from .errors import InputError, nearest
+from .pixels import Pixels
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SETTINGS = ("config.json", "preprocessor_config.json")  # timm's, with its pretrained_cfg; transformers'

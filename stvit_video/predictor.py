@@ -53,7 +53,7 @@ class Predictor:
         self.precision = pick_precision(self.config.train.precision, self.device)
         untaught = replace(self.config, train=replace(self.config.train, teacher=None))
         self.task = build_task(untaught, self.class_names).to(self.device)
-        if self.task.heads == (None,) or self.config.data.num_frames != 1:
+        if TASKS[self.config.task].heads == (None,) or self.config.data.num_frames != 1:
             raise InputError(f"{self.path}: was trained for task={self.config.task}, not for single images")
         self.model.to(self.device)
         self.views = build_test_views(self.config, self.task, 1, 1)

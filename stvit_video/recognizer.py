@@ -23,6 +23,7 @@ from .errors import DecodeError, InputError
 from .export import FORMATS
 from .export import read as read_exported
 from .figures import draw_maps
+from .tasks import TASKS
 from .timeline import EVERY, Moment
 
 TIMELINE_BATCH = 16  # views; more are no faster, and a moment waits longer
@@ -66,7 +67,7 @@ class Recognizer:
             self.precision = pick_precision(self.config.train.precision, self.device)
             self.model.to(self.device)
         self.task = build_task(self.config, self.class_names).to(self.device)
-        if self.task.heads != (None,):
+        if TASKS[self.config.task].heads != (None,):
             raise InputError(
                 f"{self.path}: was trained for task={self.config.task}, which names no classes: "
                 "stvit-predict or a Predictor takes it"

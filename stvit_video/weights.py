@@ -11,22 +11,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .adapters import ADAPTERS, CLASS_TOKEN, DETECTOR, DROPS, RECOMPUTED, Adapter, Pixels, State, square
+from .adapters import ADAPTERS, CLASS_TOKEN, DETECTOR, DROPS, RECOMPUTED, Adapter, State, square
 from .files import FileError, read_torch
 from .hub import WeightsError, from_hub, from_timm, pixels_by_name, published_pixels
 from .models.embed import Size3, resize_grid, sincos_table
 from .models.heads import WithHead
+from .models.sizes import Inflate
 from .models.windows import table_rows
 from .models.zoo import MODELS, create_model
-
-Inflate = Literal["average", "centre"]
+from .pixels import Pixels
 
 
 @dataclass

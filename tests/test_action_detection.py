@@ -25,7 +25,8 @@ from stvit_video.data.views import Sampling
 from stvit_video.engine.job import Outcome
 from stvit_video.errors import DecodeError, InputError, ListError
 from stvit_video.figures import draw_boxes
-from stvit_video.tasks.action_detection import ActionDetection, Scoring
+from stvit_video.tasks import ActionScoring
+from stvit_video.tasks.action_detection import ActionDetection
 from stvit_video.tasks.frame_map import DETECTIONS, Detections, average_precision, detections, hits
 
 NORMALISE = Normalise((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -44,7 +45,9 @@ eval: {clips: 1, crops: 1, batch_size: 3, view_batch: 2}
 def task(classes=4, **scoring):
     on_failure = scoring.pop("on_failure", "wrong")
     names = [f"c{i}" for i in range(1, classes + 1)]
-    return ActionDetection(names, normalise=NORMALISE, scoring=Scoring(**scoring), on_failure=on_failure)
+    return ActionDetection(
+        names, normalise=NORMALISE, scoring=ActionScoring(**scoring), on_failure=on_failure
+    )
 
 
 # --- frame mAP ------------------------------------------------------------------------------------

@@ -85,7 +85,9 @@ def test_leaving_ends_loader_workers(tmp_path):
         distributed.barrier()
         raise ValueError("as injected")
 
-    assert finish(launch(cli.command(work), ranks=2, log=tmp_path / "out.txt"), timeout=20) == [1, 1]
+    assert finish(
+        launch(cli.command("never.called")(work), ranks=2, log=tmp_path / "out.txt"), timeout=20
+    ) == [1, 1]
     for rank in range(2):
         wait_for(lambda: not _runs(int((tmp_path / f"pid{rank}").read_text())), seconds=5)  # noqa: B023
 
@@ -99,12 +101,12 @@ def test_alone_a_command_raises_and_exits_as_ever(capsys):
     def work(error):
         raise error
 
-    assert run(cli.command(lambda args: work(InputError("a wrong value")))) == 2
+    assert run(cli.command("never.called")(lambda args: work(InputError("a wrong value")))) == 2
     assert capsys.readouterr().err == "error: a wrong value\n"
-    assert run(cli.command(lambda args: work(KeyboardInterrupt()))) == 130
-    assert run(cli.command(lambda args: sys.exit(7))) == 7
+    assert run(cli.command("never.called")(lambda args: work(KeyboardInterrupt()))) == 130
+    assert run(cli.command("never.called")(lambda args: sys.exit(7))) == 7
     with pytest.raises(ZeroDivisionError):
-        cli.command(lambda args: work(ZeroDivisionError()))([])
+        cli.command("never.called")(lambda args: work(ZeroDivisionError()))([])
 
 
 def slow_validation(rank):

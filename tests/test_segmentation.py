@@ -27,7 +27,8 @@ from stvit_video.errors import DecodeError, InputError
 from stvit_video.models.segmentation import IGNORED as IGNORED_IN_LOSS
 from stvit_video.models.segmentation import pixel_loss
 from stvit_video.recognizer import load_model
-from stvit_video.tasks.segmentation import Scoring, Segmentation, read_png, starts
+from stvit_video.tasks import SegmentationScoring
+from stvit_video.tasks.segmentation import Segmentation, read_png, starts
 from stvit_video.tasks.token_counts import TokenCounts
 from stvit_video.weights import load_weights
 
@@ -335,7 +336,7 @@ def test_one_window_is_the_whole_image():
     assert torch.equal(whole, task().predict(Colours((24, 24)), clip, (2, 24, 24)))
     assert torch.equal(whole, task().predict(Colours((30, 40)), clip, (2, 24, 24)))  # padded, and cut off
     model = Colours((16, 10))
-    parts = task(view_batch=3, scoring=Scoring(window_stride=7))
+    parts = task(view_batch=3, scoring=SegmentationScoring(window_stride=7))
     assert torch.equal(whole, parts.predict(model, clip, (2, 24, 24))), "colours do not ask their window"
     assert model.shown == [(3, 3, 2, 16, 10)] * 3
     larger = task().predict(Colours(), clip, (2, 48, 48))
@@ -349,7 +350,7 @@ def test_windows_are_averaged():
             return torch.cat([ramp, 2 * ramp, -ramp, 0 * ramp], 1)
 
     clip = torch.zeros(3, 1, 4, 10)
-    scores = task(scoring=Scoring(window_stride=3))._windows(Ramp((4, 6)), clip, TokenCounts())
+    scores = task(scoring=SegmentationScoring(window_stride=3))._windows(Ramp((4, 6)), clip, TokenCounts())
     places = [range(0, 6), range(3, 9), range(4, 10)]
     expected = [np.mean([x - p[0] for p in places if x in p]) for x in range(10)]
     torch.testing.assert_close(scores[0, 0, 2], torch.tensor(expected, dtype=torch.float32))
@@ -365,7 +366,7 @@ def test_mirrored_scores_of_a_mirrored_image_are_mirrored():
     model = tiny("vit_tiny_patch16_224", "linear").eval()
     torch.nn.init.normal_(model.backbone.pos_embed)
     clip = torch.randint(0, 256, (3, 1, 40, 56), dtype=torch.uint8)
-    both = task(scoring=Scoring(mirrored=True, zooms=(1.0, 1.5)))
+    both = task(scoring=SegmentationScoring(mirrored=True, zooms=(1.0, 1.5)))
     with torch.no_grad():
         once = both.predict(model, clip, (1, 40, 56))
         twice = both.predict(model, clip.flip(-1), (1, 40, 56)).flip(-1)

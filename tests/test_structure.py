@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stvit_video import build
+from stvit_video.bench.commands import KINDS
 from stvit_video.config import make_parser, parse, resolve
 
 ROOT = Path(__file__).parents[1]
@@ -18,16 +19,17 @@ ALLOWED = {
     "bounds": set(),
     "figures": set(),
     "files": set(),
+    "pixels": set(),
     "reports": {"reports"},
     "data": {"data", "files"},
     "models": {"models", "bounds"},
     "tasks": {"tasks", "data", "bounds", "figures", "reports"},
     "engine": {"engine", "files", "data", "models", "bounds", "figures"},
-    "adapters": set(),
-    "hub": {"adapters"},
-    "weights": {"adapters", "files", "hub", "models"},
-    "config": {"bounds", "adapters", "weights", "tasks", "engine", "data", "models"},
-    "build": {"weights", "config", "tasks", "engine", "data", "models"},
+    "adapters": {"pixels"},
+    "hub": {"pixels"},
+    "weights": {"adapters", "files", "hub", "models", "pixels"},
+    "config": {"bounds", "engine", "models", "pixels", "tasks"},
+    "build": {"weights", "config", "tasks", "engine", "data", "models", "pixels"},
     "export": {"config", "engine"},
     "timeline": set(),
     "recognizer": {
@@ -35,11 +37,10 @@ ALLOWED = {
         "figures",
         "timeline",
         "build",
-        "weights",
         "config",
         "engine",
         "data",
-        "models",
+        "tasks",
     },
     "predictor": {"build", "data", "engine", "export", "recognizer", "tasks"},
     "page": {"page", "data", "figures", "recognizer", "timeline"},
@@ -63,11 +64,13 @@ ALLOWED = {
             "files",
             "bench",
             "page",
+            "pixels",
             "predictor",
             "recognizer",
             "reports",
             "export",
             "resume",
+            "tasks",
             "timeline",
             "build",
             "weights",
@@ -179,6 +182,7 @@ def test_to_import_the_package_imports_next_to_nothing():
 
 
 LATE = {
+    "av",
     "gradio",
     "jinja2",
     "matplotlib",
@@ -188,33 +192,46 @@ LATE = {
     "pytorchvideo",
     "scipy",
     "sklearn",
+    "sympy",
+    "tensorboard",
+    "timm",
+    "torch",
+    "torchvision",
 }
-LATE |= {"tensorboard"}
+BENCHMARKS = [f"bench {kind}" for kind in ("model", "data", "accuracy", "convert", "step")]
 
 
 @pytest.mark.parametrize(
     ("commands", "late"),
     [
-        (("predict", "page", "curves", "compare"), LATE | {"jsonargparse", "timm", "torchvision"}),
-        (("train",), LATE),  # its settings are those of models and tasks
+        (["predict", "page", "curves", "compare", "ensemble", "export"], LATE | {"jsonargparse"}),
+        (["train", "test", "check", "shards", "bench", *BENCHMARKS], LATE),
     ],
 )
 def test_flags_wait_for_no_import_that_they_do_not_need(commands, late):
     code = f"""
 import contextlib, io, sys
 from stvit_video import cli
-for name in {commands}:
-    for flag in ("--help", "--modle.name=x"):
+for name, *kind in map(str.split, {commands}):
+    for flag in ("--help", "--modle.name=x", "--train.ir=1"):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
             try:
-                getattr(cli, name)([flag])
+                getattr(cli, name)([*kind, flag])
             except SystemExit as stop:
                 assert bool(stop.code) == (flag != "--help"), err.getvalue()
             else:
-                raise AssertionError(name)
+                assert (name, kind, flag) == ("bench", [], "--help"), name
 print(*sys.modules)
 """
     assert not late & set(_python(code))
+
+
+def test_every_command_is_one_whose_flags_are_looked_at():
+    installed = re.findall(r"stvit_video\.cli:(\w+)", (ROOT / "setup.cfg").read_text())
+    (mark,) = test_flags_wait_for_no_import_that_they_do_not_need.pytestmark
+    looked_at = {command for commands, _ in mark.args[1] for command in commands}
+    assert set(installed) == looked_at - set(BENCHMARKS)
+    assert {f"bench {kind}" for kind in KINDS} == set(BENCHMARKS)
 
 
 def test_drawing_leaves_matplotlib_as_it_was(tmp_path):

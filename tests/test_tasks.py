@@ -25,7 +25,7 @@ from stvit_video.engine import checkpoint
 from stvit_video.engine.job import Job, Outcome
 from stvit_video.engine.train import LoopConfig, fit
 from stvit_video.errors import InputError
-from stvit_video.tasks import TASKS
+from stvit_video.tasks import TASKS, task_class
 from stvit_video.tasks.multilabel import MultiLabel
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +61,7 @@ def unbroken(args, tmp_path_factory):
 
 
 def test_a_run_logs_and_keeps_what_the_task_watches(task, unbroken):
-    kind = TASKS[task]
+    kind = task_class(task)
     epochs = [entry for entry in figures(unbroken) if entry["kind"] == "epoch"]
     watched = [f"val_{key}" for key in kind.watched]
     assert all(0 <= entry[key] <= 1 for entry in epochs for key in watched)
@@ -221,12 +221,11 @@ def test_the_loop_serves_a_task_that_it_has_never_seen(demo_root, tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_a_teacher_has_its_share_of_the_loss(task, share):
-    kind = TASKS[task]
+    kind, settings = task_class(task), TASKS[task].settings
     clips, targets = torch.randint(0, 256, (4, 1, 3, 2, 8, 8), dtype=torch.uint8), [0, 2, 1, 1]
-    settings = kind.Settings(distill=share, label_smoothing=0.1)
     taught, plain = (
         kind(list("abc"), normalise=NORMALISE, settings=s)
-        for s in (settings, kind.Settings(label_smoothing=0.1))
+        for s in (settings(distill=share, label_smoothing=0.1), settings(label_smoothing=0.1))
     )
     encoded = torch.stack([torch.as_tensor(taught.encode(t)) for t in targets]).unsqueeze(1)
     batch = Batch(torch.arange(4), clips, encoded)

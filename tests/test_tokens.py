@@ -4,7 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from functools import partial
-from typing import Annotated
+from typing import Annotated, get_args
 
 import pytest
 import torch
@@ -372,6 +372,7 @@ def test_sizes_are_those_that_the_models_take():
     taken |= {size for head in HEADS.values() for size in zoo._sizes(head)}
     assert {field.name for field in dataclasses.fields(Sizes)} == taken
     assert {field.default for field in dataclasses.fields(Sizes)} == {"auto"}
+    assert set(get_args(get_args(Sizes.__annotations__["reducer"])[0])) == REDUCERS.keys()
 
 
 @pytest.mark.parametrize("name", MODELS)

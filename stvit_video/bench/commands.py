@@ -1,4 +1,7 @@
-"""The benchmarks of `stvit-bench`: from the command line to a table, a csv and a picture."""
+"""The benchmarks of `stvit-bench`: from the command line to a table, a csv and a picture.
+
+Flags come first: what takes seconds to import waits until they are right.
+"""
 
 import argparse
 import re
@@ -7,27 +10,26 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from ..config import Config, make_parser, parse, resolve
-from ..data.decode import open_video
-from ..engine import distributed
-from ..engine.device import set_up
-from ..engine.train import LoopConfig
+from ..engine.settings import LoopConfig
 from ..errors import InputError, nearest
 from ..figures import draw_speeds
-from ..models.zoo import MODELS, create_model
 from . import report
-from .accuracy import TRADE, bench_accuracy, setting
-from .convert import STARTS, bench_convert
-from .data import bench_data, bench_feeding, bench_views
-from .model import MODES, measure_memory, measure_models
-from .step import bench_checkpoints, bench_step
 
 OUTPUT = "runs/bench"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MODES = ("forward", "training")
 SEPARATOR = re.compile(r",(?![^\[]*\]|[^:]*\]\])")  # a comma that stands in no brackets
 COMPILE = ("default", "reduce-overhead", "max-autotune")
+# How semantic tokens start ("merge1": with one semantic layer), and "pool": average pooling in their place,
+# the control.
+STARTS = {
+    "merge": {"pool": "merge", "semantic_proportional": True},
+    "merge1": {"pool": "merge", "semantic_proportional": True, "semantic_layers": 1},
+    "grid": {"pool": "grid", "semantic_proportional": True},
+    "avg": {"pool": "avg", "semantic_proportional": False},
+    "max": {"pool": "max", "semantic_proportional": False},
+    "pool": {"pool": "avg", "reducer": "pool"},
+}
 
 
 def run(args: Sequence[str]) -> None:
@@ -47,15 +49,13 @@ def model(args: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="stvit-bench model", description=model.__doc__, allow_abbrev=False, exit_on_error=False
     )
-    parser.add_argument(
-        "--models", type=_names(MODELS), required=True, help="a,b:SIZE=VALUE,c: ratios to the first"
-    )
+    parser.add_argument("--models", type=_models, required=True, help="a,b:SIZE=VALUE: ratios to the first")
     parser.add_argument("--batch", type=_numbers(1), default=[1, 8], help="clips a call: 1,8")
     parser.add_argument("--modes", type=_names(MODES), default=MODES, help="forward,training")
     parser.add_argument("--num-frames", type=_positive, default=16)
     parser.add_argument("--image-size", type=_size, default=224, help="pixels: 224, or HEIGHTxWIDTH")
     parser.add_argument("--num-classes", type=_positive, default=400)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--compile", choices=COMPILE, nargs="?", const="default", help="torch.compile, its mode"
     )
@@ -69,12 +69,19 @@ def model(args: Sequence[str]) -> None:
         options = parser.parse_args(args)
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
+    import torch
+
+    from ..engine import distributed
+    from ..engine.device import set_up
+    from ..models.zoo import create_model
+    from .model import measure_memory, measure_models
+
     device, output = distributed.start(options.device), _folder(options.output)
     if device.type == "cuda":  # as in training
         set_up(LoopConfig.matmul)
     print(report.machine(device))
     clip = {"num_frames": options.num_frames, "image_size": options.image_size}
-    sizes, dtype = {"num_classes": options.num_classes}, DTYPES[options.dtype]
+    sizes, dtype = {"num_classes": options.num_classes}, getattr(torch, options.dtype)
     try:
         variants = {word: _sized(word, sizes) for word in options.models}
         models = {word: create_model(name, **theirs, **clip) for word, (name, theirs) in variants.items()}
@@ -116,9 +123,12 @@ def data(args: Sequence[str]) -> None:
         help="Only what a sample of each list costs a worker.",
     )
     config, flags = parse(parser, args)
+    from ..data.decode import open_video
+    from .data import bench_data, bench_feeding, bench_views
+
     config, output = resolve(config), _output(config, args)
     if flags.feeding:
-        print(report.machine(torch.device("cpu")))
+        print(report.machine("cpu"))
         print(report.write(bench_feeding(config, flags.feeding, rounds=flags.rounds), output, "feeding"))
         return
     if not flags.lists:
@@ -126,7 +136,7 @@ def data(args: Sequence[str]) -> None:
     for video in flags.videos:
         with open_video(video):  # what cannot be opened is told before the work
             pass
-    print(report.machine(torch.device("cpu")))
+    print(report.machine("cpu"))
     case = {"videos": flags.videos, "rounds": flags.rounds}
     if not flags.lists:
         print(report.write(bench_views(config, **case), output, "views"))
@@ -149,6 +159,9 @@ def accuracy(args: Sequence[str]) -> None:
     )
     config, flags = parse(parser, args)
     config = resolve(config)
+    from ..engine import distributed
+    from .accuracy import TRADE, bench_accuracy
+
     device, output = distributed.start(config.device), _output(config, args)
     beside: dict[str, list[dict]] = {}
     for path in map(Path, flags.beside):
@@ -180,6 +193,9 @@ def convert(args: Sequence[str]) -> None:
         if value is None:
             raise InputError(f"--{key} is not set: what is to be converted, and what to look at")
     config = resolve(config)
+    from ..engine import distributed
+    from .convert import bench_convert
+
     device, output = distributed.start(config.device), _output(config, args)
     print(report.machine(device))
     rows = bench_convert(
@@ -204,7 +220,7 @@ def step(args: Sequence[str]) -> None:
         "--checkpoints", nargs="+", metavar="FILE", help="of segmenters; else random weights"
     )
     parser.add_argument("--limit", type=_positive, default=40, help="images of the test list timed (40)")
-    parser.add_argument("--model", type=_names(MODELS), default=["vit_large_patch16_224"])
+    parser.add_argument("--model", type=_models, default=["vit_large_patch16_224"])
     parser.add_argument("--head", choices=("linear", "atm"), default="linear")
     parser.add_argument("--image-size", type=_positive, default=1024)
     parser.add_argument("--share", type=float, default=2.5, help="patches over tokens (2.5)")
@@ -216,6 +232,9 @@ def step(args: Sequence[str]) -> None:
         options = parser.parse_args(args)
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
+    from ..engine import distributed
+    from .step import bench_checkpoints, bench_step
+
     device, output = distributed.start(options.device), _folder(options.output)
     print(report.machine(device))
     case = {"rounds": options.rounds, "device": device}
@@ -272,8 +291,16 @@ def _names(known: Collection[str] = ()) -> Callable[[str | list[str]], list[str]
 
 def _sized(word: str, sizes: dict) -> tuple[str, dict]:
     """NAME:SIZE=VALUE:... -> a model's name and its sizes, with these. Raises ConfigError."""
+    from .accuracy import setting
+
     name, *parts = word.split(":")
     return name, sizes | dict(setting(part, f"--models {word}") for part in parts)
+
+
+def _models(value: str | list[str]) -> list[str]:
+    from ..models.zoo import MODELS
+
+    return _names(MODELS)(value)
 
 
 def _numbers(least: int) -> Callable[[str | list[int]], list[int]]:

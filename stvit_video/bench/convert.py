@@ -19,17 +19,7 @@ from ..figures import draw_conversion
 from ..models.zoo import create_model, multiply_adds
 from ..weights import classes_of, load_weights, model_of
 from .accuracy import variant
-
-# How semantic tokens start ("merge1": with one semantic layer), and "pool": average pooling in their place,
-# the control.
-STARTS = {
-    "merge": {"pool": "merge", "semantic_proportional": True},
-    "merge1": {"pool": "merge", "semantic_proportional": True, "semantic_layers": 1},
-    "grid": {"pool": "grid", "semantic_proportional": True},
-    "avg": {"pool": "avg", "semantic_proportional": False},
-    "max": {"pool": "max", "semantic_proportional": False},
-    "pool": {"pool": "avg", "reducer": "pool"},
-}
+from .commands import STARTS
 
 
 def bench_convert(

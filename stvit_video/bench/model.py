@@ -31,8 +31,8 @@ from ..engine.uploads import Uploads
 from ..models.embed import clip_size
 from ..models.zoo import create_model, multiply_adds
 from ..tasks.classification import Classification
+from .commands import MODES
 
-MODES = ("forward", "training")
 LATENCIES = 20  # single clips timed, at least, for a 95th percentile
 SHORTEST = 0.1  # seconds of a round of one case: what is faster is called more often
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns of the reference product

@@ -7,14 +7,16 @@ import platform
 from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from ..errors import InputError
 
 
-def machine(device: torch.device) -> str:
-    """One line: device, cores and threads, and versions of what does the work."""
+def machine(device: Any) -> str:
+    """One line: device (torch's, or its name), cores and threads, and versions of what does the work."""
+    import torch  # takes a second, which the flags of a benchmark do not wait for
+
+    device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return (
         f"{name}; {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} "

@@ -27,6 +27,7 @@ from ..engine.device import pick_device, pick_precision
 from ..engine.evaluate import score
 from ..errors import DecodeError, InputError
 from ..files import read_torch, written_whole
+from ..tasks import TASKS
 from .common import output_names
 
 PERSON, CLASSES = 1, 91  # of COCO, as torchvision's detectors count
@@ -45,7 +46,7 @@ def write_actions(paths: Sequence[Path], folder: Path, options: Any) -> int:
     scoring = replace(config.eval, proposals=options.proposals, excluded=None)
     config = replace(config, data=data, eval=scoring)
     task = build.build_task(config, class_names).to(device)
-    if task.heads != ("actions",):
+    if TASKS[config.task].heads != ("actions",):
         raise InputError(f"{options.checkpoint}: was trained for task={config.task}: not for actions")
     if options.detector:
         finder, task.proposals = read_detector(Path(options.detector)).to(device).eval(), {}

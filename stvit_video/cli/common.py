@@ -1,47 +1,79 @@
 """What commands share: how they end, what they read, where they write."""
 
+import functools
 import hashlib
+import importlib
 import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from ..data.media import IMAGE_SUFFIXES
-from ..data.shards import find_shards, index_shards
-from ..engine import distributed
 from ..errors import InputError
 
 LISTS = (".txt", ".csv", ".json")
+DISTRIBUTED = "stvit_video.engine.distributed"  # slow to import: asked once the work has imported it
 
 
-def command(function):
-    """A command that tells what its user got wrong in one line and exits with code 2.
+def command(work: str) -> Callable[[Callable[[Sequence[str]], tuple]], Callable[..., None]]:
+    """A command, of a function that reads its flags: `work` is called with what that returns.
 
-    A failure in a group of processes is printed, and ends this process at once.
+    work: MODULE.FUNCTION of this package, imported once the flags are right.
+    What its user got wrong is told in one line, and the exit code is 2. A failure in a group of processes
+    is printed, and ends this process at once.
     """
 
-    def run(args: Sequence[str] | None = None) -> None:
-        try:
-            distributed.recorded(function)(sys.argv[1:] if args is None else args)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            distributed.leave(2)
-        except KeyboardInterrupt:
-            distributed.leave(130)
-        except SystemExit as stop:
-            distributed.leave(stop.code)
-        except Exception:  # a bug: raised on, but in a group of processes nobody may wait for this one
-            if not distributed.in_group():
-                raise
-            traceback.print_exc()
-            distributed.leave(1)
-        distributed.stop()
+    def decorator(flags: Callable[[Sequence[str]], tuple]) -> Callable[..., None]:
+        @functools.wraps(flags)
+        def run(args: Sequence[str] | None = None) -> None:
+            try:
+                _recorded(_do)(work, flags, sys.argv[1:] if args is None else args)
+            except InputError as error:
+                print(f"error: {error}", file=sys.stderr)
+                _leave(2)
+            except KeyboardInterrupt:
+                _leave(130)
+            except SystemExit as stop:
+                _leave(stop.code)
+            except Exception:  # a bug: raised on, but in a group of processes nobody may wait for this one
+                if not _in_group():
+                    raise
+                traceback.print_exc()
+                _leave(1)
+            if _in_group():
+                sys.modules[DISTRIBUTED].stop()
 
-    run.__doc__ = function.__doc__
-    run.__name__ = function.__name__
-    return run
+        return run
+
+    return decorator
+
+
+def _do(work: str, flags: Callable[[Sequence[str]], tuple], args: Sequence[str]) -> None:
+    options = flags(args)
+    module, _, function = work.rpartition(".")
+    getattr(importlib.import_module(f"stvit_video.{module}"), function)(*options)
+
+
+def _recorded(function: Callable) -> Callable:
+    """Under torchrun: `function`, whose exceptions are then in torchrun's summary of the job."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return function
+    from torch.distributed.elastic.multiprocessing.errors import record  # slow to import
+
+    return record(function)
+
+
+def _in_group() -> bool:
+    """Whether other processes may wait for this one; none does before the work is imported."""
+    return DISTRIBUTED in sys.modules and sys.modules[DISTRIBUTED].in_group()
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit; in a group at once, see `distributed.leave`."""
+    sys.modules[DISTRIBUTED].leave(code) if _in_group() else sys.exit(code)
 
 
 def make_folder(path: Path) -> None:
@@ -74,11 +106,12 @@ def output_names(paths: Sequence[Path]) -> list[str]:
 def videos_of(path: Path, suffixes: Collection[str]) -> list[Path]:
     """A file, the videos of a list, those in shards, files with these suffixes in a folder, or else a
     folder of frames. Raises InputError for a folder of neither."""
+    from ..data.annotations import read_rows  # takes seconds to import, which --help need not wait for
+    from ..data.shards import find_shards, index_shards
+
     if shards := find_shards(path):
         return [Path(sample.path) for sample in index_shards(shards)]
     if path.suffix.lower() in LISTS and path.is_file():
-        from ..data.annotations import read_rows  # takes seconds to import, which --help need not wait for
-
         return [Path(row.path) for row in read_rows(path)]
     if not path.is_dir():
         return [path]

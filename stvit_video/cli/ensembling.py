@@ -1,7 +1,6 @@
-"""The command ensemble: several scorings of the same videos as one."""
+"""What the command ensemble does: several scorings of the same videos as one."""
 
-import argparse
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -14,24 +13,13 @@ from ..data.rows import Row
 from ..engine.evaluate import write_report
 from ..engine.job import Outcome
 from ..errors import InputError
-from .common import command, make_folder
+from .common import make_folder
 
 KEYS = ("scores", "labels", "paths", "class_names")
 
 
-@command
-def ensemble(args: Sequence[str]) -> None:
-    """Average the scores of several scorings over all their views, and report as stvit-test does.
-
-    Each was made with --eval.dump_views true, of the same videos and classes: by other checkpoints, or by
-    one with other views. Every view counts the same. A video that some could not read has the others'.
-    """
-    parser = argparse.ArgumentParser(description=ensemble.__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "dumps", nargs="+", metavar="DUMP", help="a views.npz, or a scoring's output folder"
-    )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the report goes")
-    options = parser.parse_args(args)
+def ensemble(options: Namespace) -> None:
+    """Dumps of views, as one report."""
     paths = [Path(name, "views.npz") if Path(name).is_dir() else Path(name) for name in options.dumps]
     output = Path(options.output)
     if output.resolve() in {path.resolve().parent for path in paths}:

@@ -1,9 +1,9 @@
-"""The command export: a checkpoint as one file to deploy."""
+"""What the command export does: a checkpoint as one file to deploy."""
 
-import argparse
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,29 +16,17 @@ from ..config import Config
 from ..data.media import VIDEO_SUFFIXES
 from ..data.rows import Row
 from ..errors import InputError
-from ..export import FORMATS, TOLERANCE, Scores, compare, read, write
+from ..export import FORMATS, Scores, compare, read, write
 from ..files import written_whole
-from .common import command, make_folder, videos_of
+from ..tasks import TASKS
+from . import TOLERANCE
+from .common import make_folder, videos_of
 
 CPU = torch.device("cpu")
 
 
-@command
-def export(args: Sequence[str]) -> None:
-    """Write a checkpoint's model as one ONNX or .pt2 file, and compare the scores of both on real clips.
-
-    Exit code 0: they agree; 1: they do not, and nothing is written; 2: it cannot be exported or read.
-    """
-    parser = argparse.ArgumentParser(description=export.__doc__, allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="which model")
-    parser.add_argument("--to", required=True, metavar="FILE", help="where to: NAME.onnx or NAME.pt2")
-    parser.add_argument("--precision", choices=TOLERANCE, default="fp32", help="of the weights (fp32)")
-    parser.add_argument("--videos", nargs="+", metavar="VIDEO", help="compare on these, not on its list")
-    parser.add_argument("--clips", type=int, default=16, help="clips to compare at most (16)")
-    bounds = ", ".join(f"{name} {bound:g}" for name, bound in TOLERANCE.items())
-    parser.add_argument("--tolerance", type=float, help=f"largest difference of a probability ({bounds})")
-    parser.add_argument("--time", type=int, default=0, metavar="N", help="also time N clips, one by one")
-    flags = parser.parse_args(args)
+def export(flags: Namespace) -> None:
+    """A checkpoint as one file, if that scores alike; exits with 1 where it does not."""
     path = Path(flags.to)
     if path.suffix not in FORMATS:
         raise InputError(f"--to {path}: must end in {' or '.join(FORMATS)}")
@@ -46,7 +34,7 @@ def export(args: Sequence[str]) -> None:
         raise InputError(f"--clips {flags.clips}: must be 1 or more")
     config, class_names, model = build.load_model(flags.checkpoint)
     task = build.build_task(config, class_names)
-    if task.heads != (None,):
+    if TASKS[config.task].heads != (None,):
         raise InputError(
             f"{flags.checkpoint}: task={config.task}; only models that name classes are exported"
         )

@@ -1,4 +1,4 @@
-"""The commands check and shards: lists of videos, looked through and packed."""
+"""What the commands check and shards do: lists of videos, looked through and packed."""
 
 import csv
 import dataclasses
@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import build
-from ..config import ConfigError, make_parser, parse, resolve
+from ..config import Config, ConfigError
 from ..data.check import FileCheck, Finding, check_files, check_labels, clean, summary
 from ..data.encode import H264, Copy, Encoding, Jpeg
 from ..data.rows import Row
 from ..data.write_shards import UNREADABLE, write_shards
 from ..engine.logs import progress
 from ..errors import cause_of
-from .common import command, make_folder
+from .common import make_folder
 
 # Flags that say how videos are encoded, and their bounds.
 ENCODING = {
@@ -30,23 +30,10 @@ ENCODING = {
 }
 
 
-@command
-def check(args: Sequence[str]) -> None:
-    """Check the lists of a config: files missing, unreadable, short or twice there, and wrong labels.
-
-    Exit code 0: all is well; 1: problems, each a line of the csv; 2: settings or a list that make no sense.
-    """
-    parser = make_parser(check.__doc__)
-    parser.add_argument("--thorough", action="store_true", help="Decode every frame, not only the first.")
-    parser.add_argument("--csv", metavar="FILE", help="Where findings go; default: OUTPUT/check.csv.")
-    parser.add_argument(
-        "--write-clean",
-        metavar="LIST",
-        help="Write what nothing is wrong with as a list, of one list only.",
-    )
-    config, flags = parse(parser, args)
-    data = resolve(config).data
-    splits, class_names, unknown = build.read_lists(resolve(config))
+def check(config: Config, flags: Namespace) -> None:
+    """The lists' findings, printed and as csv; exits with 1 where there are some."""
+    data = config.data
+    splits, class_names, unknown = build.read_lists(config)
     if flags.write_clean:
         _check_clean(flags.write_clean, splits)
     path = Path(flags.csv or Path(config.output, "check.csv"))
@@ -95,39 +82,8 @@ def _check_clean(path: str, splits: Mapping[str, Sequence[Row]]) -> None:
     make_folder(Path(path).parent)
 
 
-@command
-def shards(args: Sequence[str]) -> None:
-    """Write a list's videos into WebDataset shards, with the class names beside them.
-
-    Training videos are shuffled (by the seed), as lists are often sorted by class; others keep their order.
-    data.workers processes read, and give a video up after data.timeout seconds. Broken off, the same
-    command goes on. Exit code 1: some videos cannot be read; they are left out, and in unreadable.csv.
-    """
-    parser = make_parser(shards.__doc__)
-    parser.add_argument("--split", choices=("train", "val", "test"), default="train", help="Which list.")
-    parser.add_argument("--to", required=True, metavar="FOLDER", help="Where to; a new folder.")
-    parser.add_argument("--videos", type=int, default=1000, help="Videos of a shard, at most.")
-    parser.add_argument(
-        "--megabytes", type=int, default=1000, help="Of the list's files to a shard, at most."
-    )
-    parser.add_argument("--frames", choices=("jpeg",), help="Store videos as frames. Default: as they are.")
-    parser.add_argument("--recode", choices=("h264",), help="Encode videos again.")
-    parser.add_argument(
-        "--short-side",
-        type=int | None,
-        default=256,
-        help="Larger frames are made smaller to this; null: none are.",
-    )
-    parser.add_argument("--quality", type=int, default=85, help="Of --frames jpeg, 1 to 100.")
-    parser.add_argument("--every", type=int, default=1, help="Of --frames: keep every so many frames one.")
-    parser.add_argument(
-        "--gop", type=int, default=16, help="Of --recode: a key frame every so many frames."
-    )
-    parser.add_argument(
-        "--crf", type=int, default=23, help="Of --recode: quality, from 0 (the best) to 51."
-    )
-    parser.add_argument("--tune", choices=("fastdecode", "none"), default="fastdecode", help="Of --recode.")
-    config, flags = parse(parser, args)
+def shards(config: Config, flags: Namespace) -> None:
+    """A list as shards; exits with 1 where videos could not be read."""
     if min(flags.videos, flags.megabytes) < 1:
         raise ConfigError(f"--videos {flags.videos} --megabytes {flags.megabytes}: must be 1 or more")
     encode = _encoding(flags)

@@ -1,7 +1,6 @@
-"""The commands curves and compare: several runs in one picture, or on one page."""
+"""What the commands curves and compare do: several runs in one picture, or on one page."""
 
-import argparse
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 
 from ..engine.logs import read_log
@@ -9,16 +8,11 @@ from ..errors import InputError
 from ..figures import draw_comparison
 from ..reports.compare import compare as write_comparison
 from ..reports.compare import read_scoring
-from .common import command, make_folder
+from .common import make_folder
 
 
-@command
-def curves(args: Sequence[str]) -> None:
-    """Draw the learning curves of several runs into one picture."""
-    parser = argparse.ArgumentParser(description=curves.__doc__, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's output folder; or NAME=FOLDER")
-    parser.add_argument("--picture", required=True, metavar="FILE.png", help="where to")
-    options = parser.parse_args(args)
+def curves(options: Namespace) -> None:
+    """Logs, as one picture."""
     runs = {}
     for name, folder in map(_named, options.runs):
         log = folder / "log.jsonl"
@@ -30,15 +24,8 @@ def curves(args: Sequence[str]) -> None:
     print(options.picture)
 
 
-@command
-def compare(args: Sequence[str]) -> None:
-    """Compare scorings of the same videos on one page: figures with intervals, tests, where they differ."""
-    parser = argparse.ArgumentParser(description=compare.__doc__, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a scoring's output folder; or NAME=FOLDER")
-    parser.add_argument("--to", required=True, metavar="FILE.html", help="where to")
-    parser.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
-    options = parser.parse_args(args)
+def compare(options: Namespace) -> None:
+    """Scorings, as one page."""
     named = [_named(word) for word in options.runs]
     if len(named) < 2:
         raise InputError(f"{options.runs[0]}: one run; to compare takes two or more")

@@ -1,34 +1,24 @@
-"""The command test: scores of a list's videos."""
+"""What the command test does: scores of a list's videos."""
 
 import time
-from collections.abc import Collection, Sequence
+from argparse import Namespace
+from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
 
 from .. import build
-from ..config import Config, ConfigError, make_parser, parse, resolve, task_settings, to_dict
+from ..config import Config, ConfigError, task_settings, to_dict
 from ..engine import distributed
 from ..engine.device import pick_precision
 from ..engine.evaluate import Shares, score, write_report
-from ..weights import Pixels
-from .common import command, make_folder
+from ..pixels import Pixels
+from .common import make_folder
 from .training import introduce, start
 
 
-@command
-def test(args: Sequence[str]) -> None:
-    """Score a checkpoint: every video once, its scores averaged over its views.
-
-    A run's checkpoint says which model, sampling, image size and normalisation; the settings say which list
-    and views, and where the report goes. With another project's weights (--model.weights) they say all.
-    """
-    parser = make_parser(test.__doc__)
-    parser.add_argument("--checkpoint", metavar="FILE", help="A run's, to score; or give --model.weights.")
-    config, flags = parse(parser, args)
-    config = resolve(config)
+def test(config: Config, flags: Namespace) -> None:
+    """A list's scores and the report on them."""
     started = time.perf_counter()
-    if flags.checkpoint is not None and "model.weights" in flags.asked:
-        raise ConfigError("--checkpoint or --model.weights, not both: which of them is to be scored?")
     if flags.checkpoint is not None:
         own, class_names, model = build.load_model(flags.checkpoint)
         config = _with_checkpoint(config, own, flags.asked)
@@ -37,8 +27,6 @@ def test(args: Sequence[str]) -> None:
                 f"--data.class_names {config.data.class_names}: names other classes than the checkpoint's, "
                 f"whose first is {class_names[0]!r}"
             )
-    elif config.model.weights is None:
-        raise ConfigError("nothing to score: give --checkpoint FILE or --model.weights FILE")
     device = start(config)
     output = Path(config.output)
     make_folder(output)

@@ -1,39 +1,21 @@
-"""The command page: a model to try in the browser."""
+"""What the command page does: a model to try in the browser."""
 
-import argparse
 import signal
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 
+from ..build import read_split
 from ..data.media import VIDEO_SUFFIXES
 from ..errors import InputError
-from .common import command, videos_of
+from ..recognizer import Recognizer
+from .common import videos_of
 
 EXAMPLES = 24
 
 
-@command
-def page(args: Sequence[str]) -> None:
-    """Open a page on this machine: drop a video, see its classes, its timeline and what the tokens took."""
-    parser = argparse.ArgumentParser(description=page.__doc__, allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="which model")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: CUDA where there is one")
-    parser.add_argument("--host", default="127.0.0.1", help="who may come (127.0.0.1: this machine alone)")
-    parser.add_argument("--port", type=int, default=7860, help="(7860)")
-    parser.add_argument(
-        "--examples", metavar="FOLDER", help="videos to choose; default: the validation list's"
-    )
-    parser.add_argument("--max-megabytes", type=float, default=200, help="of an upload (200)")
-    parser.add_argument("--max-seconds", type=float, default=600, help="that a video may last (600)")
-    parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for a video (60)")
-    options = parser.parse_args(args)
-    for name in ("max_megabytes", "max_seconds", "timeout"):
-        if not 0 < getattr(options, name) < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be more than 0")
-    if not 0 < options.port < 1 << 16:
-        parser.error(f"--port {options.port}: must be from 1 to 65535")
+def page(options: Namespace) -> None:
+    """A checkpoint, served until Ctrl-C."""
     from ..page import build  # gradio takes seconds to import, and may be absent
-    from ..recognizer import Recognizer
 
     recognize = Recognizer(options.checkpoint, device=options.device, timeout=options.timeout)
     folder = options.examples
@@ -55,8 +37,6 @@ def page(args: Sequence[str]) -> None:
 
 def validated(config) -> list[Path]:
     """The checkpoint's validation videos that are files here; none where there are none."""
-    from ..build import read_split
-
     try:
         source = config.data.train if config.data.hold_back and not config.data.val else config.data.val
         exists = source is not None and Path(source).exists()  # a demo set is not rendered

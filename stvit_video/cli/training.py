@@ -1,14 +1,14 @@
-"""The command train; and how a run begins, which scoring shares."""
+"""What the command train does; and how a run begins, which scoring shares."""
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 import yaml
 
 from .. import build
-from ..config import Config, make_parser, parse, resolve, settle_pixels
+from ..config import Config, settle_pixels
 from ..engine import checkpoint as checkpoints
 from ..engine import distributed
 from ..engine.device import pick_precision, set_up
@@ -17,7 +17,7 @@ from ..engine.train import fit
 from ..models.zoo import changed_sizes, multiply_adds
 from ..resume import check_resume, discard_run, find_run, model_of_run
 from ..weights import LoadReport, pixels_of_toolbox
-from .common import command, make_folder
+from .common import make_folder
 
 
 def start(config: Config) -> torch.device:
@@ -53,14 +53,8 @@ def introduce(
         weights.write(Path(config.output, "weights.json"))
 
 
-@command
-def train(args: Sequence[str]) -> None:
-    """Train a model, and validate it with one view as it goes."""
-    parser = make_parser(train.__doc__)
-    parser.add_argument("--resume", action="store_true", help="Continue the run in output, if any.")
-    parser.add_argument("--overwrite", action="store_true", help="Start anew although output holds a run.")
-    config, flags = parse(parser, args)
-    config = resolve(config)
+def train(config: Config, flags: Namespace) -> None:
+    """A run, from its settings to its checkpoints."""
     device = start(config)
     output = Path(config.output)
     last = output / checkpoints.LAST

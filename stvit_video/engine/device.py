@@ -8,10 +8,9 @@ from typing import Literal
 import torch
 
 from ..errors import InputError
+from .settings import MatmulPrecision, Precision
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-MatmulPrecision = Literal["highest", "high", "medium"]
 
 
 def pick_device(name: str = "auto") -> torch.device:

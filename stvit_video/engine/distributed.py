@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -75,15 +75,6 @@ def leave(code: int) -> NoReturn:
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(code)
-
-
-def recorded(function: Callable) -> Callable:
-    """Under torchrun: `function`, whose exceptions are then in torchrun's summary of the job."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return function
-    from torch.distributed.elastic.multiprocessing.errors import record  # slow to import
-
-    return record(function)
 
 
 def in_group() -> bool:

@@ -21,19 +21,14 @@ Figures = dict[str, Any]  # numbers; or, by class, a dict of them
 class Task(Protocol):
     """What is learnt and how it is scored. The loop and the scorer know no more of a task than this.
 
-    Settings: a dataclass of the settings that only this task has; they are read as `train.*`. A task may
-        also have `Scoring`, which is read as `eval.*` and given to it as `scoring`.
     watched: the figures that a validation logs and draws; the highest of the first picks `best.pt`.
     outputs: how many outputs the model has for it (`num_classes`).
-    heads: names in `models.zoo.HEADS` that give such outputs, the default first; (None,): the classifier's.
     items: what a row of its lists is, in the plural.
     twins: what mirroring does to the classes; None: nothing (it is asked for with `data.flip: swap`).
     """
 
-    Settings: type
     watched: tuple[str, ...]
     outputs: int
-    heads: tuple[str | None, ...]
     items: str
     twins: Sequence[int] | None
 

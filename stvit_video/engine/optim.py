@@ -1,7 +1,7 @@
 """AdamW, its parameter groups and the schedules, all timm's; and the rule that scales lr."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -10,8 +10,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ..errors import InputError
+from .settings import Schedule
 
-Schedule = Literal["cosine", "poly", "steps"]
 POWER = 0.9  # of "poly", as in the segmentation recipes of mmsegmentation
 
 

@@ -6,7 +6,7 @@ All functions here are collective: every rank calls them.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import InputError
 from ..models.layers import Block
 from . import distributed
-
-Parallel = Literal["ddp", "fsdp2"]
+from .settings import Parallel
 
 
 def wrap(

@@ -3,7 +3,7 @@
 A reducer is made from the grid of patches and the width, and its sizes are its keyword arguments. It is
 called with the tokens, the next blocks, `layers` of them, which it uses up, and the clip; it returns tokens
 that say which patches each stands for. It takes tokens at any depth, reduced or padded before. A new one
-is a class and its line in `REDUCERS`.
+is a class, its line in `REDUCERS` and its name in `Sizes.reducer`.
 """
 
 import math

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ..bounds import Range
-from .reducers import REDUCERS
 
 Auto = Literal["auto"]
 Count = Annotated[int, Range(1)]
 Three = Annotated[tuple[int, int, int], Range(1)]
+Inflate = Literal["average", "centre"]
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Sizes:
     """By what pixels were divided, for contrast in units of 0 to 1; null: ImageNet's."""
     semantic_tokens: Three | None | Auto = "auto"
     """How many semantic tokens (time, height, width; Swin: of each window); null: the dense backbone."""
-    reducer: Literal[*REDUCERS] | Auto = "auto"
+    reducer: Literal["semantic", "pool", "random", "tome"] | Auto = "auto"
     """What makes them (ViT): attention, or a control: pooling alone, random patches, token merging."""
     base_depth: Annotated[int, Range(0)] | Auto = "auto"
     """Layers on all patches, before the semantic ones (Swin: of stage 3)."""

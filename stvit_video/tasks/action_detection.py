@@ -2,10 +2,9 @@
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,36 +12,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..bounds import Range
 from ..data import ava
 from ..data.key_frames import KeyFrame, KeyFrameViews, Resized
 from ..data.transforms import Normalise, TrainTransform
 from ..data.views import Sampling
 from ..errors import DecodeError, InputError
 from ..figures import draw_boxes
+from . import ActionScoring, NoSettings
 from .frame_map import Detections, average_precision, average_precisions, detections, hits
 
 PICTURED = 3  # key frames of each kind
-
-
-@dataclass
-class Settings:
-    pass
-
-
-@dataclass
-class Scoring:
-    proposals: str | None = None
-    """Action detection: csv of people's boxes that are scored; null: the list's boxes."""
-    proposal_score: Annotated[float, Range(0, 1)] = 0.8
-    """Action detection: lowest score of a proposal that counts."""
-    excluded: str | None = None
-    """Action detection: csv of the key frames that do not count (video, second)."""
-    scored_classes: str | None = None
-    """Action detection: label map of the classes that count; null: all."""
-    keep_shape: bool = False
-    """Action detection: frames keep their shape, with a short side of data.image_size / eval.crop_ratio:
-    for Swin, which takes any; false: all of a frame is made the model's square."""
 
 
 class ActionDetection:
@@ -56,24 +35,23 @@ class ActionDetection:
     on_failure: a key frame that cannot be read counts as "wrong" (nothing is detected), or is left out.
     """
 
-    Settings, Scoring = Settings, Scoring
     watched = ("mAP",)
-    heads, items = ("actions",), "key frames"
+    items = "key frames"
 
     def __init__(
         self,
         class_names: Sequence[str],
         *,
         normalise: Normalise,
-        settings: Settings | None = None,
-        scoring: Scoring | None = None,
+        settings: NoSettings | None = None,
+        scoring: ActionScoring | None = None,
         view_batch: int = 16,
         on_failure: str = "wrong",
         twins: Sequence[int] | None = None,
         dump_views: bool = False,
     ):
         self.class_names, self.outputs = list(class_names), len(class_names)
-        self.normalise, self.scoring = normalise, scoring or Scoring()
+        self.normalise, self.scoring = normalise, scoring or ActionScoring()
         self.view_batch, self.on_failure, self.twins = view_batch, on_failure, twins
 
     @cached_property

@@ -5,42 +5,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bounds import Range
 from ..data.rows import class_ids
 from ..data.transforms import Mix, Normalise, TestTransform, TrainTransform
 from ..data.views import Sampling, TestViews, TrainViews
 from ..errors import InputError, cause_of
 from ..figures import draw_confusion
 from ..reports.page import write_report_page
-from . import token_counts
-
-
-@dataclass
-class Taught:
-    teacher: str | None = None
-    """Checkpoint of a run with the same clips and classes whose scores are learnt, too (distillation);
-    task=policy learns where its patches agree, whatever its classes."""
-
-
-@dataclass
-class Settings(Taught):
-    label_smoothing: Annotated[float, Range(0, 0.999)] = 0.0
-    """Share of the target that is spread over all classes; of several labels, of each."""
-    erasing: Annotated[float, Range(0, 1)] = 0.0
-    """Share of the clips that lose a random box."""
-    mixup: Annotated[float, Range(0)] = 0.0
-    """Alpha of mixup; 0: none. With cutmix too, they take turns."""
-    cutmix: Annotated[float, Range(0)] = 0.0
-    """Alpha of cutmix; 0: none."""
-    distill: Annotated[float, Range(0, 1)] = 0.5
-    """Share of train.teacher's scores in the loss; the labels have the rest."""
+from . import ClassificationSettings, token_counts
 
 
 class Classification:
@@ -53,23 +31,22 @@ class Classification:
     dump_views: keep the scores of every view, and write them to `views.npz`.
     """
 
-    Settings = Settings
     watched = ("top1", "top5")
-    heads, items = (None,), "videos"
+    items = "videos"
 
     def __init__(
         self,
         class_names: Sequence[str],
         *,
         normalise: Normalise,
-        settings: Settings | None = None,
+        settings: ClassificationSettings | None = None,
         view_batch: int = 16,
         on_failure: str = "wrong",
         twins: Sequence[int] | None = None,
         dump_views: bool = False,
     ):
         self.class_names, self.outputs = list(class_names), len(class_names)
-        self.normalise, self.settings = normalise, settings or Settings()
+        self.normalise, self.settings = normalise, settings or ClassificationSettings()
         self.view_batch, self.on_failure, self.dump_views = view_batch, on_failure, dump_views
         self.twins = twins
         self.teacher: nn.Module | None = None  # in evaluation mode

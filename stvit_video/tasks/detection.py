@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,11 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.transforms import v2
 from torchvision.tv_tensors import TVTensor
 
-from ..bounds import Range
 from ..data.objects import Objects, decode_mask, encode_masks
 from ..data.transforms import Normalise
 from ..data.views import Sampling, WholeView
 from ..errors import DecodeError, InputError
-from . import coco
+from . import DetectionSettings, coco
 
 LONGEST = 5 / 3  # of an image's sides, over data.image_size: as 1333 over 800
 SHOWN = 0.5  # score of objects that are drawn
@@ -35,14 +34,6 @@ class Instance(NamedTuple):
     score: float
     box: tuple[float, float, float, float]
     mask: np.ndarray | None
-
-
-@dataclass
-class Settings:
-    short_sides: tuple[Annotated[int, Range(1)], ...] = ()
-    """Detection: short sides of training images in pixels, one drawn for each; none: data.image_size."""
-    longest_side: Annotated[int, Range(1)] | None = None
-    """Detection: pixels that no side of an image exceeds; null: 5/3 of data.image_size."""
 
 
 @dataclass(frozen=True)
@@ -105,23 +96,22 @@ class Detection:
     model with masks, masks as COCO's compressed run lengths; and the image's size.
     """
 
-    Settings = Settings
     watched = ("AP", "AP50", "mask_AP")
-    heads, items = ("mask_rcnn", "faster_rcnn"), "images"
+    items = "images"
 
     def __init__(
         self,
         class_names: Sequence[str],
         *,
         normalise: Normalise,
-        settings: Settings | None = None,
+        settings: DetectionSettings | None = None,
         view_batch: int = 16,
         on_failure: str = "wrong",
         twins: Sequence[int] | None = None,
         dump_views: bool = False,
     ):
         self.class_names, self.outputs = list(class_names), len(class_names)
-        self.normalise, self.settings = normalise, settings or Settings()
+        self.normalise, self.settings = normalise, settings or DetectionSettings()
         self.on_failure, self.twins = on_failure, twins
 
     def to(self, device: torch.device) -> "Detection":

@@ -1,31 +1,20 @@
 """Policy: which groups of patches are of one class, and can be one token; from segmentation's lists."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bounds import Range
 from ..data.mask_views import Truth
 from ..data.masks import IGNORED
 from ..figures import draw_tokens, show_tokens
-from . import segmentation, token_counts
-from .classification import Taught
+from . import token_counts
 from .segmentation import WORST, Segmentation, as_png, read_png, starts
 from .token_counts import TokenCounts
-
-
-@dataclass
-class Settings(segmentation.Settings, Taught):
-    border_unsure: bool = False
-    """Policy: groups at the border with one class and ignored pixels teach nothing (CTS on ADE20K)."""
-    agreement: Annotated[float, Range(-1, 1)] = 0.9
-    """Policy, with train.teacher: cosine with their mean above which the patches of a group agree."""
 
 
 class Policy(Segmentation):
@@ -35,9 +24,7 @@ class Policy(Segmentation):
     in windows.
     """
 
-    Settings = Settings
     watched = ("f1", "precision", "recall")
-    heads = ("policy",)
     alike = "of one class"
     learnt = "which patches are of one class is to be learnt; without masks, train.teacher says which agree"
 

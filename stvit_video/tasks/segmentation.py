@@ -3,9 +3,8 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,35 +12,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..bounds import Range
 from ..data.mask_views import MaskReader, MaskTestViews, MaskTrainViews, Truth, resize
 from ..data.masks import IGNORED, Masks
 from ..data.transforms import Normalise
 from ..data.views import Sampling
 from ..errors import InputError, cause_of
 from ..figures import BORDER, draw_scenes, draw_tokens, overlay, palette, show_tokens
-from . import token_counts
+from . import SegmentationScoring, SegmentationSettings, token_counts
 from .token_counts import TokenCounts
-
-
-@dataclass
-class Settings:
-    zoom: Annotated[tuple[float, float], Range(0.01, 100)] = (0.5, 2.0)
-    """Segmentation: random scale of training images, from and to; the crop is data.image_size."""
-    max_share: Annotated[float, Range(0.01, 1)] = 0.75
-    """Segmentation: most of a training crop that one class may take, where ten tries give such a crop."""
-    distort: bool = True
-    """Segmentation: change brightness, contrast, saturation and hue of training images at random."""
-
-
-@dataclass
-class Scoring:
-    window_stride: Annotated[int, Range(1)] | None = None
-    """Segmentation: pixels from window to window, of a model that takes one size only; null: 2/3 of one."""
-    zooms: Annotated[tuple[float, ...], Range(0.01, 100)] = (1.0,)
-    """Segmentation: scales of an image whose scores are averaged."""
-    mirrored: bool = False
-    """Segmentation: average with the scores of the mirrored image, too."""
 
 
 class Segmentation:
@@ -53,9 +31,8 @@ class Segmentation:
         are kept in any case.
     """
 
-    Settings, Scoring = Settings, Scoring
     watched = ("mIoU", "accuracy")
-    heads, items = ("linear", "upernet", "atm"), "images"
+    items = "images"
     on_failure = "exclude"
     learnt = "the class of each pixel is to be learnt"
 
@@ -64,8 +41,8 @@ class Segmentation:
         class_names: Sequence[str],
         *,
         normalise: Normalise,
-        settings: Settings | None = None,
-        scoring: Scoring | None = None,
+        settings: SegmentationSettings | None = None,
+        scoring: SegmentationScoring | None = None,
         view_batch: int = 16,
         on_failure: str = "exclude",  # the only one here
         twins: Sequence[int] | None = None,
@@ -73,7 +50,8 @@ class Segmentation:
     ):
         self.class_names, self.outputs = list(class_names), len(class_names)
         self.normalise, self.view_batch, self.twins = normalise, view_batch, twins
-        self.settings, self.scoring = settings or Settings(), scoring or Scoring()
+        self.settings = settings or SegmentationSettings()
+        self.scoring = scoring or SegmentationScoring()
         self.keep_masks = dump_views
 
     def to(self, device: torch.device) -> "Segmentation":

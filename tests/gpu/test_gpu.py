@@ -21,7 +21,8 @@ from stvit_video.engine.job import Job
 from stvit_video.engine.train import LoopConfig, start_run
 from stvit_video.engine.uploads import Uploads
 from stvit_video.models.zoo import create_model
-from stvit_video.tasks.classification import Classification, Settings
+from stvit_video.tasks import ClassificationSettings
+from stvit_video.tasks.classification import Classification
 
 CPU = torch.device("cpu")
 CLIP = {"num_classes": 5, "num_frames": 4, "image_size": 32}
@@ -39,7 +40,7 @@ MODELS = {
     "stvit_video_swin_tiny": SWIN | {"base_depth": 2, "semantic_tokens": (2, 1, 1)},
     "stvit_r_video_swin_small": SWIN | {"semantic_tokens": (2, 1, 1)},
 }
-RECIPE = Settings(label_smoothing=0.1, erasing=0.5, mixup=0.8, cutmix=1.0)
+RECIPE = ClassificationSettings(label_smoothing=0.1, erasing=0.5, mixup=0.8, cutmix=1.0)
 
 
 @pytest.fixture(scope="session")
