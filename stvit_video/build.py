@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import os
 import random
@@ -33,13 +34,13 @@ from .data.transforms import Normalise
 from .data.views import Sampling
 from .engine import checkpoint, distributed
 from .engine.job import Job, Task, Views
-from .models.zoo import create_model
+from .models.zoo import HEADS, MODELS, create_model
 from .tasks import TASKS, Agreement, task_class
 from .weights import LoadReport, Pixels, load_weights, model_of, rebuild
 
 
 def with_model(config: Config) -> Config:
-    """`model.name: auto` as the name and sizes of `model.weights`; sizes that are set stay.
+    """`model.name: auto` as the name and sizes of `model.weights`; task, head and sizes that are set stay.
 
     Raises ConfigError without weights, WeightsError where they do not tell.
     """
@@ -53,7 +54,13 @@ def with_model(config: Config) -> Config:
             sizes["pool"] = "grid"
         elif chosen.get("reducer") == "pool":
             sizes["pool"] = "avg"
-    return replace(config, model=replace(config.model, **sizes | chosen))
+    heads, theirs, head = TASKS[config.task].heads, sizes.pop("head", None), config.model.head
+    if head == "auto":
+        head = theirs if theirs in heads else heads[0]
+    taken = {"name", *MODELS[sizes["name"]].sizes}  # and not what only their head has, as exits
+    taken |= {*inspect.signature(HEADS[head]).parameters} if head in HEADS else set()
+    sizes = {key: value for key, value in sizes.items() if key in taken} | chosen | {"head": head}
+    return replace(config, model=replace(config.model, **sizes))
 
 
 # What renders a demo set, by its folder's name; of other names, clips of one moving shape.

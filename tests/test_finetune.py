@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from test_end_to_end import run
+from test_weights import checkpoint as saved
 from test_weights import own_checkpoint, reference, settled, video
 
 from stvit_video import WeightsError, build, cli, create_model, load_weights
@@ -20,6 +21,7 @@ from stvit_video.config import Config, ConfigError, DataConfig, ModelConfig, mak
 from stvit_video.data.rows import Row, Rows
 from stvit_video.engine import checkpoint
 from stvit_video.errors import InputError
+from stvit_video.files import write_torch
 from stvit_video.recognizer import load_model
 from stvit_video.weights import model_of
 
@@ -79,6 +81,40 @@ def test_sizes_that_are_set_stay(tmp_path):
     assert (model.name, model.pool) == ("stvit_tiny_patch16_224", "avg")
     with pytest.raises(ConfigError, match="model.name=auto is the model of model.weights: give"):
         build.build_model(resolve(parse(make_parser(""), ["--model.name=auto"])[0]), 3)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "task", "head", "ours", "exits"),
+    [
+        ("linear", "segmentation", "auto", "linear", [2]),
+        ("atm", "segmentation", "auto", "atm", [2]),
+        ("linear", "segmentation", "atm", "atm", [2]),
+        ("linear", "segmentation", "upernet", "upernet", "auto"),
+        ("linear", "classification", "auto", None, "auto"),
+        ("policy", "segmentation", "linear", "linear", "auto"),
+        (None, "segmentation", "auto", "linear", "auto"),
+    ],
+)
+def test_the_task_and_head_that_are_asked_for_stand(tmp_path, theirs, task, head, ours, exits):
+    """On the layers of any checkpoint; its other head goes, and the sizes that only that has."""
+    clip, names = {"num_frames": 1, "image_size": 32}, ["a", "b", "c"]
+    tiny = {"patch_size": (1, 8, 8), "embed_dim": 24, "depth": 4, "num_heads": 2}
+    more = {"policy": {"superpatches": "dcts"}, "linear": {"exits": [2]}, "atm": {"exits": [2]}}
+    sizes = clip | tiny | more.get(theirs, {})
+    donor = create_model("vit_tiny_patch16_224", num_classes=3, head=theirs, **sizes)
+    values = saved(donor, Config(data=DataConfig(**clip)), names) | {"built": donor.built}
+    write_torch(tmp_path / "theirs.pt", values)
+    asked = ModelConfig(name="auto", head=head, weights=str(tmp_path / "theirs.pt"))
+    config = build.with_model(Config(task=task, model=asked, data=DataConfig(**clip)))
+    assert (config.model.head, config.model.exits) == (ours, exits)
+    model = build.build_model(config, 3)
+    assert model.built.get("head") == ours
+    if theirs == "policy":
+        return  # which has no layers
+    report = build.load_pretrained(config, model, names)
+    loaded, expected = (getattr(m, "backbone", m).blocks[1].mlp.fc1.weight for m in (model, donor))
+    assert torch.equal(loaded, expected)
+    assert any(name.startswith("head.exits.") for name in report.dropped) == (theirs not in (None, ours))
 
 
 # ---- where weights come from
