@@ -16,6 +16,7 @@ from stvit_video import cli
 from stvit_video.data import check as checks
 from stvit_video.data.annotations import read_rows
 from stvit_video.data.decode import open_video
+from stvit_video.data.rows import Row
 
 
 @pytest.fixture
@@ -204,3 +205,15 @@ def test_a_clean_list_has_what_nothing_is_wrong_with(tmp_path, clips, capsys):
     ):
         assert check(tmp_path, f"--write-clean={tmp_path}/clean.txt", **given)[0] == 2
         assert line in capsys.readouterr().err
+
+
+def test_key_frames_of_one_video_are_no_duplicates(tmp_path, clips, capsys):
+    """One moment of it that stands there twice is."""
+    from stvit_video.data.key_frames import KeyFrame
+
+    rows = [Row(str(clips[0]), KeyFrame("a", float(second), ((0, 0, 1, 1),), ((0,),))) for second in range(9)]
+    assert list(checks.check_labels({"train": rows}, ["stand"])) == []
+    (finding,) = checks.check_labels({"train": rows, "val": rows[3:4]}, ["stand"])
+    assert (finding.split, finding.kind) == ("val", "duplicate")
+    assert len(checks.clean(rows, [])) == 9
+    assert len(checks.clean([*rows, rows[0]], [])) == 9
