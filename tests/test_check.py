@@ -215,7 +215,9 @@ def test_key_frames_of_one_video_are_no_duplicates(tmp_path, clips, capsys):
     """One moment of it that stands there twice is."""
     from stvit_video.data.key_frames import KeyFrame
 
-    rows = [Row(str(clips[0]), KeyFrame("a", float(second), ((0, 0, 1, 1),), ((0,),))) for second in range(9)]
+    rows = [
+        Row(str(clips[0]), KeyFrame("a", float(second), ((0, 0, 1, 1),), ((0,),))) for second in range(9)
+    ]
     assert list(checks.check_labels({"train": rows}, ["stand"])) == []
     (finding,) = checks.check_labels({"train": rows, "val": rows[3:4]}, ["stand"])
     assert (finding.split, finding.kind) == ("val", "duplicate")
@@ -239,4 +241,3 @@ def test_what_no_clean_list_can_hold_is_refused_first(tmp_path, row, line):
         lists._check_clean(file, {"train": [Row("b.mp4", (0, 2)), Row("c.mp4", None), row]})
     raised.value.args[0].encode()
     assert "\n" not in raised.value.args[0]
-
