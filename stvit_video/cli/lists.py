@@ -95,8 +95,8 @@ def _check_clean(path: str, splits: Mapping[str, Sequence[Row]]) -> None:
     for row in (row for rows in splits.values() for row in rows):
         if type(row.target) not in (int, tuple, type(None)):
             raise ConfigError(
-                f"--write-clean {path}: lines of path and label cannot hold the {type(row.target).__name__} "
-                f"of {row.path!r}"
+                f"--write-clean {path}: lines of path and label cannot hold the "
+                f"{type(row.target).__name__} of {row.path!r}"
             )
         if re.search("[\n\r\udc80-\udcff]", row.path):
             raise ConfigError(
