@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -383,23 +382,28 @@ def _stills(rows: Rows, num_frames: int) -> str | None:
 def hold_back(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     """-> the rows to train on, and those to validate on: of each class `share`, rounded, at least one.
 
+    Rows of one video stay together. Where a row has no one class (several, masks, boxes), all are alike.
     Which ones depends on the seed and the class alone. Raises ConfigError where a class has but one video.
     """
-    classes: dict[Any, list[int]] = {}
-    for i, row in enumerate(rows):
-        classes.setdefault(row.target, []).append(i)
+    videos: dict[str, int | None] = {}  # the class of each
+    for row in rows:
+        videos.setdefault(row.path, row.target if isinstance(row.target, int) else None)
+    classes: dict[int | None, list[str]] = {}
+    for path, target in videos.items():
+        classes.setdefault(target, []).append(path)
     held = set()
     for target, members in classes.items():
         count = max(round(share * len(members)), 1)
         if count >= len(members):
-            name = rows.class_names[target] if rows.class_names and isinstance(target, int) else target
+            name = rows.class_names[target] if rows.class_names and target is not None else target
+            of_class = "" if target is None else f" of class {name!r}"
             raise ConfigError(
-                f"data.hold_back={share:g}: of the {len(members)} videos of class {name!r} none would be "
-                "left to train on; give data.val"
+                f"data.hold_back={share:g}: of the {len(members)} videos{of_class} none would be left to "
+                "train on; give data.val"
             )
         held.update(random.Random(f"{seed} {target}").sample(members, count))
-    parts = ([row for i, row in enumerate(rows) if (i in held) == back] for back in (False, True))
-    return tuple(Rows(part, rows.class_names) for part in parts)
+    parts = ([row for row in rows if (row.path in held) == back] for back in (False, True))
+    return tuple(Rows(part, rows.class_names, rows.category_ids) for part in parts)
 
 
 def read_lists(config: Config) -> tuple[dict[str, list[Row]], list[str], dict[str, ListError]]:

@@ -18,6 +18,9 @@ from stvit_video import WeightsError, build, cli, create_model, load_weights
 from stvit_video.cli import training
 from stvit_video.cli.serving import validated
 from stvit_video.config import Config, ConfigError, DataConfig, ModelConfig, make_parser, parse, resolve
+from stvit_video.data.key_frames import KeyFrame
+from stvit_video.data.masks import Masks
+from stvit_video.data.objects import Objects
 from stvit_video.data.rows import Row, Rows
 from stvit_video.engine import checkpoint
 from stvit_video.errors import InputError
@@ -175,6 +178,30 @@ def test_a_share_of_each_class_is_held_back_by_the_seed():
     assert list(build.hold_back(more, 0.1, seed=5)[1])[:-1] == list(held)
     with pytest.raises(ConfigError, match="of the 1 videos of class 'b' none would be left to train on"):
         build.hold_back(Rows([*rows, Row("a.mp4", 2)], ["c", "a", "b"]), 0.1, seed=5)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        lambda i: Masks(f"{i}.png"),
+        lambda i: Objects(i, (8, 8), (i % 2,), ((0, 0, 1, i),)),
+        lambda i: tuple(range(i % 7 + 1)),
+        lambda i: None,
+    ],
+)
+def test_rows_without_one_class_are_held_back_alike(target):
+    rows = Rows((Row(f"{i}.jpg", target(i)) for i in range(40)), ["a", "b"], [3, 5])
+    rest, held = build.hold_back(rows, 0.1, seed=5)
+    assert (len(rest), len(held), held.category_ids) == (36, 4, [3, 5])
+    with pytest.raises(ConfigError, match="of the 1 videos none would be left"):
+        build.hold_back(Rows(rows[:1]), 0.1, seed=5)
+
+
+def test_key_frames_of_a_video_are_held_back_together():
+    rows = Rows(Row(f"{i % 10}.mp4", KeyFrame(str(i % 10), i // 10)) for i in range(70))
+    rest, held = build.hold_back(rows, 0.2, seed=5)
+    assert (len(rest), len(held)) == (56, 14)
+    assert not {row.path for row in rest} & {row.path for row in held}
 
 
 def test_what_is_held_back_is_for_validation_where_no_list_is(demo_root):
