@@ -19,10 +19,13 @@ LISTS = (".txt", ".csv", ".json")
 def command(function):
     """A command that tells what its user got wrong in one line and exits with code 2.
 
-    A failure in a group of processes is printed, and ends this process at once.
+    A failure in a group of processes is printed, and ends this process at once. Names of files that are
+    not UTF-8 are printed as they are.
     """
 
     def run(args: Sequence[str] | None = None) -> None:
+        if hasattr(sys.stdout, "reconfigure") and sys.stdout.errors == "strict":  # stderr never is
+            sys.stdout.reconfigure(errors="surrogateescape")
         try:
             distributed.recorded(function)(sys.argv[1:] if args is None else args)
         except InputError as error:
