@@ -241,6 +241,11 @@ def model_of(source: str | Path | Mapping[str, Any], *, num_frames: int) -> dict
         )
     if not is_vit:
         return {"name": name}
+    if "blocks.0.mlp.fc1.weight" not in state:
+        raise WeightsError(
+            f"{contents.name}: its layers have no mlp.fc1, as those of every model in list_models() have "
+            "(EVA-02 has fc1_g and fc1_x)"
+        )
     tubelet = kernel.shape[2] if kernel.ndim == 5 and kernel.shape[2] > 1 else entry.sizes["patch_size"][0]
     return {
         "name": name,

@@ -66,6 +66,15 @@ def test_the_model_of_videomaes_weights_has_their_positions():
     assert model_of(wide, num_frames=16)["pos_embed"] == "sincos"
 
 
+def test_layers_without_an_ordinary_mlp_are_one_line():
+    eva = {
+        k.replace("fc1.", "fc1_g."): t
+        for k, t in timm.create_model("vit_tiny_patch16_224").state_dict().items()
+    }
+    with pytest.raises(WeightsError, match=r"^state dict: its layers have no mlp.fc1, [^\n]*$"):
+        model_of(eva, num_frames=1)
+
+
 def test_the_model_of_a_checkpoint_is_what_it_was_built_with():
     values = own_checkpoint() | {"built": video().built}
     sizes = model_of(values, num_frames=4)
