@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import os
 import random
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ from .data.transforms import Normalise
 from .data.views import Sampling
 from .engine import checkpoint, distributed
 from .engine.job import Job, Task, Views
-from .models.zoo import create_model
+from .models.zoo import HEADS, MODELS, create_model
 from .pixels import Pixels
 from .tasks import TASKS, task_class
 from .tasks.agreement import Agreement
@@ -41,7 +41,7 @@ from .weights import LoadReport, load_weights, model_of, rebuild
 
 
 def with_model(config: Config) -> Config:
-    """`model.name: auto` as the name and sizes of `model.weights`; sizes that are set stay.
+    """`model.name: auto` as the name and sizes of `model.weights`; task, head and sizes that are set stay.
 
     Raises ConfigError without weights, WeightsError where they do not tell.
     """
@@ -55,7 +55,13 @@ def with_model(config: Config) -> Config:
             sizes["pool"] = "grid"
         elif chosen.get("reducer") == "pool":
             sizes["pool"] = "avg"
-    return replace(config, model=replace(config.model, **sizes | chosen))
+    heads, theirs, head = TASKS[config.task].heads, sizes.pop("head", None), config.model.head
+    if head == "auto":
+        head = theirs if theirs in heads else heads[0]
+    taken = {"name", *MODELS[sizes["name"]].sizes}  # and not what only their head has, as exits
+    taken |= {*inspect.signature(HEADS[head]).parameters} if head in HEADS else set()
+    sizes = {key: value for key, value in sizes.items() if key in taken} | chosen | {"head": head}
+    return replace(config, model=replace(config.model, **sizes))
 
 
 # What renders a demo set, by its folder's name; of other names, clips of one moving shape.
@@ -377,23 +383,28 @@ def _stills(rows: Rows, num_frames: int) -> str | None:
 def hold_back(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     """-> the rows to train on, and those to validate on: of each class `share`, rounded, at least one.
 
+    Rows of one video stay together. Where a row has no one class (several, masks, boxes), all are alike.
     Which ones depends on the seed and the class alone. Raises ConfigError where a class has but one video.
     """
-    classes: dict[Any, list[int]] = {}
-    for i, row in enumerate(rows):
-        classes.setdefault(row.target, []).append(i)
+    videos: dict[str, int | None] = {}  # the class of each
+    for row in rows:
+        videos.setdefault(row.path, row.target if isinstance(row.target, int) else None)
+    classes: dict[int | None, list[str]] = {}
+    for path, target in videos.items():
+        classes.setdefault(target, []).append(path)
     held = set()
     for target, members in classes.items():
         count = max(round(share * len(members)), 1)
         if count >= len(members):
-            name = rows.class_names[target] if rows.class_names and isinstance(target, int) else target
+            name = rows.class_names[target] if rows.class_names and target is not None else target
+            of_class = "" if target is None else f" of class {name!r}"
             raise ConfigError(
-                f"data.hold_back={share:g}: of the {len(members)} videos of class {name!r} none would be "
-                "left to train on; give data.val"
+                f"data.hold_back={share:g}: of the {len(members)} videos{of_class} none would be left to "
+                "train on; give data.val"
             )
         held.update(random.Random(f"{seed} {target}").sample(members, count))
-    parts = ([row for i, row in enumerate(rows) if (i in held) == back] for back in (False, True))
-    return tuple(Rows(part, rows.class_names) for part in parts)
+    parts = ([row for row in rows if (row.path in held) == back] for back in (False, True))
+    return tuple(Rows(part, rows.class_names, rows.category_ids) for part in parts)
 
 
 def read_lists(config: Config) -> tuple[dict[str, list[Row]], list[str], dict[str, ListError]]:

@@ -83,7 +83,8 @@ def load_weights(
 ) -> LoadReport:
     """Load a checkpoint of any known origin into `model`; nothing is changed unless all of it is right.
 
-    A model with a head (`WithHead`) takes a backbone's checkpoint, too: its head is fresh then.
+    A model with a head (`WithHead`) takes a backbone's checkpoint, too: its head is fresh then. So does any
+    model a checkpoint of this toolbox with another head, which is dropped.
 
     source: a file (.pth, .pt, .bin, .safetensors), its contents, a state dict, "timm:NAME", or
         "hf:OWNER/NAME" of the Hugging Face Hub ("hf:OWNER/NAME/FILE": one of several files there).
@@ -102,6 +103,7 @@ def load_weights(
         contents.pixels = pixels_by_name(contents.name)
         if contents.pixels:
             contents.notes.append("its file has a name of timm's: mean, std and interpolation are taken so")
+    dropped = _drop_other_head(contents, model)
     of_backbone = not any(name.startswith("backbone.") for name in contents.state)
     if isinstance(model, WithHead) and of_backbone:
         head = _segvits_heads(model, contents)
@@ -115,8 +117,24 @@ def load_weights(
         report = _fit_into(model.backbone, contents, inflate, (*fresh, *unused), None)
         model.head.load_state_dict(head, strict=False)  # its other tensors stay fresh, as was checked
         report.loaded |= {f"head.{name}": _shape(tensor) for name, tensor in head.items()}
-        return report
-    return _fit_into(model, contents, inflate, fresh, class_names)
+    else:
+        report = _fit_into(model, contents, inflate, fresh, class_names)
+    report.dropped |= dropped
+    return report
+
+
+def _drop_other_head(contents: "_Contents", model: nn.Module) -> dict[str, str]:
+    """Leave the backbone alone of a checkpoint of this toolbox whose head is another than the model's;
+    -> what is dropped."""
+    theirs, ours = contents.built.get("head"), getattr(model, "built", contents.built).get("head")
+    backbone = {k: t for k, t in contents.state.items() if k.startswith("backbone.")}
+    if theirs == ours or not backbone:
+        return {}
+    dropped = {k: _shape(t) for k, t in contents.state.items() if k not in backbone}
+    contents.state = {k.removeprefix("backbone."): t for k, t in backbone.items()}
+    contents.heads = {k.removeprefix("backbone."): n for k, n in contents.heads.items()}
+    contents.class_names, contents.by_class = None, frozenset()
+    return dropped
 
 
 def _segvits_heads(model: WithHead, contents: "_Contents") -> State:
@@ -223,6 +241,11 @@ def model_of(source: str | Path | Mapping[str, Any], *, num_frames: int) -> dict
         )
     if not is_vit:
         return {"name": name}
+    if "blocks.0.mlp.fc1.weight" not in state:
+        raise WeightsError(
+            f"{contents.name}: its layers have no mlp.fc1, as those of every model in list_models() have "
+            "(EVA-02 has fc1_g and fc1_x)"
+        )
     tubelet = kernel.shape[2] if kernel.ndim == 5 and kernel.shape[2] > 1 else entry.sizes["patch_size"][0]
     return {
         "name": name,

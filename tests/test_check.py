@@ -13,9 +13,14 @@ from test_decode import KINDS, SHARED, render
 from test_end_to_end import run
 
 from stvit_video import cli
+from stvit_video.cli import lists
+from stvit_video.config import ConfigError
 from stvit_video.data import check as checks
 from stvit_video.data.annotations import read_rows
 from stvit_video.data.decode import open_video
+from stvit_video.data.masks import Masks
+from stvit_video.data.objects import Objects
+from stvit_video.data.rows import Row
 
 
 @pytest.fixture
@@ -204,3 +209,35 @@ def test_a_clean_list_has_what_nothing_is_wrong_with(tmp_path, clips, capsys):
     ):
         assert check(tmp_path, f"--write-clean={tmp_path}/clean.txt", **given)[0] == 2
         assert line in capsys.readouterr().err
+
+
+def test_key_frames_of_one_video_are_no_duplicates(tmp_path, clips, capsys):
+    """One moment of it that stands there twice is."""
+    from stvit_video.data.key_frames import KeyFrame
+
+    rows = [
+        Row(str(clips[0]), KeyFrame("a", float(second), ((0, 0, 1, 1),), ((0,),))) for second in range(9)
+    ]
+    assert list(checks.check_labels({"train": rows}, ["stand"])) == []
+    (finding,) = checks.check_labels({"train": rows, "val": rows[3:4]}, ["stand"])
+    assert (finding.split, finding.kind) == ("val", "duplicate")
+    assert len(checks.clean(rows, [])) == 9
+    assert len(checks.clean([*rows, rows[0]], [])) == 9
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (Row("a.jpg", Masks("a.png", "ids")), "cannot hold the Masks of 'a.jpg'"),
+        (Row("a.jpg", Objects(1, (8, 8), (0, 1))), "cannot hold the Objects of 'a.jpg'"),
+        (Row("a\nb.mp4", 0), r"'a\\nb.mp4' has a line break in it"),
+        (Row("a\rb.mp4", 0), r"'a\\rb.mp4' has a line break in it"),
+        (Row("\udcff.mp4", (0, 2)), r"'\\udcff.mp4' .* is not UTF-8"),
+    ],
+)
+def test_what_no_clean_list_can_hold_is_refused_first(tmp_path, row, line):
+    file = str(tmp_path / "clean.txt")
+    with pytest.raises(ConfigError, match=line) as raised:
+        lists._check_clean(file, {"train": [Row("b.mp4", (0, 2)), Row("c.mp4", None), row]})
+    raised.value.args[0].encode()
+    assert "\n" not in raised.value.args[0]

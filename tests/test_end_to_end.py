@@ -350,3 +350,15 @@ def test_a_log_cut_off_by_a_kill_can_be_resumed(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"epoch": 1, "kind": "epoch"}\n{"step": 6, "ki')
     RunLog(tmp_path, epoch=1, update=7).close()
     assert read_log(tmp_path / "log.jsonl") == [{"epoch": 1, "kind": "epoch"}]
+
+
+def test_trouble_with_any_name_is_cut_by_its_number(tmp_path):
+    from stvit_video.engine.logs import append_rows, cut_rows
+
+    path, names = tmp_path / "unreadable.csv", ["a\rb.mp4", "c\nd,e.mp4", 'f"\r\ng.mp4', "\udcff.mp4"]
+    append_rows(path, ("epoch", "path"), [(epoch, name) for epoch in (1, 2) for name in names])
+    with open(path, "a") as file:
+        file.write("1,cut o")
+    cut_rows(path, "epoch", 1)
+    with open(path, newline="", errors="surrogateescape") as file:
+        assert list(csv.reader(file)) == [["epoch", "path"], *(["1", name] for name in names)]

@@ -1,9 +1,13 @@
+import os
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from stvit_video import create_model
+from stvit_video.cli.scoring import _state_of
+from stvit_video.config import Config
 from stvit_video.data.annotations import Row
 from stvit_video.data.transforms import Normalise
 from stvit_video.engine import checkpoint
@@ -164,6 +168,23 @@ def test_shares_of_another_scoring_are_not_taken_up(tmp_path):
     assert Shares(tmp_path / "shares", ["best.pt", 4]).read() == {}
     shares.discard()
     assert not (tmp_path / "shares").exists()
+
+
+@pytest.mark.parametrize(
+    "group_and_key", [None, ("model", "policy"), ("train", "teacher"), ("eval", "proposals")]
+)
+def test_shares_know_the_files_that_were_read_by_their_contents(tmp_path, group_and_key):
+    config, file = Config(), tmp_path / "read"
+    if group_and_key:
+        setattr(getattr(config, group_and_key[0]), group_and_key[1], str(file))
+    states, source = [], "hf:them/vit" if group_and_key else str(file)
+    for content in (None, "a", "b", "bb"):
+        if content:
+            file.write_text(content)
+            os.utime(file, ns=(0, len(states)))
+        states.append(_state_of(config, source))
+    assert states[0] == [None] * 4
+    assert len({str(state) for state in states}) == 4
 
 
 def test_a_share_that_cannot_be_written_is_a_warning(tmp_path, capsys):

@@ -11,15 +11,20 @@ import timm
 import torch
 from safetensors.torch import save_file
 from test_end_to_end import run
+from test_weights import checkpoint as saved
 from test_weights import own_checkpoint, reference, settled, video
 
 from stvit_video import WeightsError, build, cli, create_model, load_weights
 from stvit_video.cli import training
 from stvit_video.cli.serving import validated
 from stvit_video.config import Config, ConfigError, DataConfig, ModelConfig, make_parser, parse, resolve
+from stvit_video.data.key_frames import KeyFrame
+from stvit_video.data.masks import Masks
+from stvit_video.data.objects import Objects
 from stvit_video.data.rows import Row, Rows
 from stvit_video.engine import checkpoint
 from stvit_video.errors import InputError
+from stvit_video.files import write_torch
 from stvit_video.recognizer import load_model
 from stvit_video.weights import model_of
 
@@ -61,6 +66,15 @@ def test_the_model_of_videomaes_weights_has_their_positions():
     assert model_of(wide, num_frames=16)["pos_embed"] == "sincos"
 
 
+def test_layers_without_an_ordinary_mlp_are_one_line():
+    eva = {
+        k.replace("fc1.", "fc1_g."): t
+        for k, t in timm.create_model("vit_tiny_patch16_224").state_dict().items()
+    }
+    with pytest.raises(WeightsError, match=r"^state dict: its layers have no mlp.fc1, [^\n]*$"):
+        model_of(eva, num_frames=1)
+
+
 def test_the_model_of_a_checkpoint_is_what_it_was_built_with():
     values = own_checkpoint() | {"built": video().built}
     sizes = model_of(values, num_frames=4)
@@ -79,6 +93,40 @@ def test_sizes_that_are_set_stay(tmp_path):
     assert (model.name, model.pool) == ("stvit_tiny_patch16_224", "avg")
     with pytest.raises(ConfigError, match="model.name=auto is the model of model.weights: give"):
         build.build_model(resolve(parse(make_parser(""), ["--model.name=auto"])[0]), 3)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "task", "head", "ours", "exits"),
+    [
+        ("linear", "segmentation", "auto", "linear", [2]),
+        ("atm", "segmentation", "auto", "atm", [2]),
+        ("linear", "segmentation", "atm", "atm", [2]),
+        ("linear", "segmentation", "upernet", "upernet", "auto"),
+        ("linear", "classification", "auto", None, "auto"),
+        ("policy", "segmentation", "linear", "linear", "auto"),
+        (None, "segmentation", "auto", "linear", "auto"),
+    ],
+)
+def test_the_task_and_head_that_are_asked_for_stand(tmp_path, theirs, task, head, ours, exits):
+    """On the layers of any checkpoint; its other head goes, and the sizes that only that has."""
+    clip, names = {"num_frames": 1, "image_size": 32}, ["a", "b", "c"]
+    tiny = {"patch_size": (1, 8, 8), "embed_dim": 24, "depth": 4, "num_heads": 2}
+    more = {"policy": {"superpatches": "dcts"}, "linear": {"exits": [2]}, "atm": {"exits": [2]}}
+    sizes = clip | tiny | more.get(theirs, {})
+    donor = create_model("vit_tiny_patch16_224", num_classes=3, head=theirs, **sizes)
+    values = saved(donor, Config(data=DataConfig(**clip)), names) | {"built": donor.built}
+    write_torch(tmp_path / "theirs.pt", values)
+    asked = ModelConfig(name="auto", head=head, weights=str(tmp_path / "theirs.pt"))
+    config = build.with_model(Config(task=task, model=asked, data=DataConfig(**clip)))
+    assert (config.model.head, config.model.exits) == (ours, exits)
+    model = build.build_model(config, 3)
+    assert model.built.get("head") == ours
+    if theirs == "policy":
+        return  # which has no layers
+    report = build.load_pretrained(config, model, names)
+    loaded, expected = (getattr(m, "backbone", m).blocks[1].mlp.fc1.weight for m in (model, donor))
+    assert torch.equal(loaded, expected)
+    assert any(name.startswith("head.exits.") for name in report.dropped) == (theirs not in (None, ours))
 
 
 # ---- where weights come from
@@ -139,6 +187,30 @@ def test_a_share_of_each_class_is_held_back_by_the_seed():
     assert list(build.hold_back(more, 0.1, seed=5)[1])[:-1] == list(held)
     with pytest.raises(ConfigError, match="of the 1 videos of class 'b' none would be left to train on"):
         build.hold_back(Rows([*rows, Row("a.mp4", 2)], ["c", "a", "b"]), 0.1, seed=5)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        lambda i: Masks(f"{i}.png"),
+        lambda i: Objects(i, (8, 8), (i % 2,), ((0, 0, 1, i),)),
+        lambda i: tuple(range(i % 7 + 1)),
+        lambda i: None,
+    ],
+)
+def test_rows_without_one_class_are_held_back_alike(target):
+    rows = Rows((Row(f"{i}.jpg", target(i)) for i in range(40)), ["a", "b"], [3, 5])
+    rest, held = build.hold_back(rows, 0.1, seed=5)
+    assert (len(rest), len(held), held.category_ids) == (36, 4, [3, 5])
+    with pytest.raises(ConfigError, match="of the 1 videos none would be left"):
+        build.hold_back(Rows(rows[:1]), 0.1, seed=5)
+
+
+def test_key_frames_of_a_video_are_held_back_together():
+    rows = Rows(Row(f"{i % 10}.mp4", KeyFrame(str(i % 10), i // 10)) for i in range(70))
+    rest, held = build.hold_back(rows, 0.2, seed=5)
+    assert (len(rest), len(held)) == (56, 14)
+    assert not {row.path for row in rest} & {row.path for row in held}
 
 
 def test_what_is_held_back_is_for_validation_where_no_list_is(demo_root):

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from test_runs import wait_for
 from torch import nn
 
 from stvit_video import cli, create_model
+from stvit_video.cli.common import command
 from stvit_video.engine import checkpoint, device, distributed, parallel
 from stvit_video.engine.optim import make_optimizer
 from stvit_video.engine.preemption import Preemption
@@ -408,3 +410,11 @@ def assert_bf16_shards(args):
 def test_shards_in_bfloat16(tmp_path, reducer):
     log = tmp_path / "out.txt"
     assert finish(launch(assert_bf16_shards, reducer, ranks=2, log=log)) == [0, 0], log.read_text()
+
+
+def test_names_that_are_not_utf8_are_printed_as_they_are(monkeypatch):
+    with io.TextIOWrapper(io.BytesIO(), "utf-8", "strict") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        command(lambda args: print(*args))(["\udcff.mp4", "é.mp4"])
+        out.flush()
+        assert out.buffer.getvalue() == b"\xff.mp4 \xc3\xa9.mp4\n"

@@ -4,6 +4,7 @@ import http.server
 import itertools
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stvit_video import Recognizer, create_model
 from stvit_video.cli import train
+from stvit_video.cli.drawing import _of_video
+from stvit_video.data import live
 from stvit_video.data.decode import open_video
 from stvit_video.data.demo import write_mp4
+from stvit_video.data.stream import open_stream
 from stvit_video.errors import DecodeError
 from stvit_video.weights import load_weights
 
@@ -242,3 +246,31 @@ def test_what_cannot_be_streamed(recognize, tmp_path):
     cut.write_bytes(cut.read_bytes()[:-4000])
     with pytest.raises(DecodeError, match="cut.mp4"):
         list(recognize.stream(cut))
+
+
+def test_a_folder_that_goes_is_one_line(tmp_path):
+    (tmp_path / "frames").mkdir()
+    pictures = live._growing(tmp_path / "frames")
+    assert next(pictures) is None
+    (tmp_path / "frames").rmdir()
+    with pytest.raises(DecodeError, match="frames: No such file or directory"):
+        next(pictures)
+
+
+def test_a_video_without_a_frame_is_one_line_and_no_file(tmp_path):
+    """Its header is sound: what is to be drawn is looked at before a file is begun."""
+    path = tmp_path / "a.mp4"
+    write_mp4(path, video(8))
+    content = path.read_bytes()
+    start = content.index(b"mdat") + 4
+    end = content.index(b"moov") - 4 if content.index(b"moov") > start else len(content)
+    path.write_bytes(content[:start] + bytes(end - start) + content[end:])
+    frames = SimpleNamespace(frames=lambda path: ((p.time, p.lasts, None, None) for p in shown(path)))
+
+    def shown(path):
+        with open_stream(path) as stream:
+            yield from stream
+
+    with pytest.raises(DecodeError, match=r"a\.mp4"):
+        list(_of_video(frames, path, tmp_path / "drawn.mp4"))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -23,7 +24,7 @@ from test_unreadable import PLAIN, checkpoint  # noqa: F401
 
 from stvit_video import Moment, Recognizer, Segment, cli, open_video, recognizer, segments
 from stvit_video.cli.common import output_names
-from stvit_video.cli.timeline import subtitles
+from stvit_video.cli.timeline import SUFFIXES, Files, subtitles
 from stvit_video.data import demo, stream
 from stvit_video.data.stream import WindowReader, open_stream
 from stvit_video.data.transforms import TestTransform as CropTransform
@@ -443,6 +444,19 @@ def test_files_that_no_timeline_wrote_stay_as_they_are(tmp_path, checkpoint, cap
         (tmp_path / "x.moments").touch()
         assert predict(checkpoint, tmp_path, video) == 2
         assert video.read_bytes() == before["x.mp4"]
+
+
+def test_an_empty_json_is_not_a_whole_timeline(tmp_path):
+    """What a machine that went down may leave; nor does it stop the next attempt."""
+    (tmp_path / "video.mp4").write_bytes(b"video")
+    files = Files(SimpleNamespace(class_names=("a",)), tmp_path / "video.mp4", tmp_path / "a", {})
+    (tmp_path / "a.json").touch()
+    files._check_place()
+    assert not files._complete()
+    (tmp_path / "a.json").write_text(json.dumps(files.source | {"error": None}))
+    for suffix in SUFFIXES[:-1]:
+        (tmp_path / f"a{suffix}").touch()
+    assert files._complete()
 
 
 def test_two_commands_at_once_do_not_share_files(tmp_path, checkpoint, monkeypatch, capsys):  # noqa: F811

@@ -23,12 +23,14 @@ def command(work: str) -> Callable[[Callable[[Sequence[str]], tuple]], Callable[
 
     work: MODULE.FUNCTION of this package, imported once the flags are right.
     What its user got wrong is told in one line, and the exit code is 2. A failure in a group of processes
-    is printed, and ends this process at once.
+    is printed, and ends this process at once. Names of files that are not UTF-8 are printed as they are.
     """
 
     def decorator(flags: Callable[[Sequence[str]], tuple]) -> Callable[..., None]:
         @functools.wraps(flags)
         def run(args: Sequence[str] | None = None) -> None:
+            if hasattr(sys.stdout, "reconfigure") and sys.stdout.errors == "strict":  # stderr never is
+                sys.stdout.reconfigure(errors="surrogateescape")
             try:
                 _recorded(_do)(work, flags, sys.argv[1:] if args is None else args)
             except InputError as error:

@@ -1,6 +1,7 @@
 """What `stvit-predict` makes of a checkpoint with a head: lines of json, and drawn images and videos."""
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -66,10 +67,14 @@ def _of_video(predict: Predictor, path: Path, picture: Path | None) -> Iterator[
         return
     with open_stream(path) as stream:
         fps = stream.fps
+    frames = predict.frames(path)
+    first = next(frames, None)  # a video without any is an error before a file is begun
+    if first is None:
+        raise DecodeError(f"{path}: no frame in it")
     damage = None
     with written_whole(picture) as part, VideoWriter(part, fps) as out:
         try:
-            for time, lasts, pixels, record in predict.frames(path):
+            for time, lasts, pixels, record in itertools.chain([first], frames):
                 out.add(predict.task.draw(pixels, record), time, lasts)
                 yield {"time": round(time, 4)} | predict.task.plain(record)
         except DecodeError as error:

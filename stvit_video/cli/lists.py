@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import random
+import re
 import sys
 import time
 from argparse import Namespace
@@ -59,8 +60,8 @@ def check(config: Config, flags: Namespace) -> None:
     if flags.write_clean:
         ((split, rows),) = splits.items()
         lines, names = clean(rows, findings), f"{flags.write_clean}.classes"
-        Path(flags.write_clean).write_text("".join(f"{line}\n" for line in lines))
-        Path(names).write_text("".join(f"{name}\n" for name in class_names))
+        for file, content in ((flags.write_clean, lines), (names, class_names)):
+            Path(file).write_text("".join(f"{line}\n" for line in content), "utf-8", "surrogateescape")
         print(
             f"{len(lines)} of {len(rows)} videos: --data.{split} {flags.write_clean} "
             f"--data.class_names {names} --data.root null"
@@ -72,11 +73,23 @@ def check(config: Config, flags: Namespace) -> None:
 
 
 def _check_clean(path: str, splits: Mapping[str, Sequence[Row]]) -> None:
-    """Raises ConfigError where there is no one list to write, or one would be written over."""
+    """Raises ConfigError where there is no one list to write, one would be written over, or its lines,
+    `path label`, cannot hold what the rows say."""
     if len(splits) > 1:
         raise ConfigError(f"--write-clean {path}: one list at a time, not {', '.join(splits)}")
     if any(row.place is not None for rows in splits.values() for row in rows):
         raise ConfigError(f"--write-clean {path}: videos in shards are no files that a list can name")
+    for row in (row for rows in splits.values() for row in rows):
+        if type(row.target) not in (int, tuple, type(None)):
+            raise ConfigError(
+                f"--write-clean {path}: lines of path and label cannot hold the "
+                f"{type(row.target).__name__} of {row.path!r}"
+            )
+        if re.search("[\n\r\udc80-\udcff]", row.path):
+            raise ConfigError(
+                f"--write-clean {path}: {row.path!r} has a line break in it, or is not UTF-8: no list can "
+                "name it"
+            )
     if Path(path).exists():
         raise ConfigError(f"--write-clean {path}: is there already")
     make_folder(Path(path).parent)

@@ -56,7 +56,7 @@ def test(config: Config, flags: Namespace) -> None:
         del settings["data"][key]
     scored = [
         source,
-        _state_of(source),
+        _state_of(config, source),
         class_names,
         build.digest(rows),
         precision,
@@ -128,7 +128,8 @@ def _with_checkpoint(config: Config, own: Config, asked: Collection[str]) -> Con
     return replace(config, seed=own.seed)  # holds the same back
 
 
-def _state_of(source: str) -> list[int] | None:
-    """Size and time of a file: whether it is the one that an earlier scoring read."""
-    path = Path(source)
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
+def _state_of(config: Config, source: str) -> list[list[int] | None]:
+    """Size and time of each file that scores depend on: whether an earlier scoring read the same ones."""
+    names = (source, config.model.policy, config.train.teacher, config.eval.proposals)
+    paths = (Path(name) if name and Path(name).exists() else None for name in names)
+    return [path and [path.stat().st_size, path.stat().st_mtime_ns] for path in paths]

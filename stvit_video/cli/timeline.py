@@ -95,7 +95,10 @@ class Files:
         """Whether all files are there, of this video and settings."""
         if not self._file(".json").exists():
             return False
-        written = json.loads(self._file(".json").read_text())
+        try:
+            written = json.loads(self._file(".json").read_text())
+        except ValueError:  # empty, after the machine went down
+            return False
         same = {key: written.get(key) for key in self.source} == self.source
         return same and written["error"] is None and all(self._file(s).exists() for s in SUFFIXES)
 

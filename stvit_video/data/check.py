@@ -100,7 +100,7 @@ def check_files(
 
 def check_labels(splits: dict[str, Sequence[Row]], class_names: Sequence[str]) -> Iterator[Finding]:
     """Labels out of range, classes without videos, and rows that stand in a list, or in two, twice."""
-    first: dict[str, tuple[str, Any]] = {}
+    first: dict[Any, tuple[str, Any]] = {}
     for split, rows in splits.items():
         seen = set()
         for row in rows:
@@ -110,16 +110,21 @@ def check_labels(splits: dict[str, Sequence[Row]], class_names: Sequence[str]) -
                 if not 0 <= label < len(class_names):
                     cause = f"{row.path}: label {label} is not below {len(class_names)}"
                     yield Finding(split, row.path, "mislabelled", cause)
-            path = os.path.realpath(row.path)
-            if path in first:
-                earlier, target = first[path]
+            key = _key(row)
+            if key in first:
+                earlier, target = first[key]
                 label = "" if target == row.target else f", with label {target}, here {row.target}"
                 cause = f"{row.path}: stands in {earlier} already{label}"
                 yield Finding(split, row.path, "duplicate", cause)
-            first.setdefault(path, (split, row.target))
+            first.setdefault(key, (split, row.target))
         for label in sorted(set(range(len(class_names))) - seen) if seen else ():
             cause = f"class {label}, {class_names[label]!r}, has no videos in {split}"
             yield Finding(split, "", "mislabelled", cause)
+
+
+def _key(row: Row) -> Any:
+    """What may stand in a list once: a file, or a moment of it."""
+    return os.path.realpath(row.path), getattr(row.target, "at", None)
 
 
 def clean(rows: Sequence[Row], findings: Iterable[Finding]) -> list[str]:
@@ -127,16 +132,17 @@ def clean(rows: Sequence[Row], findings: Iterable[Finding]) -> list[str]:
 
     Of a row that stands there twice the first is kept; neither, where their labels differ.
     """
-    first: dict[str, Row] = {}
+    first: dict[Any, Row] = {}
     bad = {finding.path for finding in findings if finding.kind != "duplicate"}
     for row in rows:
-        if first.setdefault(row.path, row).target != row.target:
-            bad.add(row.path)
+        earlier = first.setdefault(_key(row), row)
+        if earlier.target != row.target:
+            bad.add(earlier.path)
     lines = []
-    for path, row in first.items():
-        if path not in bad:
+    for row in first.values():
+        if row.path not in bad:
             label = ",".join(map(str, class_ids(row.target))) or '""'
-            fields = [os.path.abspath(path), row.num_frames, None if row.target is None else label]
+            fields = [os.path.abspath(row.path), row.num_frames, None if row.target is None else label]
             lines.append(" ".join(str(field) for field in fields if field is not None))
     return lines
 

@@ -178,11 +178,15 @@ def _pictures(stream: VideoStream) -> Iterator[Picture]:
 def _growing(folder: Path) -> Iterator[Picture | None]:
     """Images of a folder in natural order, as they come; their time is when they came. None: no new one.
 
-    An image that cannot be read is one that is being written; after `IDLE` seconds it is a DecodeError.
+    An image that cannot be read is one that is being written; after `IDLE` seconds it is a DecodeError, and
+    so is a folder that has gone, at once.
     """
     begun, seen, last = time.monotonic(), set(), time.monotonic()
     while time.monotonic() - last < IDLE:
-        files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        try:
+            files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+        except OSError as error:
+            raise DecodeError(f"{folder}: {error.strerror}") from error
         new = sorted((f for f in files if f.name not in seen and not f.name.startswith(".")), key=natural)
         if not new:
             time.sleep(LOOK)

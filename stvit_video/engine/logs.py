@@ -1,6 +1,7 @@
 """What can be read while a run goes on: a progress bar, `log.jsonl` and TensorBoard events."""
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -44,7 +45,8 @@ def cut_rows(path: Path, column: str, last: int) -> None:
     if not path.exists():
         return
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = list(csv.DictReader(line for line in file if line.endswith("\n")))
+        text = file.read()  # a name may have line breaks of any kind in it
+    rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
     kept = [row for row in rows if int(row[column]) <= last]
     if not kept:
         path.unlink()
