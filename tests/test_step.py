@@ -1,21 +1,28 @@
 """STEP joined to segmentation: heads, exits, counts of tokens, and the policy that is trained for it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launch import finish, launch
 from safetensors.torch import load_file
 from test_end_to_end import assert_same_runs, figures, run, train_in_two
-from test_segmentation import SMALL, batch_of, scenes, task  # noqa: F401
+from test_segmentation import NORMALISE, SMALL, batch_of, scenes, task  # noqa: F401
 from test_superpatches import NET, half_even, wave
 
 from stvit_video import build, cli, create_model
+from stvit_video.config import Config, ModelConfig, to_dict
+from stvit_video.data.batch import Batch
+from stvit_video.data.mask_views import Truth
 from stvit_video.engine import checkpoint
 from stvit_video.files import read_torch, write_torch
 from stvit_video.models.tokens import Tokens
 from stvit_video.recognizer import load_model
-from stvit_video.tasks.token_counts import TokenCounts
+from stvit_video.resume import check_resume
+from stvit_video.tasks.policy import Policy
+from stvit_video.tasks.segmentation import Segmentation
+from stvit_video.tasks.token_counts import TokenCounts, window_map
 from stvit_video.weights import WeightsError, load_weights
 
 VIT = {"num_classes": 3, "num_frames": 1, "image_size": 32, "patch_size": (1, 8, 8), "embed_dim": 24}
@@ -217,6 +224,56 @@ def test_counts_of_windows_are_those_of_their_tokens(tmp_path):
                 assert record["map"][y, x] == first[at][patch] + 2 * last[at][patch]
 
 
+def test_the_map_of_an_image_smaller_than_a_window_is_the_images():
+    model, image = (
+        segmenter(**LINEAR, **CONTRAST),
+        (255 * half_even(1)[0, :, :1, :20, :24].clamp(0, 1)).byte(),
+    )
+    scorer, counts = Segmentation("abc", normalise=NORMALISE), TokenCounts(keep_map=True)
+    scorer.predict(model, image, (1, 20, 24), counts)
+    padded = torch.nn.functional.pad(NORMALISE(image), (0, 8, 0, 12))
+    assert counts.map.equal(window_map(model(padded[None]), 0, (32, 32))[:20, :24])
+    assert counts.map.any()
+
+
+JOINED = VIT | {"num_frames": 4, "base_window": 2, "base_depth": 1, "semantic_tokens": (2, 2, 2)}
+JOINED |= {"superpatch_shapes": [(2, 2, 2), (1, 2, 2)]}
+
+
+def test_tokens_of_chunks_are_those_of_each():
+    torch.manual_seed(0)
+    model = create_model("stvit_tiny_patch16_224", **JOINED, **LINEAR, **CONTRAST).eval()
+    clip = half_even(2)
+    passed = model(clip)
+    for chunk, frames in enumerate((slice(0, 2), slice(2, 4))):
+        tokens = model.backbone.embed(clip[:, :, frames])
+        place = passed.place[:, 32 * chunk : 32 * chunk + 32]
+        assert (place - 32 * chunk).equal(tokens.places())
+    assert passed.place.shape == (2, 64)
+    assert passed.tokens.tolist() == [len(set(place)) for place in passed.place.tolist()]
+    assert passed.tokens[0] < 64
+
+
+def test_the_policy_of_chunks_learns_from_the_masks_of_each():
+    sizes = JOINED | {"superpatches": "dcts", "superpatch_policy": NET, "head": "policy"}
+    model = create_model("stvit_tiny_patch16_224", **sizes)
+    masks = torch.randint(0, 2, (2, 4, 4, 4)).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    each = [
+        model.targets(masks[i : i + 1, part], False) for i in (0, 1) for part in (slice(2), slice(2, 4))
+    ]
+    targets = model.targets(masks, False)
+    for target, parts in zip(targets, zip(*each, strict=True), strict=True):
+        assert target.equal(torch.cat(parts))
+    learner = Policy("ab", normalise=NORMALISE)
+    clips = torch.randint(0, 256, (1, 2, 3, 4, 32, 32), dtype=torch.uint8)
+    assert learner.loss(model, Batch(torch.arange(1), clips, masks[None]))["loss"].isfinite()
+    truths = [Truth(mask.byte(), [0, 1, 2, 3]) for mask in masks]
+    record = learner._record(model.eval(), clips[0], truths, None)
+    assert record["counts"][:, 3].tolist() == [16, 32]  # groups of four chunks
+    assert len(record["tokens_of"]["tokens"]) == 4
+    assert record["tokens_of"]["patches"] == 32
+
+
 # ---- runs
 
 STEP = [
@@ -315,6 +372,15 @@ def test_a_segmenter_takes_the_policy_and_leaves_it_alone(args, policy, tmp_path
         state = state_of_run[kind]
         for name, tensor in theirs.items():
             assert torch.equal(state[f"backbone.superpatches.policy.{name}"], tensor), name
+
+
+def test_a_run_goes_on_where_its_policy_has_moved():
+    """It is not read again."""
+    run = {"seed": 0, "videos": 4, "list": "", "ranks": 1}
+    job = SimpleNamespace(details={"run": run, "class_names": ["a"]}, train_loader=range(4))
+    first, moved = (Config(model=ModelConfig(policy=path)) for path in ("there.pt", "elsewhere.pt"))
+    state = {"config": to_dict(first), "run": run, "class_names": ["a"], "schedule": {}}
+    check_resume(state, moved, job, "last.pt")
 
 
 def test_a_policy_that_does_not_fit(args, policy, tmp_path, capsys):

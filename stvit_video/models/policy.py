@@ -44,8 +44,9 @@ class PolicyTrainer(nn.Module):
         return self.superpatches.policy(cut_clips(as_clip(x), self.frames))
 
     def targets(self, masks: Tensor, unsure_at_border: bool) -> list[Tensor]:
-        """Masks (B, T, H, W) -> see `group_targets`."""
-        return group_targets(masks, self.shapes, self.patch_size, unsure_at_border=unsure_at_border)
+        """Masks (B, T, H, W) -> see `group_targets`; of each chunk, as `forward`."""
+        chunks = masks.unflatten(1, (-1, self.frames)).flatten(0, 1)
+        return group_targets(chunks, self.shapes, self.patch_size, unsure_at_border=unsure_at_border)
 
     def check_teacher(self, teacher: nn.Module) -> None:
         """Raises ValueError for a model whose patches cannot be this one's targets."""

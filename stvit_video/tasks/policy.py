@@ -75,7 +75,8 @@ class Policy(Segmentation):
                 window = (..., slice(y, y + height), slice(x, x + width))
                 logits = model(pixels[window][None])
                 targets = model.targets(masks[window][None], self.settings.border_unsure)
-                tokens.add(model.tokens(logits), [(y, x)], (height, width), size)
+                passed = model.tokens(logits)
+                tokens.add(passed, [(y, x)] * len(passed.place), (height, width), size)  # of each chunk
                 pairs = zip(model.chosen(logits), targets, strict=True)
                 counts = counts + torch.stack([count(*pair) for pair in pairs]).cpu()
         return counts

@@ -73,7 +73,7 @@ class Segmentation:
     ):
         self.class_names, self.outputs = list(class_names), len(class_names)
         self.normalise, self.view_batch, self.twins = normalise, view_batch, twins
-        self.settings, self.scoring = settings or Settings(), scoring or Scoring()
+        self.settings, self.scoring = settings or self.Settings(), scoring or self.Scoring()
         self.keep_masks = dump_views
 
     def to(self, device: torch.device) -> "Segmentation":
@@ -205,7 +205,7 @@ class Segmentation:
             part = places[first : first + self.view_batch]
             windows = torch.stack([clip[..., y : y + height, x : x + width] for y, x in part])
             outputs = model(windows)
-            tokens.add(outputs, part, (height, width), clip.shape[2:])
+            tokens.add(outputs, part, (height, width), size)
             scores = model.scores(outputs, (clip.shape[1], height, width))
             for (y, x), window in zip(part, scores, strict=True):
                 total[..., y : y + height, x : x + width] += window
