@@ -12,7 +12,7 @@ from .engine.job import Job
 
 # What may differ between the parts of a resumed run: it changes neither model nor updates.
 FREE_TO_CHANGE = (
-    *("weights", "inflate", "fresh"),
+    *("weights", "inflate", "fresh", "policy"),
     *("root", "val", "test", "format", "workers", "prefetch", "timeout", "keep", "max_unreadable"),
     *(
         "eval_every",
