@@ -12,10 +12,13 @@ from test_segmentation import NORMALISE, SMALL, batch_of, scenes, task  # noqa: 
 from test_superpatches import NET, half_even, wave
 
 from stvit_video import build, cli, create_model
+from stvit_video.bench.step import bench_step, fix_choice, fix_threshold
 from stvit_video.config import Config, ModelConfig, to_dict
 from stvit_video.data.batch import Batch
 from stvit_video.data.mask_views import Truth
 from stvit_video.engine import checkpoint
+from stvit_video.engine.freeze import train_mode
+from stvit_video.errors import InputError
 from stvit_video.files import read_torch, write_torch
 from stvit_video.models.tokens import Tokens
 from stvit_video.recognizer import load_model
@@ -415,6 +418,32 @@ def test_cts_begins_with_an_imagenet_network():
     assert torch.equal(stem, weights["conv_stem.weight"])
 
 
+@pytest.mark.parametrize(("shapes", "deepest"), [([(1, 4, 4), (1, 2, 2)], 32), ([(1, 2, 2)], 16)])
+def test_the_policy_learns_as_deep_as_its_groups_read_it(shapes, deepest):
+    """A parameter without a gradient among those that learn stops a run on several processes."""
+    sizes = {"superpatches": "dcts", "superpatch_policy": NET, "superpatch_shapes": shapes}
+    model = segmenter(head="policy", **sizes).train()
+    policy = model.superpatches.policy
+    assert max(policy.strides[level] for level in policy.levels) == deepest
+    model.loss(model(images(3)), model.targets(torch.zeros(3, 1, 32, 32), False))["loss"].backward()
+    learns = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert {name for name, p in policy.named_parameters() if p.grad is not None} == learns
+    assert ("backbone.blocks.4.0.conv_pw.weight" in learns) == (deepest == 32)
+    assert {name for name, _ in policy.heads.named_parameters(prefix="heads")} <= learns
+
+
+def test_batch_norms_of_the_policy_need_more_than_one_value():
+    sizes = {"superpatches": "dcts", "superpatch_policy": NET}
+    coarse, fine = (
+        segmenter(head="policy", **sizes, superpatch_shapes=[shape]) for shape in ((1, 4, 4), (1, 2, 2))
+    )
+    with pytest.raises(InputError, match="a batch of 1 image of 32x32 pixels has one value a channel"):
+        coarse.train()(images(1))
+    train_mode(fine)
+    assert fine(images(1))[0].shape == (1, 2, 1, 2, 2)
+    assert coarse(images(2))[0].shape == coarse.eval()(images(2))[0].shape == (2, 2, 1, 1, 1)
+
+
 def test_figures_of_the_policy_are_those_of_a_walk_over_all_groups():
     from stvit_video.data.masks import IGNORED
     from stvit_video.tasks.policy import count, shares
@@ -438,8 +467,6 @@ def test_figures_of_the_policy_are_those_of_a_walk_over_all_groups():
 
 
 def test_the_benchmark_merges_and_lets_leave_as_much_as_it_says():
-    from stvit_video.bench.step import bench_step, fix_choice, fix_threshold
-
     sizes = VIT | {"superpatches": "dcts", "superpatch_policy": NET, "image_size": 64, "exits": [2]}
     model = create_model("vit_tiny_patch16_224", **sizes | LINEAR).eval()
     image = torch.randn(1, 3, 1, 64, 64)
