@@ -1,6 +1,8 @@
 """STEP joined to segmentation: heads, exits, counts of tokens, and the policy that is trained for it."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +14,8 @@ from test_segmentation import NORMALISE, SMALL, batch_of, scenes, task  # noqa: 
 from test_superpatches import NET, half_even, wave
 
 from stvit_video import build, cli, create_model
-from stvit_video.bench.step import bench_step, fix_choice, fix_threshold
-from stvit_video.config import Config, ModelConfig, to_dict
+from stvit_video.bench.step import bench_checkpoints, bench_step, fix_choice, fix_threshold
+from stvit_video.config import Config, ModelConfig, make_parser, parse, resolve, to_dict
 from stvit_video.data.batch import Batch
 from stvit_video.data.mask_views import Truth
 from stvit_video.engine import checkpoint
@@ -485,3 +487,27 @@ def test_the_benchmark_merges_and_lets_leave_as_much_as_it_says():
     assert [row["model"] for row in early] == ["dCTS, linear exit", "dCTS, ATM exit"]
     assert merged["G multiply-adds"] > early[0]["G multiply-adds"]
     assert all(row["images/s"] > 0 for row in early)
+
+
+def test_checkpoints_are_timed_as_they_are_scored(args, scenes, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(scenes, tmp_path / "set")
+    given = [*args, "--train.precision=bf16", f"--data.test={tmp_path}/set/test.txt"]
+    config = resolve(parse(make_parser(""), given)[0])
+    rows, names = build.read_split(config, "test")
+    model = build.build_model(config, len(names))
+    values = {"config": to_dict(config), "class_names": names, "built": model.built, "ema": None}
+    checkpoint.save(tmp_path / "last.pt", values | {"model": model.state_dict()})
+    records, precise = Segmentation.records, []
+
+    def watched(*arguments):
+        precise.append(not torch.is_autocast_enabled("cpu"))
+        return records(*arguments)
+
+    monkeypatch.setattr(Segmentation, "records", watched)
+    case = {"limit": 2, "rounds": 1, "device": torch.device("cpu")}
+    (row,) = bench_checkpoints([tmp_path / "last.pt"], **case)
+    assert row["images/s"] > 0
+    assert precise == [False] * 4  # two batches scored; one counted and timed
+    Path(rows[1].path).write_bytes(b"no image")
+    with pytest.raises(InputError, match="^.*test_0001.*: to compare models, all must be readable$"):
+        bench_checkpoints([tmp_path / "last.pt"], **case)

@@ -217,6 +217,8 @@ def step(args: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
     device, output = distributed.start(options.device), _folder(options.output)
+    if device.type == "cuda":  # as in training
+        set_up(LoopConfig.matmul)
     print(report.machine(device))
     case = {"rounds": options.rounds, "device": device}
     if options.checkpoints:
