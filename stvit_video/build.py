@@ -50,6 +50,8 @@ def with_model(config: Config) -> Config:
     if config.model.weights is None:
         raise ConfigError("model.name=auto is the model of model.weights: give --model.weights FILE")
     sizes, chosen = model_of(config.model.weights, num_frames=config.data.num_frames), config.model.sizes()
+    if sizes.get("superpatches") is None:
+        sizes.pop("superpatch_std", None)  # of none: says nothing about those to come
     if sizes.get("pool") == "merge":  # merged tokens lie on no grid
         if chosen.get("base_window") is not None:
             sizes["pool"] = "grid"
@@ -199,6 +201,16 @@ def load_policy(config: Config, model: nn.Module) -> None:
         ) from None
 
 
+def settle_superpatches(config: Config, model: nn.Module) -> None:
+    """`model.superpatch_std: auto` is `data.std`, once that is settled; `model.built` keeps it."""
+    superpatches = getattr(getattr(model, "backbone", model), "superpatches", None)
+    if superpatches is None or config.model.superpatch_std != "auto":
+        return
+    std = torch.tensor(config.data.std)
+    if not std.equal(superpatches.std):
+        superpatches.std, model.built["superpatch_std"] = std, list(config.data.std)
+
+
 def with_pixels(config: Config, report: LoadReport | None) -> Config:
     """The settings with the pixels of the weights; the report notes what contradicts them."""
     if report is None:
@@ -271,6 +283,7 @@ def build_job(
         )
     report = load_pretrained(config, model, class_names) if pretrained else None
     config = with_pixels(config, report)
+    settle_superpatches(config, model)
     if pretrained:
         load_policy(config, model)
     task = build_task(config, class_names)

@@ -12,7 +12,7 @@ from .engine.job import Job
 
 # What may differ between the parts of a resumed run: it changes neither model nor updates.
 FREE_TO_CHANGE = (
-    *("weights", "inflate", "fresh"),
+    *("weights", "inflate", "fresh", "policy"),
     *("root", "val", "test", "format", "workers", "prefetch", "timeout", "keep", "max_unreadable"),
     *(
         "eval_every",
@@ -61,11 +61,18 @@ def discard_run(output: Path) -> None:
 
 
 def model_of_run(config: Config, state: dict[str, Any]) -> Config:
-    """With `model.name: auto` the run's name, and its sizes where none are set: its weights may be gone."""
-    if config.model.name != "auto":
-        return config
-    before = {k: v for k, v in state["config"]["model"].items() if getattr(config.model, k, None) == "auto"}
+    """What the run's weights decided, which may be gone, where none is set: `model.superpatch_std`, and
+    with `model.name: auto` the name and the sizes."""
+    sizes = state["config"]["model"] if config.model.name == "auto" else {}
+    before = {
+        k: v for k, v in (sizes | _built_std(state)).items() if getattr(config.model, k, None) == "auto"
+    }
     return replace(config, model=replace(config.model, **before))
+
+
+def _built_std(state: dict[str, Any]) -> dict[str, Any]:
+    """`superpatch_std` as the run's model has it: its settings may say auto."""
+    return {k: v for k, v in state.get("built", {}).items() if k == "superpatch_std"}
 
 
 def check_resume(state: dict[str, Any], config: Config, job: Job, path: Path) -> None:
@@ -74,6 +81,7 @@ def check_resume(state: dict[str, Any], config: Config, job: Job, path: Path) ->
     job: what is to go on. Raises ConfigError.
     """
     before, now, run = upgrade(state["config"]), to_dict(config), job.details["run"]
+    before["model"] = before["model"] | _built_std(state)
     if before.get("task", "classification") != config.task:
         raise ConfigError(f"{path}: began with task={before['task']}, cannot go on with {config.task}")
     for key in ("seed", "videos"):

@@ -95,6 +95,14 @@ def test_scores_are_of_0_to_1_and_a_vote_may_go_to_any_class():
     assert Masks(votes, torch.full((1, 2, 1), 99.0)).scores().tolist() == [[[0.0], [1.0]]]
 
 
+def test_autocast_does_not_round_scores():
+    masks = Masks(torch.randn(2, 5, 6).bfloat16(), torch.randn(2, 5, 7).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = masks.scores()
+    assert scores.dtype == torch.float32
+    assert scores.equal(masks.scores())
+
+
 def test_every_parameter_gets_a_gradient_and_clips_are_taken():
     head = ATMHead(24, 12, 2, 2, 2, num_classes=4)
     levels = [Tokens.of(torch.randn(2, *GRID, 24)) for _ in range(2)]

@@ -225,9 +225,31 @@ def test_a_final_factor_weighs_anew_what_was_said_before():
 def test_what_does_not_fit():
     with pytest.raises(ValueError, match="exit_head='tree'"):
         EarlyExits(24, 5, [1], head="tree")
-    with pytest.raises(ValueError, match=r"exits=\[2, 9\]: there are tokens after each of the layers"):
+    with pytest.raises(ValueError, match=r"exits=\[2, 9\]: tokens may leave after each of the layers"):
         exits_of("linear", layers=(2, 9))(vit(), half_even())
     stvit = vit("stvit_tiny_patch16_224", semantic_tokens=(2, 2, 2), base_depth=1)
     with pytest.raises(ValueError, match=r"exits=\[2\]"):
         exits_of("linear", layers=(2,))(stvit, half_even())
-    exits_of("linear", layers=(1, 3, 4), threshold=0.4)(stvit, half_even())
+    exits_of("linear", layers=(4,), threshold=0.4)(stvit, half_even())
+
+
+@pytest.mark.parametrize("pool", ["max", "avg", "grid"])
+def test_who_left_would_be_back_with_new_tokens_of_the_whole_grid(pool):
+    stvit = vit("stvit_tiny_patch16_224", semantic_tokens=(2, 2, 2), base_depth=1, pool=pool)
+    pooled = vit("pool_vit_tiny_patch16_224", semantic_tokens=(2, 2, 2), base_depth=1)
+    drawn = vit("random_vit_tiny_patch16_224", semantic_tokens=(2, 2, 2), base_depth=1)
+    for model, rest in ((stvit, "[3, 4, 5]"), (pooled, "[2, 3, 4, 5]"), (drawn, "[2, 3, 4, 5]")):
+        rule = f"^exits=[1, 4]: tokens may leave after each of the layers {rest}$"
+        with pytest.raises(ValueError, match=rule.replace("[", r"\[").replace("]", r"\]")):
+            exits_of("linear", layers=(1, 4))(model, half_even())
+
+
+@pytest.mark.parametrize("name", ["stvit_tiny_patch16_224", "tome_vit_tiny_patch16_224"])
+def test_who_left_before_tokens_merge_stays_gone(name):
+    sizes = {"pool": "merge"} if name.startswith("stvit") else {}
+    model = vit(name, semantic_tokens=(2, 2, 2), base_depth=1, **sizes)
+    exits = exits_of("linear", layers=(1, 3), threshold=0.6, keep=1)
+    (last,), (first, second) = exits(model, half_even())
+    assert 0 < first.left.sum() < first.left.numel()
+    assert second.active.equal(~first.left)
+    assert (last.places() < 0).equal(first.left | second.left)

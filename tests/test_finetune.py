@@ -26,6 +26,7 @@ from stvit_video.engine import checkpoint
 from stvit_video.errors import InputError
 from stvit_video.files import write_torch
 from stvit_video.recognizer import load_model
+from stvit_video.resume import model_of_run
 from stvit_video.weights import model_of
 
 CLIP = ["--data.num_frames=4", "--data.image_size=32", "--model.semantic_tokens=[2, 2, 2]"]
@@ -294,6 +295,44 @@ def test_one_command_for_ones_own_videos(demo_root, tmp_path, capsys):
     assert {str(path) for path in validated(config)} == held
     (tmp_path / "vit.safetensors").unlink()
     assert run(cli.train, *args, "--resume") == 0
+
+
+def test_contrast_is_of_the_pixels_that_the_weights_bring(demo_root, tmp_path):
+    """Divided by 0.5 here; a run goes on, and a checkpoint scores, with what its model was built with."""
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=9, img_size=32)
+    weights = tmp_path / "vit_tiny_patch16_224_in1k.safetensors"
+    save_file(theirs.state_dict(), weights)
+    args = [f"--data.train={demo_root}/train", f"--model.weights={weights}", *CLIP]
+    args += ["--model.name=auto", "--model.superpatches=contrast", "--data.workers=0", "--device=cpu"]
+    config = resolve(parse(make_parser(""), args)[0])
+    job, _ = build.build_job(config, torch.device("cpu"))
+    assert job.model.superpatches.std.tolist() == [0.5] * 3
+    lines = torch.zeros(1, 3, 4, 32, 32)
+    lines[..., ::2] = 0.1  # in units of 0 to 1: each pixel is 0.05 from the mean
+    rows = job.model.superpatches._pixels(lines / 0.5, (2, 16, 16))
+    scores = dict(
+        zip(job.model.superpatches.shapes, job.model.superpatches.scores(lines, rows), strict=True)
+    )
+    torch.testing.assert_close(scores[1, 2, 2], torch.full((1, 2), -0.05))
+    state = job.details | {"model": job.model.state_dict(), "ema": None}
+    for std, kept in (([0.5] * 3, [0.5] * 3), (None, [0.229, 0.224, 0.225])):  # None: of older versions
+        state["built"] = state["built"] | {"superpatch_std": std}
+        checkpoint.save(tmp_path / "last.pt", state)
+        torch.testing.assert_close(load_model(tmp_path / "last.pt")[2].superpatches.std.tolist(), kept)
+        again = model_of_run(build.with_pixels(config, None), state)
+        resumed, _ = build.build_job(again, torch.device("cpu"), pretrained=False)
+        torch.testing.assert_close(resumed.model.superpatches.std.tolist(), kept)
+        assert resumed.details["built"] == state["built"]
+    dense = job.details["built"] | {"superpatches": None, "superpatch_std": None}
+    values = {
+        "model": create_model(**dense).state_dict(),
+        "ema": None,
+        "built": dense,
+        "format": checkpoint.FORMAT,
+    }
+    torch.save(state | values, tmp_path / "dense.pt")
+    model = replace(config.model, weights=str(tmp_path / "dense.pt"))
+    assert build.with_model(replace(config, model=model)).model.superpatch_std == "auto"
 
 
 @pytest.mark.parametrize(("decay", "told"), [(0.75, True), (1.0, False), (None, False)])

@@ -43,6 +43,18 @@ def test_a_linear_probe_and_the_first_layers():
         freeze(tiny(), 5)
 
 
+@pytest.mark.parametrize("what", ["backbone", 2])
+def test_what_no_pixel_passes_through_stays_frozen(what):
+    """A parameter without a gradient among those that learn stops a run on several processes."""
+    sizes = {k: v for k, v in SIZES.items() if k not in ("base_depth", "semantic_tokens")}
+    model = create_model("vit_tiny_patch16_224", **sizes, head="linear")
+    freeze(model, what)
+    model.loss(model(torch.randn(1, 3, 4, 24, 24)), torch.zeros(1, 4, 24, 24))["loss"].backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == trained_parameters(model)
+    assert "backbone.fc_norm.weight" not in trained_parameters(model)
+    assert "head.linear.weight" in trained_parameters(model)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("layer_decay", [None, 0.8])
 def test_what_is_frozen_stays_and_the_optimiser_knows_nothing_of_it(layer_decay, parallel):

@@ -173,6 +173,14 @@ def test_merging_is_that_of_the_paper(count, n):
         assert sizes[i, j] == (joined[i] == j).sum()
 
 
+def test_autocast_does_not_choose_whom_tokens_join():
+    x, keys = torch.randn(2, 200, 4), torch.randn(2, 200, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = merge_similar(x, keys, 60)
+    for ours, theirs in zip(rounded, merge_similar(x, keys, 60), strict=True):
+        assert ours.equal(theirs)
+
+
 def test_what_is_merged_alike_is_asked_as_often_as_before():
     """Merging tokens that are the same changes nothing, if each is asked as often as it has members."""
     torch.manual_seed(0)

@@ -1,21 +1,33 @@
 """STEP joined to segmentation: heads, exits, counts of tokens, and the policy that is trained for it."""
 
 import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launch import finish, launch
 from safetensors.torch import load_file
 from test_end_to_end import assert_same_runs, figures, run, train_in_two
-from test_segmentation import SMALL, batch_of, scenes, task  # noqa: F401
+from test_segmentation import NORMALISE, SMALL, batch_of, scenes, task  # noqa: F401
 from test_superpatches import NET, half_even, wave
 
 from stvit_video import build, cli, create_model
+from stvit_video.bench.step import bench_checkpoints, bench_step, fix_choice, fix_threshold
+from stvit_video.config import Config, ModelConfig, make_parser, parse, resolve, to_dict
+from stvit_video.data.batch import Batch
+from stvit_video.data.mask_views import Truth
 from stvit_video.engine import checkpoint
+from stvit_video.engine.freeze import train_mode
+from stvit_video.errors import InputError
 from stvit_video.files import read_torch, write_torch
 from stvit_video.models.tokens import Tokens
 from stvit_video.recognizer import load_model
-from stvit_video.tasks.token_counts import TokenCounts
+from stvit_video.resume import check_resume
+from stvit_video.tasks.policy import Policy
+from stvit_video.tasks.segmentation import Segmentation
+from stvit_video.tasks.token_counts import TokenCounts, window_map
 from stvit_video.weights import WeightsError, load_weights
 
 VIT = {"num_classes": 3, "num_frames": 1, "image_size": 32, "patch_size": (1, 8, 8), "embed_dim": 24}
@@ -217,6 +229,56 @@ def test_counts_of_windows_are_those_of_their_tokens(tmp_path):
                 assert record["map"][y, x] == first[at][patch] + 2 * last[at][patch]
 
 
+def test_the_map_of_an_image_smaller_than_a_window_is_the_images():
+    model, image = (
+        segmenter(**LINEAR, **CONTRAST),
+        (255 * half_even(1)[0, :, :1, :20, :24].clamp(0, 1)).byte(),
+    )
+    scorer, counts = Segmentation("abc", normalise=NORMALISE), TokenCounts(keep_map=True)
+    scorer.predict(model, image, (1, 20, 24), counts)
+    padded = torch.nn.functional.pad(NORMALISE(image), (0, 8, 0, 12))
+    assert counts.map.equal(window_map(model(padded[None]), 0, (32, 32))[:20, :24])
+    assert counts.map.any()
+
+
+JOINED = VIT | {"num_frames": 4, "base_window": 2, "base_depth": 1, "semantic_tokens": (2, 2, 2)}
+JOINED |= {"superpatch_shapes": [(2, 2, 2), (1, 2, 2)]}
+
+
+def test_tokens_of_chunks_are_those_of_each():
+    torch.manual_seed(0)
+    model = create_model("stvit_tiny_patch16_224", **JOINED, **LINEAR, **CONTRAST).eval()
+    clip = half_even(2)
+    passed = model(clip)
+    for chunk, frames in enumerate((slice(0, 2), slice(2, 4))):
+        tokens = model.backbone.embed(clip[:, :, frames])
+        place = passed.place[:, 32 * chunk : 32 * chunk + 32]
+        assert (place - 32 * chunk).equal(tokens.places())
+    assert passed.place.shape == (2, 64)
+    assert passed.tokens.tolist() == [len(set(place)) for place in passed.place.tolist()]
+    assert passed.tokens[0] < 64
+
+
+def test_the_policy_of_chunks_learns_from_the_masks_of_each():
+    sizes = JOINED | {"superpatches": "dcts", "superpatch_policy": NET, "head": "policy"}
+    model = create_model("stvit_tiny_patch16_224", **sizes)
+    masks = torch.randint(0, 2, (2, 4, 4, 4)).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    each = [
+        model.targets(masks[i : i + 1, part], False) for i in (0, 1) for part in (slice(2), slice(2, 4))
+    ]
+    targets = model.targets(masks, False)
+    for target, parts in zip(targets, zip(*each, strict=True), strict=True):
+        assert target.equal(torch.cat(parts))
+    learner = Policy("ab", normalise=NORMALISE)
+    clips = torch.randint(0, 256, (1, 2, 3, 4, 32, 32), dtype=torch.uint8)
+    assert learner.loss(model, Batch(torch.arange(1), clips, masks[None]))["loss"].isfinite()
+    truths = [Truth(mask.byte(), [0, 1, 2, 3]) for mask in masks]
+    record = learner._record(model.eval(), clips[0], truths, None)
+    assert record["counts"][:, 3].tolist() == [16, 32]  # groups of four chunks
+    assert len(record["tokens_of"]["tokens"]) == 4
+    assert record["tokens_of"]["patches"] == 32
+
+
 # ---- runs
 
 STEP = [
@@ -317,6 +379,15 @@ def test_a_segmenter_takes_the_policy_and_leaves_it_alone(args, policy, tmp_path
             assert torch.equal(state[f"backbone.superpatches.policy.{name}"], tensor), name
 
 
+def test_a_run_goes_on_where_its_policy_has_moved():
+    """It is not read again."""
+    run = {"seed": 0, "videos": 4, "list": "", "ranks": 1}
+    job = SimpleNamespace(details={"run": run, "class_names": ["a"]}, train_loader=range(4))
+    first, moved = (Config(model=ModelConfig(policy=path)) for path in ("there.pt", "elsewhere.pt"))
+    state = {"config": to_dict(first), "run": run, "class_names": ["a"], "schedule": {}}
+    check_resume(state, moved, job, "last.pt")
+
+
 def test_a_policy_that_does_not_fit(args, policy, tmp_path, capsys):
     take = f"--model.policy={policy}/last.pt"
     for given, rule in (
@@ -349,6 +420,32 @@ def test_cts_begins_with_an_imagenet_network():
     assert torch.equal(stem, weights["conv_stem.weight"])
 
 
+@pytest.mark.parametrize(("shapes", "deepest"), [([(1, 4, 4), (1, 2, 2)], 32), ([(1, 2, 2)], 16)])
+def test_the_policy_learns_as_deep_as_its_groups_read_it(shapes, deepest):
+    """A parameter without a gradient among those that learn stops a run on several processes."""
+    sizes = {"superpatches": "dcts", "superpatch_policy": NET, "superpatch_shapes": shapes}
+    model = segmenter(head="policy", **sizes).train()
+    policy = model.superpatches.policy
+    assert max(policy.strides[level] for level in policy.levels) == deepest
+    model.loss(model(images(3)), model.targets(torch.zeros(3, 1, 32, 32), False))["loss"].backward()
+    learns = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert {name for name, p in policy.named_parameters() if p.grad is not None} == learns
+    assert ("backbone.blocks.4.0.conv_pw.weight" in learns) == (deepest == 32)
+    assert {name for name, _ in policy.heads.named_parameters(prefix="heads")} <= learns
+
+
+def test_batch_norms_of_the_policy_need_more_than_one_value():
+    sizes = {"superpatches": "dcts", "superpatch_policy": NET}
+    coarse, fine = (
+        segmenter(head="policy", **sizes, superpatch_shapes=[shape]) for shape in ((1, 4, 4), (1, 2, 2))
+    )
+    with pytest.raises(InputError, match="a batch of 1 image of 32x32 pixels has one value a channel"):
+        coarse.train()(images(1))
+    train_mode(fine)
+    assert fine(images(1))[0].shape == (1, 2, 1, 2, 2)
+    assert coarse(images(2))[0].shape == coarse.eval()(images(2))[0].shape == (2, 2, 1, 1, 1)
+
+
 def test_figures_of_the_policy_are_those_of_a_walk_over_all_groups():
     from stvit_video.data.masks import IGNORED
     from stvit_video.tasks.policy import count, shares
@@ -372,8 +469,6 @@ def test_figures_of_the_policy_are_those_of_a_walk_over_all_groups():
 
 
 def test_the_benchmark_merges_and_lets_leave_as_much_as_it_says():
-    from stvit_video.bench.step import bench_step, fix_choice, fix_threshold
-
     sizes = VIT | {"superpatches": "dcts", "superpatch_policy": NET, "image_size": 64, "exits": [2]}
     model = create_model("vit_tiny_patch16_224", **sizes | LINEAR).eval()
     image = torch.randn(1, 3, 1, 64, 64)
@@ -392,3 +487,27 @@ def test_the_benchmark_merges_and_lets_leave_as_much_as_it_says():
     assert [row["model"] for row in early] == ["dCTS, linear exit", "dCTS, ATM exit"]
     assert merged["G multiply-adds"] > early[0]["G multiply-adds"]
     assert all(row["images/s"] > 0 for row in early)
+
+
+def test_checkpoints_are_timed_as_they_are_scored(args, scenes, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(scenes, tmp_path / "set")
+    given = [*args, "--train.precision=bf16", f"--data.test={tmp_path}/set/test.txt"]
+    config = resolve(parse(make_parser(""), given)[0])
+    rows, names = build.read_split(config, "test")
+    model = build.build_model(config, len(names))
+    values = {"config": to_dict(config), "class_names": names, "built": model.built, "ema": None}
+    checkpoint.save(tmp_path / "last.pt", values | {"model": model.state_dict()})
+    records, precise = Segmentation.records, []
+
+    def watched(*arguments):
+        precise.append(not torch.is_autocast_enabled("cpu"))
+        return records(*arguments)
+
+    monkeypatch.setattr(Segmentation, "records", watched)
+    case = {"limit": 2, "rounds": 1, "device": torch.device("cpu")}
+    (row,) = bench_checkpoints([tmp_path / "last.pt"], **case)
+    assert row["images/s"] > 0
+    assert precise == [False] * 4  # two batches scored; one counted and timed
+    Path(rows[1].path).write_bytes(b"no image")
+    with pytest.raises(InputError, match="^.*test_0001.*: to compare models, all must be readable$"):
+        bench_checkpoints([tmp_path / "last.pt"], **case)

@@ -236,6 +236,8 @@ def step(args: Sequence[str]) -> None:
     from .step import bench_checkpoints, bench_step
 
     device, output = distributed.start(options.device), _folder(options.output)
+    if device.type == "cuda":  # as in training
+        set_up(LoopConfig.matmul)
     print(report.machine(device))
     case = {"rounds": options.rounds, "device": device}
     if options.checkpoints:

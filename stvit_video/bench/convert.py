@@ -71,7 +71,8 @@ def bench_convert(
         for start in starts
     ]
     cases += [(name, None, (), variant(config, name).model.sizes()) for name in also]
-    models = [make(**more)[0] for *_, more in cases]
+    std = {"superpatch_std": sizes.get("superpatch_std") or config.data.std}
+    models = [make(**std | more)[0] for *_, more in cases]
     own, mirrored, *scores = _scores(dense, models, task, loader, device)
     whole = multiply_adds(dense, **clip)
     best = own.argmax(-1, keepdim=True)

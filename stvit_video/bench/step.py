@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import build
 from ..config import resolve
+from ..engine.device import autocast, pick_precision
 from ..engine.evaluate import score
 from ..engine.logs import progress
+from ..errors import InputError
 from ..models.exits import EarlyExits
 from ..models.superpatches import Superpatches
 from ..models.zoo import create_model
@@ -50,7 +52,7 @@ def bench_step(
         model = create_model(name, **sizes, **changes)
         model.backbone.blocks = first.backbone.blocks  # shared: most of the memory
         model.to(device).eval().requires_grad_(False)
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(device, pick_precision("auto", device)):
             if model.backbone.superpatches is not None:
                 fix_choice(model.backbone.superpatches, share)
             if model.exits is not None:
@@ -73,14 +75,20 @@ def bench_checkpoints(
         model.to(device).requires_grad_(False)
         task = build.build_task(theirs, class_names).to(device)
         loader = build.build_test_loader(theirs, task, rows, device, clips=1, crops=1)
-        outcome = score(model, task, loader, device, title=str(path))
+        precision = pick_precision(theirs.train.precision, device)
+        outcome = score(model, task, loader, device, precision=precision, title=str(path))
         figures[str(path)] = task.figures(outcome)
         loader = build.build_test_loader(theirs, task, rows[:limit], device, clips=1, crops=1)
-        batches = [batch.to(device) for batch in loader]
+        batches = []
+        for batch in loader:
+            if batch.failures:
+                raise InputError(f"{batch.failures[0][1]}: to compare models, all must be readable")
+            batches.append(batch.to(device))
 
-        def run(task=task, model=model, batches=batches) -> int:
-            for batch in batches:
-                task.records(model, batch)
+        def run(task=task, model=model, batches=batches, precision=precision) -> int:
+            with autocast(device, precision):
+                for batch in batches:
+                    task.records(model, batch)
             return sum(map(len, (batch.clips for batch in batches)))
 
         calls[str(path)] = run
@@ -153,7 +161,8 @@ def fix_threshold(model: nn.Module, exits: EarlyExits, image: Tensor, leave: flo
 
 def _call(model: nn.Module, image: Tensor) -> Callable[[], int]:
     def run() -> int:
-        model.scores(model(image), tuple(image.shape[2:]))
+        with autocast(image.device, pick_precision("auto", image.device)):
+            model.scores(model(image), tuple(image.shape[2:]))
         return len(image)
 
     return run

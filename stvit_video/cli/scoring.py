@@ -39,6 +39,7 @@ def test(config: Config, flags: Namespace) -> None:
         model = build.build_model(config, len(class_names))
         weights = build.load_pretrained(config, model, class_names, scoring=True)
         config = build.with_pixels(config, weights)
+        build.settle_superpatches(config, model)
         build.load_policy(config, model)
     views = {"clips": config.eval.clips, "crops": config.eval.crops}
     task = build.build_task(config, class_names)

@@ -12,8 +12,9 @@ from ..errors import InputError
 def freeze(model: nn.Module, what: Literal["backbone"] | int | None) -> None:
     """Freeze all but norm and head ("backbone"), or the embedding and the first layers, so many.
 
-    Layers are those of `model.group_matcher()`. Raises InputError for more layers than there are, and for a
-    model that does not say what its layers are.
+    What is frozen already stays so, as the norms that a `Segmenter` leaves out. Layers are those of
+    `model.group_matcher()`. Raises InputError for more layers than there are, and for a model that does not
+    say what its layers are.
     """
     if what is None:
         return
@@ -28,7 +29,7 @@ def freeze(model: nn.Module, what: Literal["backbone"] | int | None) -> None:
         raise InputError(f"train.freeze={what}: the model has {layers} layers")
     last = layers if what == "backbone" else what
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(layer[name] > last)
+        parameter.requires_grad_(parameter.requires_grad and layer[name] > last)
 
 
 def train_mode(model: nn.Module) -> None:

@@ -33,7 +33,8 @@ class Masks(NamedTuple):
         finds, masks = self.classes.float().softmax(-1), self.masks.float().sigmoid()
         if finds.shape[-1] == 2:
             return finds[..., :1] * masks
-        return finds[..., :-1].transpose(1, 2) @ masks  # a query may vote for any class
+        with torch.autocast(masks.device.type, enabled=False):  # which would round the product
+            return finds[..., :-1].transpose(1, 2) @ masks  # a query may vote for any class
 
 
 class ATMHead(nn.Module):

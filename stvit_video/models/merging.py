@@ -54,7 +54,7 @@ def merge_similar(
         index = index[:, : sums.shape[1]]
         similarity, partner = _most_similar(sums[..., dim:-1].detach(), index >= number)
         gone = torch.minimum((number - goal).clamp(min=0), number // 2)
-        order = similarity.argsort(1, descending=True)  # padding comes last
+        order = similarity.argsort(dim=1, descending=True, stable=True)  # padding comes last
         stays = order.argsort(1) >= gone
         place = torch.zeros_like(index)
         place[:, ::2] = torch.where(stays, stays.cumsum(1) - 1, partner + (number + 1) // 2 - gone)
@@ -74,5 +74,6 @@ def _most_similar(keys: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
     """Keys (B, N, D), padding (B, N) -> of every second token the similarity to the other most like it,
     -inf where either is padding, and which (B, N / 2)."""
     keys = F.normalize(keys, dim=-1)
-    similarity = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
+    with torch.autocast(keys.device.type, enabled=False):  # rounded, many were alike
+        similarity = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
     return similarity.masked_fill_(padding[:, ::2, None] | padding[:, None, 1::2], -torch.inf).max(-1)

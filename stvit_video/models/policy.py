@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .embed import as_clip
 from .segmentation import Passed
 from .superpatches import agreement_targets, group_scores, group_targets, policy_loss
@@ -10,7 +11,7 @@ from .vit import VideoViT, cut_clips
 
 
 class PolicyTrainer(nn.Module):
-    """The superpatches of a backbone alone; only their `PolicyNet` learns.
+    """The superpatches of a backbone alone; only their `PolicyNet` learns, as deep as its groups read it.
 
     size: (height, width) of its clips. grid: of their patches. groups: the shapes of groups by name:
         "16x16", of clips "8x2x2". layer: the backbone's last on all patches, where a teacher is compared.
@@ -25,7 +26,7 @@ class PolicyTrainer(nn.Module):
                 "head=policy: the network of model.superpatches=dcts, which this model has not"
             )
         self.superpatches.requires_grad_(False)
-        self.superpatches.policy.requires_grad_(True)
+        self.superpatches.policy.learn()
         self.frames, *size = backbone.patch_embed.clip_size
         self.size = tuple(size)
         self.grid, self.layer = backbone.grid, max(backbone.base_depth, 1)
@@ -40,12 +41,23 @@ class PolicyTrainer(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, 3, T, H, W) -> of each shape (B, 2, t, h, w): logits of no and yes; of a backbone with
-        base_window for each of its chunks (B * chunks, 2, t, h, w)."""
-        return self.superpatches.policy(cut_clips(as_clip(x), self.frames))
+        base_window for each of its chunks (B * chunks, 2, t, h, w).
+
+        Raises InputError in training where batch norms of the deepest stage would see one value.
+        """
+        clips, policy = cut_clips(as_clip(x), self.frames), self.superpatches.policy
+        images, stride = len(clips) * self.superpatches.grid[0], policy.strides[max(policy.levels)]
+        if self.training and images == 1 and max(self.size) <= stride:
+            raise InputError(
+                f"a batch of 1 image of {self.size[0]}x{self.size[1]} pixels has one value a channel at "
+                f"stride {stride} of the policy, too few for its batch norms: raise train.batch_size"
+            )
+        return policy(clips)
 
     def targets(self, masks: Tensor, unsure_at_border: bool) -> list[Tensor]:
-        """Masks (B, T, H, W) -> see `group_targets`."""
-        return group_targets(masks, self.shapes, self.patch_size, unsure_at_border=unsure_at_border)
+        """Masks (B, T, H, W) -> see `group_targets`; of each chunk, as `forward`."""
+        chunks = masks.unflatten(1, (-1, self.frames)).flatten(0, 1)
+        return group_targets(chunks, self.shapes, self.patch_size, unsure_at_border=unsure_at_border)
 
     def check_teacher(self, teacher: nn.Module) -> None:
         """Raises ValueError for a model whose patches cannot be this one's targets."""

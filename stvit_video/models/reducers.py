@@ -22,10 +22,12 @@ from .tokens import Tokens, regions, select
 
 
 class Reducer(Protocol):
-    """layers: how many blocks it uses up; tokens: how many (t, h, w), where they still lie on a grid."""
+    """layers: how many blocks it uses up; tokens: how many (t, h, w), where they still lie on a grid;
+    merges: whether it joins the tokens that there are, or (default) makes new ones of the whole grid."""
 
     layers: int
     tokens: Size3 | None
+    merges: bool
 
     def __call__(self, tokens: Tokens, layers: Sequence[Block], clip: Tensor | None = None) -> Tokens: ...
 
@@ -88,7 +90,7 @@ class MergedTokens(nn.Module):
     proportional: from the next layer on, a token is asked as often as it has patches in it (equation 1).
     """
 
-    layers, tokens = 1, None
+    layers, tokens, merges = 1, None, True
 
     def __init__(
         self,

@@ -87,12 +87,19 @@ class Segmenter(WithHead):
         """
         x = as_clip(x)
         rows, columns = (-n % s for n, s in zip(x.shape[3:], self.strides, strict=True))
-        (first, *levels), exits = self._levels(F.pad(x, [0, columns, 0, rows]))
+        x = F.pad(x, [0, columns, 0, rows])
+        (first, *levels), exits = self._levels(x)
         left = levels[-1].places() < 0
         logits = self.decode(levels, exits, left)
         if not (self.exits or getattr(self.backbone, "superpatches", None)):
             return logits
-        start = (exits[0].place, exits[0].tokens) if exits else (first.places(), first.count())
+        if exits:
+            start = exits[0].place, exits[0].tokens
+        elif self.backbone.chunks > 1:  # whose levels are the patches of all chunks
+            place = self.backbone.superpatch_map(x).flatten(1)
+            start = place, torch.zeros_like(place).scatter(1, place, 1).sum(1)
+        else:
+            start = first.places(), first.count()
         return Passed(logits, first.grid, *start, exits, left)
 
     def _levels(self, clip: Tensor) -> tuple[list[Tokens], list[Exit]]:
@@ -373,11 +380,11 @@ def check_exits(backbone: nn.Module, exits: EarlyExits) -> None:
     """Raises ValueError for a backbone that no token can leave, and for exits at its wrong places."""
     if not hasattr(backbone, "levels") or backbone.chunk_embed is not None:
         raise ValueError(f"exits={exits.layers}: tokens leave a ViT only, without base_window")
-    known = [n for n in backbone.grid_widths if n < len(backbone.blocks) or exits.final_factor]
+    known = [n for n in backbone.exit_layers if n < len(backbone.blocks) or exits.final_factor]
     if not set(exits.layers) <= set(known):
         raise ValueError(
             f"exits={exits.layers}: tokens may leave after each of the layers {known} (after the last one "
-            "with head=atm and exit_head=atm)"
+            "with head=atm and exit_head=atm; before a reducer if it merges tokens)"
         )
 
 

@@ -54,6 +54,7 @@ class SemanticTokens(nn.Module):
         size = check_fits(semantic_tokens, grid)
         self.pool = None if pool == MERGE else make_pool(pool, MERGE)
         self.tokens = None if self.pool is None else size
+        self.merges = self.pool is None
         self.layers, self.budget = semantic_layers, math.prod(size)
         self.proportional = semantic_proportional
         needed = centres and semantic_layers > 1 and self.pool is not None

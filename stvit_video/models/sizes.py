@@ -46,7 +46,7 @@ class Sizes:
     superpatch_policy: str | Auto = "auto"
     """The policy's network, by timm's name."""
     superpatch_std: tuple[float, float, float] | None | Auto = "auto"
-    """By what pixels were divided, for contrast in units of 0 to 1; null: ImageNet's."""
+    """By what pixels were divided, for contrast in units of 0 to 1; auto: data.std; null: ImageNet's."""
     semantic_tokens: Three | None | Auto = "auto"
     """How many semantic tokens (time, height, width; Swin: of each window); null: the dense backbone."""
     reducer: Literal["semantic", "pool", "random", "tome"] | Auto = "auto"

@@ -326,6 +326,18 @@ class PolicyNet(nn.Module):
             logits.append(head(pooled.movedim(2, -1)).movedim(-1, 1))
         return logits
 
+    @torch.enable_grad()
+    def learn(self) -> None:
+        """Let all learn that any logit depends on. Deeper stages get no gradient, for which processes that
+        train together would wait."""
+        self.requires_grad_(True).eval()
+        parameters = list(self.backbone.parameters())
+        features = self.backbone(parameters[0].new_zeros(1, 3, 64, 64))
+        read = sum(features[level].sum() for level in self.levels)
+        gradients = torch.autograd.grad(read, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
     def _side(self, shape: Size3) -> tuple[int, int]:
         """Height and width of a group in pixels."""
         return shape[1] * self.patch_size[1], shape[2] * self.patch_size[2]

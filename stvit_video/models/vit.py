@@ -189,14 +189,15 @@ class VideoViT(nn.Module):
         """(B, 3, T, H, W) -> the tokens after these layers.
 
         layers: from 1 to depth, by default the last alone. exits: what, by layer, lets tokens leave after
-        it (see `exits.EarlyExits`). Raises ValueError where there is no such layer, or a reducer has no
-        tokens yet.
+        it (see `exits.EarlyExits`). Raises ValueError where there is no such layer, a reducer has no
+        tokens yet, or none may leave.
         """
         layers, exits, levels = [len(self.blocks)] if layers is None else list(layers), exits or {}, {}
-        known = list(self.grid_widths)
-        for name, asked in (("layers", layers), ("exits", list(exits))):
-            if not set(asked) <= set(known):
-                raise ValueError(f"{name}={asked}: there are tokens after each of the layers {known}")
+        known, may_leave = list(self.grid_widths), self.exit_layers
+        if not set(layers) <= set(known):
+            raise ValueError(f"layers={layers}: there are tokens after each of the layers {known}")
+        if not set(exits) <= set(may_leave):
+            raise ValueError(f"exits={list(exits)}: tokens may leave after each of the layers {may_leave}")
         last = max((*layers, *exits), default=0)
         for layer, tokens in self._layers(x, exits):
             if layer in layers:
@@ -211,6 +212,15 @@ class VideoViT(nn.Module):
         inner = {i for _, first, rest in self._plan for i in range(first + 1, rest)}
         width = self.patch_embed.proj.out_channels
         return {i: width for i in range(1, len(self.blocks) + 1) if i not in inner}
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """The layers after which tokens may leave: those that leave before a reducer which makes new tokens
+        of the whole grid would be back."""
+        makes_new = (
+            first for name, first, _ in self._plan[1:] if not getattr(getattr(self, name), "merges", False)
+        )
+        return [layer for layer in self.grid_widths if layer > max(makes_new, default=0)]
 
     def semantic_maps(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> how much each semantic token took from each patch (B, n, T', H', W').

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.mask_views import Truth
 from ..data.masks import IGNORED
 from ..figures import draw_tokens, show_tokens
-from . import token_counts
+from . import PolicySettings, token_counts
 from .segmentation import WORST, Segmentation, as_png, read_png, starts
 from .token_counts import TokenCounts
 
@@ -24,6 +24,7 @@ class Policy(Segmentation):
     in windows.
     """
 
+    defaults = PolicySettings
     watched = ("f1", "precision", "recall")
     alike = "of one class"
     learnt = "which patches are of one class is to be learnt; without masks, train.teacher says which agree"
@@ -62,7 +63,8 @@ class Policy(Segmentation):
                 window = (..., slice(y, y + height), slice(x, x + width))
                 logits = model(pixels[window][None])
                 targets = model.targets(masks[window][None], self.settings.border_unsure)
-                tokens.add(model.tokens(logits), [(y, x)], (height, width), size)
+                passed = model.tokens(logits)
+                tokens.add(passed, [(y, x)] * len(passed.place), (height, width), size)  # of each chunk
                 pairs = zip(model.chosen(logits), targets, strict=True)
                 counts = counts + torch.stack([count(*pair) for pair in pairs]).cpu()
         return counts

@@ -31,6 +31,7 @@ class Segmentation:
         are kept in any case.
     """
 
+    defaults = SegmentationSettings
     watched = ("mIoU", "accuracy")
     items = "images"
     on_failure = "exclude"
@@ -50,7 +51,7 @@ class Segmentation:
     ):
         self.class_names, self.outputs = list(class_names), len(class_names)
         self.normalise, self.view_batch, self.twins = normalise, view_batch, twins
-        self.settings = settings or SegmentationSettings()
+        self.settings = settings or self.defaults()
         self.scoring = scoring or SegmentationScoring()
         self.keep_masks = dump_views
 
@@ -183,7 +184,7 @@ class Segmentation:
             part = places[first : first + self.view_batch]
             windows = torch.stack([clip[..., y : y + height, x : x + width] for y, x in part])
             outputs = model(windows)
-            tokens.add(outputs, part, (height, width), clip.shape[2:])
+            tokens.add(outputs, part, (height, width), size)
             scores = model.scores(outputs, (clip.shape[1], height, width))
             for (y, x), window in zip(part, scores, strict=True):
                 total[..., y : y + height, x : x + width] += window
