@@ -233,6 +233,7 @@ def step(args: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
     from ..engine import distributed
+    from ..engine.device import set_up
     from .step import bench_checkpoints, bench_step
 
     device, output = distributed.start(options.device), _folder(options.output)
