@@ -102,6 +102,17 @@ def test_scores_are_the_models_at_any_batch_size(name, kind, tmp_path):
     assert difference(tmp_path / f"model{kind}", name) < 1e-5
 
 
+def test_a_joined_model_with_a_budget(tmp_path):
+    """Superpatches, whose choice depends on the pixels, and merged semantic tokens, on theirs."""
+    sizes = {
+        "superpatches": "contrast",
+        "superpatch_tokens": 13,
+        "pool": "merge",
+        "semantic_tokens": (2, 2, 1),
+    }
+    assert difference(tmp_path / "model.onnx", "stvit_tiny_patch16_224", **sizes) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("pool", "tokens"), [("max", (2, 2, 2)), ("avg", (2, 2, 2)), ("avg", (1, 3, 2))])
 def test_pools_whose_cells_overlap(pool, tokens, tmp_path):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tokens import Tokens, select
+from .tokens import Tokens, highest_first, select
 
 
 def merge(
@@ -54,8 +54,7 @@ def merge_similar(
         index = index[:, : sums.shape[1]]
         similarity, partner = _most_similar(sums[..., dim:-1].detach(), index >= number)
         gone = torch.minimum((number - goal).clamp(min=0), number // 2)
-        stable = {} if torch.compiler.is_compiling() else {"stable": True}  # which ONNX does not know
-        order = similarity.argsort(dim=1, descending=True, **stable)  # padding comes last
+        order = highest_first(similarity)  # padding comes last
         stays = order.argsort(1) >= gone
         place = torch.zeros_like(index)
         place[:, ::2] = torch.where(stays, stays.cumsum(1) - 1, partner + (number + 1) // 2 - gone)

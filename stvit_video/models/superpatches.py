@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .embed import PatchEmbed, Size3, tubelet_pixels
-from .tokens import Tokens, select
+from .tokens import Tokens, highest_first, select
 
 IMAGE_SHAPES = ((1, 16, 16), (1, 8, 8), (1, 4, 4), (1, 2, 2))
 VIDEO_SHAPES = ((8, 2, 2), (4, 2, 2), (8, 1, 1), (2, 2, 2), (4, 1, 1), (1, 2, 2), (2, 1, 1))
@@ -205,7 +205,7 @@ class Superpatches(nn.Module):
         groups, sizes = torch.cat(list(accepted), 1), [groups.shape[1] for groups in accepted]
         saves = torch.cat([g * (math.prod(s) - 1) for g, s in zip(accepted, self.shapes, strict=True)], 1)
         every = torch.cat(list(scores), 1).masked_fill(~groups, -torch.inf)
-        order = every.argsort(dim=1, descending=True, stable=True)
+        order = highest_first(every)
         in_order = saves.gather(1, order)
         left = (self.patches - self.tokens) - (in_order.cumsum(1) - in_order)
         room = torch.zeros_like(saves).scatter(1, order, left.clamp(min=0))

@@ -184,3 +184,9 @@ def flat_index(axes: Sequence[Tensor], grid: Size3) -> Tensor:
 def select(x: Tensor, places: Tensor) -> Tensor:
     """(B, N, C), (B or 1, n) -> (B, n, C)."""
     return x.gather(1, places[..., None].expand(x.shape[0], -1, x.shape[-1]))
+
+
+def highest_first(x: Tensor) -> Tensor:
+    """(B, n) -> the order of the values, the highest first: (B, n). Equal ones keep theirs; in exported
+    files that is the runtime's affair, as ONNX knows no stable order."""
+    return x.argsort(dim=1, descending=True, **({} if torch.compiler.is_compiling() else {"stable": True}))
