@@ -1,0 +1,1 @@
+MODES = ("forward", "training")  # what is timed of a model

@@ -14,10 +14,9 @@ from ..config import Config, make_parser, parse, resolve
 from ..engine.settings import LoopConfig
 from ..errors import InputError, nearest
 from ..figures import draw_speeds
-from . import report
+from . import MODES, report
 
 OUTPUT = "runs/bench"
-MODES = ("forward", "training")
 SEPARATOR = re.compile(r",(?![^\[]*\]|[^:]*\]\])")  # a comma that stands in no brackets
 COMPILE = ("default", "reduce-overhead", "max-autotune")
 # How semantic tokens start ("merge1": with one semantic layer), and "pool": average pooling in their place,

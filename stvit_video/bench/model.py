@@ -31,7 +31,7 @@ from ..engine.uploads import Uploads
 from ..models.embed import clip_size
 from ..models.zoo import create_model, multiply_adds
 from ..tasks.classification import Classification
-from .commands import MODES
+from . import MODES
 
 LATENCIES = 20  # single clips timed, at least, for a 95th percentile
 SHORTEST = 0.1  # seconds of a round of one case: what is faster is called more often
