@@ -8,7 +8,7 @@ import torch
 from test_models import CLIP, TINY
 from torch.nn import functional as F
 
-from stvit_video import create_model, list_models
+from stvit_video import create_model, list_models, multiply_adds
 from stvit_video.models.layers import Block
 from stvit_video.models.merging import merge_similar
 from stvit_video.models.reducers import PooledTokens, RandomTokens
@@ -281,3 +281,18 @@ def test_semantic_tokens_asked_by_size():
     written_out = tokens.x.repeat_interleave(counts, 1)
     torch.testing.assert_close(last.x, model.blocks[-1](tokens.x, context=written_out))
     assert not torch.allclose(model(clip), plain(clip))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"name": "tome_vit_tiny_patch16_224", "semantic_tokens": (2, 2, 2), "base_depth": 1},
+        {"name": "tome_vit_tiny_patch16_224", "tome_r": 3},
+        {"name": "stvit_tiny_patch16_224", "semantic_tokens": (2, 2, 2), "base_depth": 1, "pool": "merge"},
+    ],
+)
+def test_what_merges_is_counted_like_any_model(sizes):
+    """The counter sees shapes alone, on the meta device: what depends on values costs its most there."""
+    case = {"num_frames": CLIP["num_frames"], "image_size": CLIP["image_size"]}
+    dense = create_model("vit_tiny_patch16_224", **CLIP, **TINY)
+    assert 0 < multiply_adds(create_model(**sizes, **CLIP, **TINY), **case) < multiply_adds(dense, **case)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tokens import Tokens
+from .tokens import Tokens, in_float32
 
 
 class Masks(NamedTuple):
@@ -33,7 +33,7 @@ class Masks(NamedTuple):
         finds, masks = self.classes.float().softmax(-1), self.masks.float().sigmoid()
         if finds.shape[-1] == 2:
             return finds[..., :1] * masks
-        with torch.autocast(masks.device.type, enabled=False):  # which would round the product
+        with in_float32(masks):
             return finds[..., :-1].transpose(1, 2) @ masks  # a query may vote for any class
 
 

@@ -106,13 +106,13 @@ def as_clip(x: Tensor) -> Tensor:
 
 def tubelets(x: Tensor, proj: nn.Conv3d) -> Tensor:
     """Clips (B, 3, T, H, W) of whole tubelets, each projected to one token: (B, t, h, w, C)."""
-    return F.linear(tubelet_pixels(x, proj.kernel_size), proj.weight.flatten(1), proj.bias)
+    return F.linear(split_tubelets(x, proj.kernel_size).flatten(4), proj.weight.flatten(1), proj.bias)
 
 
-def tubelet_pixels(x: Tensor, patch_size: Size3) -> Tensor:
-    """Clips (B, 3, T, H, W) of whole tubelets -> the pixels of each: (B, t, h, w, 3 * their number)."""
+def split_tubelets(x: Tensor, patch_size: Size3) -> Tensor:
+    """A view of clips (B, 3, T, H, W) of whole tubelets: (B, t, h, w, 3, pt, ph, pw)."""
     pt, ph, pw = patch_size
-    return rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+    return rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w c pt ph pw", pt=pt, ph=ph, pw=pw)
 
 
 def sincos_table(grid: Size3, dim: int) -> Tensor:

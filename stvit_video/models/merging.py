@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tokens import Tokens, highest_first, select
+from .tokens import Tokens, highest_first, in_float32, select
 
 
 def merge(
@@ -74,6 +74,6 @@ def _most_similar(keys: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
     """Keys (B, N, D), padding (B, N) -> of every second token the similarity to the other most like it,
     -inf where either is padding, and which (B, N / 2)."""
     keys = F.normalize(keys, dim=-1)
-    with torch.autocast(keys.device.type, enabled=False):  # rounded, many were alike
+    with in_float32(keys):  # rounded, many were alike
         similarity = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
     return similarity.masked_fill_(padding[:, ::2, None] | padding[:, None, 1::2], -torch.inf).max(-1)

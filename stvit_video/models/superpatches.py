@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .embed import PatchEmbed, Size3, tubelet_pixels
+from .embed import PatchEmbed, Size3, split_tubelets
 from .tokens import Tokens, highest_first, select
 
 IMAGE_SHAPES = ((1, 16, 16), (1, 8, 8), (1, 4, 4), (1, 2, 2))
@@ -225,10 +225,12 @@ class Superpatches(nn.Module):
 
     def _pixels(self, clip: Tensor, patch_size: Size3) -> Tensor:
         """(B, 3, T, H, W) -> the pixels of all patches, and of all groups as a patch's: (B, M, K)."""
-        parts = [
-            tubelet_pixels(x, patch_size).flatten(1, 3) for x in self._pyramid(clip, 2, _means_of_pixels)
-        ]
-        return torch.cat(parts, 1)
+        parts = [split_tubelets(x, patch_size) for x in self._pyramid(clip, 2, _means_of_pixels)]
+        counts = [math.prod(part.shape[1:4]) for part in parts]
+        rows = clip.new_empty(clip.shape[0], sum(counts), math.prod(parts[0].shape[4:]))
+        for row, part in zip(rows.split(counts, 1), parts, strict=True):  # each pixel is copied once
+            row.view(part.shape).copy_(part)
+        return rows
 
     def _positions(self, positions: Tensor) -> Tensor:
         """(1, t, h, w, C) -> of all patches and then of all groups: (M, C)."""
@@ -253,8 +255,8 @@ class Superpatches(nn.Module):
     def _errors(self, pixels: Tensor) -> list[Tensor]:
         """Of each shape (B, n), the mean square of what averaging takes from a group's pixels, in units of
         0 to 1: their energy less that of their means."""
-        energy = pixels.float().square().unflatten(2, (3, -1)).mean(3)
-        energy = (energy * self.std.square()).mean(2)  # no matrix product, which autocast would round
+        norm = torch.linalg.vector_norm(pixels.unflatten(2, (3, -1)), dim=3, dtype=torch.float32)
+        energy = (norm * self.std).square().mean(2) * 3 / pixels.shape[2]
         members = [self._members(i) for i in range(len(self.shapes))]
         patches, *groups = energy.split([self.patches, *map(len, members)], 1)
         return [

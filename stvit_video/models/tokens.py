@@ -1,6 +1,7 @@
 """What flows between layers: tokens, and which patches of the grid each of them stands for."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -190,3 +191,8 @@ def highest_first(x: Tensor) -> Tensor:
     """(B, n) -> the order of the values, the highest first: (B, n). Equal ones keep theirs; in exported
     files that is the runtime's affair, as ONNX knows no stable order."""
     return x.argsort(dim=1, descending=True, **({} if torch.compiler.is_compiling() else {"stable": True}))
+
+
+def in_float32(x: Tensor) -> AbstractContextManager:
+    """Where products of float32 stay float32, whatever autocast is for them."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
