@@ -1,1 +1,3 @@
+"""The benchmarks of `stvit-bench`. This file imports nothing: a GPU machine has torch and little else."""
+
 MODES = ("forward", "training")  # what is timed of a model
