@@ -173,13 +173,8 @@ def regions(grid: Size3, tokens: Size3) -> Tensor:
     """Which of `tokens` (t, h, w) each patch of a grid belongs to, (1, P): place p of T to floor(p t / T)
     along each axis."""
     axes = [torch.arange(size) * n // size for size, n in zip(grid, tokens, strict=True)]
-    return flat_index(axes, tokens)
-
-
-def flat_index(axes: Sequence[Tensor], grid: Size3) -> Tensor:
-    """Places along each of three axes -> where all their combinations stand in a flat grid: (1, n)."""
     t, h, w = torch.meshgrid(*axes, indexing="ij")
-    return ((t * grid[1] + h) * grid[2] + w).view(1, -1)
+    return ((t * tokens[1] + h) * tokens[2] + w).view(1, -1)
 
 
 def select(x: Tensor, places: Tensor) -> Tensor:
