@@ -1,8 +1,8 @@
 """Weights from checkpoints of this project and of others: right, or an error.
 
 A file becomes a state dict, its origin's adapter gives the tensors our names, and each must then fit the
-model: as it is, inflated over time, or resized with the grid. Whatever is left over or left out stops the
-load, except what the caller expects to be fresh.
+model: as it is, inflated over time, or resized with the grid or the patches. Whatever is left over or left
+out stops the load, except what the caller expects to be fresh.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from .adapters import ADAPTERS, CLASS_TOKEN, DETECTOR, DROPS, RECOMPUTED, Adapter, State, square
@@ -33,7 +34,7 @@ from .pixels import Pixels
 class LoadReport:
     """What became of every tensor, by name (the model's; the file's in `dropped` and `unexpected`).
 
-    loaded: as they are; inflated: from image to video; resized: position tables and G, with the grid;
+    loaded: as they are; inflated: from image to video; resized: positions and G with the grid, patches;
     fresh: left as initialised, as the caller allowed; dropped: what this architecture has no place for
     (class token, decoder); missing, unexpected, mismatched: what makes a load an error.
     pixels: the mean, std and interpolation that the weights were trained with; None: nothing says.
@@ -467,6 +468,11 @@ def _fit(
         kernel = tensor.unsqueeze(2) if tensor.ndim == 4 else tensor
         if kernel.shape == target.shape:
             return "loaded", kernel
+        square_patches = kernel.shape[3] == kernel.shape[4] and target.shape[3] == target.shape[4]
+        if name.endswith("proj.weight") and kernel.shape[:2] == target.shape[:2] and square_patches:
+            kernel = _of_patches(kernel, target.shape[3:])
+            if kernel.shape == target.shape:
+                return "resized", kernel
         if of_images and kernel.shape == (*target.shape[:2], 1, *target.shape[3:]):
             return "inflated", _inflated(kernel, target.shape[2], inflate)
     if window is not None and tensor.shape == (table_rows((1, *window[1:])), *target.shape[1:]):
@@ -478,6 +484,13 @@ def _fit(
         if grid is not None and grid.shape[-1] == target.shape[-1]:
             return "resized", resize_grid(grid, target.shape[1:4])
     raise _Misfit("misshapen")
+
+
+def _of_patches(kernel: Tensor, size: Sequence[int]) -> Tensor:
+    """(C, 3, t, h, w) -> (C, 3, t, *size): a patch and the same patch resized get about the same token (to
+    rounding, where patches grow). FlexiViT (CVPR 2023), section 3.4; by timm."""
+    flat = resample_patch_embed(kernel.transpose(1, 2).flatten(0, 1), list(size))
+    return flat.unflatten(0, (len(kernel), -1)).transpose(1, 2)
 
 
 def _inflated(kernel: Tensor, frames: int, inflate: Inflate) -> Tensor:

@@ -333,6 +333,19 @@ def test_an_image_stvit_into_a_video_stvit():
     assert torch.equal(clips.semantic.centres, images.semantic.centres.repeat(1, 2, 1, 1, 1))
 
 
+@pytest.mark.parametrize("frames", [1, 4])
+def test_weights_of_other_patches_give_a_resized_patch_the_same_token(frames):
+    images, larger = image(), video if frames > 1 else image
+    model = larger(patch_size=(2 if frames > 1 else 1, 12, 12), image_size=48)
+    report = load_weights(model, images.state_dict(), fresh=("centres",))
+    assert "patch_embed.proj.weight" in report.inflated | report.resized
+    patch = torch.randn(1, 3, 8, 8)
+    grown = nn.functional.interpolate(patch, size=(12, 12), mode="bicubic", antialias=True)
+    clip = grown[:, :, None].expand(-1, -1, model.patch_embed.proj.kernel_size[0], -1, -1)
+    token = images.patch_embed.proj(patch[:, :, None])
+    torch.testing.assert_close(model.patch_embed.proj(clip), token, atol=1e-4, rtol=1e-4)
+
+
 def test_the_image_recipe_feeds_the_video_recipe():
     models = []
     for name in ("in1k_stvit", "k400_stvit"):
