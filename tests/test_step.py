@@ -365,10 +365,13 @@ def test_the_policy_is_scored_exactly_on_any_number_of_ranks(args, policy, tmp_p
     assert set(model.state_dict()) == {n for n in model.state_dict() if n.startswith("superpatches.")}
 
 
-def test_a_segmenter_takes_the_policy_and_leaves_it_alone(args, policy, tmp_path, monkeypatch):
+def test_a_segmenter_takes_the_policy_and_leaves_it_alone(args, policy, tmp_path, monkeypatch, capsys):
     """Resumed in the middle of its epochs, it ends as if unbroken."""
     given = [*args, *POLICY, f"--model.policy={policy}/last.pt", "--model.exits=[1]"]
     assert run(cli.train, *given, f"--output={tmp_path}/unbroken") == 0
+    proposed = capsys.readouterr().out
+    assert f"recognise:   stvit-predict --checkpoint {tmp_path}/unbroken/best.pt IMAGE..." in proposed
+    assert "stvit-page" not in proposed  # which shows classes of videos alone
     train_in_two(given, tmp_path / "broken", monkeypatch)
     assert_same_runs(tmp_path / "unbroken", tmp_path / "broken")
     state_of_run = checkpoint.load(tmp_path / "broken" / "last.pt")

@@ -16,6 +16,7 @@ from ..engine.job import Job, Task
 from ..engine.train import fit
 from ..models.zoo import changed_sizes, multiply_adds
 from ..resume import check_resume, discard_run, find_run, model_of_run
+from ..tasks import TASKS
 from ..weights import LoadReport, pixels_of_toolbox
 from .common import make_folder
 
@@ -79,7 +80,7 @@ def train(config: Config, flags: Namespace) -> None:
     if distributed.is_main():
         print(f"checkpoints: {' and '.join(dict.fromkeys(map(str, (best, last))))}")
         print(f"curves:      {output / 'curves.png'}")
-        print(_next_steps(job, output, best))
+        print(_next_steps(job, config, output, best))
 
 
 def _plan(job: Job, config: Config) -> str:
@@ -101,17 +102,17 @@ def _plan(job: Job, config: Config) -> str:
     return plan
 
 
-def _next_steps(job: Job, output: Path, best: Path) -> str:
+def _next_steps(job: Job, config: Config, output: Path, best: Path) -> str:
     """Commands that go on from here, spelled as this one was started."""
     tools = Path(sys.argv[0]).name == "train_net.py"
     test, predict, page = (
         f"python tools/{tool}.py" if tools else f"stvit-{name}"
         for tool, name in (("test_net", "test"), ("predict", "predict"), ("open_page", "page"))
     )
-    lines = [
-        f"recognise:   {predict} --checkpoint {best} VIDEO...",
-        f"look:        {page} --checkpoint {best}",
-    ]
+    inputs = "IMAGE..." if config.data.num_frames == 1 else "VIDEO..."
+    lines = [f"recognise:   {predict} --checkpoint {best} {inputs}"]
+    if TASKS[config.task].heads == (None,):  # the page shows scores of classes
+        lines.append(f"look:        {page} --checkpoint {best}")
     if job.val_loader is not None:
         lines.insert(0, f"score:       {test} --cfg {output / 'config.yaml'} --checkpoint {best}")
     return "\n".join(lines)
