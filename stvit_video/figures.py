@@ -171,6 +171,18 @@ def draw_trade(tables: Mapping[str, Sequence[Mapping]], picture: Path) -> None:
     _finish(figure, axes[0], picture)
 
 
+def draw_quality(rows: Sequence[Mapping], picture: Path) -> None:
+    """mIoU against measured images/s and against multiply-adds; rows of `bench.step`'s checkpoints."""
+    figure, axes = _axes(1, 2, figsize=(10, 4.2 + 0.2 * len(rows)), sharey=True)
+    for axis, key in zip(axes, ("images/s", "G multiply-adds"), strict=True):
+        for i, row in enumerate(rows):
+            axis.plot(row[key], 100 * row["mIoU"], "os^Dv*PX<>"[i % 10], color=f"C{i}", label=row["model"])
+        axis.set(xlabel=f"{key}{' an image' if axis is axes[1] else ''}", xlim=(0, None), ylabel="mIoU, %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=8)
+    _finish(figure, axes, picture)
+
+
 def draw_conversion(rows: Sequence[Mapping], picture: Path) -> None:
     """Share of the dense model's classes that stay, and their probability, against cost; rows of
     `bench.convert`. A colour for each start; the more layers before, the darker."""

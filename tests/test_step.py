@@ -1,5 +1,6 @@
 """STEP joined to segmentation: heads, exits, counts of tokens, and the policy that is trained for it."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -508,9 +509,32 @@ def test_checkpoints_are_timed_as_they_are_scored(args, scenes, tmp_path, monkey
 
     monkeypatch.setattr(Segmentation, "records", watched)
     case = {"limit": 2, "rounds": 1, "device": torch.device("cpu")}
-    (row,) = bench_checkpoints([tmp_path / "last.pt"], **case)
+    (row,) = bench_checkpoints([f"{tmp_path}/last.pt"], **case)
     assert row["images/s"] > 0
     assert precise == [False] * 4  # two batches scored; one counted and timed
     Path(rows[1].path).write_bytes(b"no image")
     with pytest.raises(InputError, match="^.*test_0001.*: to compare models, all must be readable$"):
-        bench_checkpoints([tmp_path / "last.pt"], **case)
+        bench_checkpoints([f"{tmp_path}/last.pt"], **case)
+
+
+def test_a_checkpoint_is_timed_with_other_sizes(args, scenes, tmp_path, capsys):  # noqa: F811
+    config = resolve(parse(make_parser(""), [*args, *STEP, f"--data.test={scenes}/test.txt"])[0])
+    names = build.read_split(config, "test")[1]
+    model, path = build.build_model(config, len(names)), tmp_path / "last.pt"
+    values = {"config": to_dict(config), "class_names": names, "built": model.built, "ema": None}
+    checkpoint.save(path, values | {"model": model.state_dict()})
+    case = ["--limit=2", "--rounds=1", "--device=cpu", f"--output={tmp_path}/bench"]
+    sizes = [str(path), f"{path}:superpatch_threshold=0:exit_threshold=1", f"{path}:superpatch_tokens=25"]
+    cli.bench(["step", "--checkpoints", *sizes, *case])
+    with open(tmp_path / "bench" / "step.csv", newline="") as file:
+        by_default, plain, budget = csv.DictReader(file)
+    assert [row["model"] for row in (by_default, plain, budget)] == sizes
+    assert float(plain["tokens"]) == float(plain["patches"]) == 64
+    assert float(budget["tokens"]) == 25
+    assert float(plain["G multiply-adds"]) > float(by_default["G multiply-adds"])
+    assert (tmp_path / "bench" / "step.png").stat().st_size > 10_000
+    for sizes, rule in (("exits=[7]", "exits"), ("depth=4", "blocks.3"), ("deep=2", "deep")):
+        with pytest.raises(SystemExit):
+            cli.bench(["step", "--checkpoints", f"{path}:{sizes}", *case])
+        (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert line.startswith(f"error: --checkpoints {path}:{sizes}: ") and rule in line

@@ -216,7 +216,10 @@ def step(args: Sequence[str]) -> None:
         prog="stvit-bench step", description=step.__doc__, allow_abbrev=False, exit_on_error=False
     )
     parser.add_argument(
-        "--checkpoints", nargs="+", metavar="FILE", help="of segmenters; else random weights"
+        "--checkpoints",
+        nargs="+",
+        metavar="FILE",
+        help="of segmenters, also FILE:SIZE=VALUE:...; else random weights",
     )
     parser.add_argument("--limit", type=_positive, default=40, help="images of the test list timed (40)")
     parser.add_argument("--model", type=_models, default=["vit_large_patch16_224"])
@@ -241,7 +244,10 @@ def step(args: Sequence[str]) -> None:
     print(report.machine(device))
     case = {"rounds": options.rounds, "device": device}
     if options.checkpoints:
-        rows = bench_checkpoints([Path(p) for p in options.checkpoints], limit=options.limit, **case)
+        from ..figures import draw_quality
+
+        rows = bench_checkpoints(options.checkpoints, limit=options.limit, **case)
+        draw_quality(rows, output / "step.png")
     else:
         case |= {"head": options.head, "share": options.share, "leave": options.leave}
         try:
@@ -249,6 +255,8 @@ def step(args: Sequence[str]) -> None:
         except ValueError as error:
             raise InputError(f"--model {options.model[0]}: {error}") from None
     print(report.write(rows, output, "step"))
+    if options.checkpoints:
+        print(output / "step.png")
 
 
 def _finish(rows: Sequence[dict], output: Path, name: str) -> None:

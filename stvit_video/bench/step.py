@@ -2,14 +2,13 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import build
-from ..config import resolve
+from ..config import Config, resolve
 from ..engine.device import autocast, pick_precision
 from ..engine.evaluate import score
 from ..engine.logs import progress
@@ -17,6 +16,7 @@ from ..errors import InputError
 from ..models.exits import EarlyExits
 from ..models.superpatches import Superpatches
 from ..models.zoo import create_model
+from .accuracy import setting
 from .model import _timed
 
 CLASSES = 150  # as ADE20K
@@ -62,22 +62,24 @@ def bench_step(
 
 
 def bench_checkpoints(
-    paths: Sequence[Path], *, limit: int, rounds: int, device: torch.device
+    checkpoints: Sequence[str], *, limit: int, rounds: int, device: torch.device
 ) -> list[dict]:
     """Checkpoints of segmenters on the test list of the first -> a row each, with mIoU and tokens of all of
-    its images; speed and multiply-adds are of the first `limit`."""
+    its images; speed and multiply-adds are of the first `limit`.
+
+    checkpoints: files, also with other sizes: "step.pt:superpatch_threshold=0.3:exit_threshold=1".
+    """
     calls, figures, config = {}, {}, None
-    for path in paths:
-        theirs, class_names, model = build.load_model(path)
-        theirs = resolve(theirs)
+    for checkpoint in checkpoints:
+        theirs, class_names, model = _load(checkpoint)
         config = config or theirs
         rows, _ = build.read_split(config, "test", class_names)
         model.to(device).requires_grad_(False)
         task = build.build_task(theirs, class_names).to(device)
         loader = build.build_test_loader(theirs, task, rows, device, clips=1, crops=1)
         precision = pick_precision(theirs.train.precision, device)
-        outcome = score(model, task, loader, device, precision=precision, title=str(path))
-        figures[str(path)] = task.figures(outcome)
+        outcome = score(model, task, loader, device, precision=precision, title=checkpoint)
+        figures[checkpoint] = task.figures(outcome)
         loader = build.build_test_loader(theirs, task, rows[:limit], device, clips=1, crops=1)
         batches = []
         for batch in loader:
@@ -91,7 +93,7 @@ def bench_checkpoints(
                     task.records(model, batch)
             return sum(map(len, (batch.clips for batch in batches)))
 
-        calls[str(path)] = run
+        calls[checkpoint] = run
     table = []
     for row in measure(calls, rounds, device):
         of_model = figures[row["model"]]
@@ -99,6 +101,21 @@ def bench_checkpoints(
         first = {"model": row.pop("model"), "mIoU": of_model["mIoU"]}
         table.append(first | {"tokens": tokens["mean"], "patches": tokens["patches"]} | row)
     return table
+
+
+def _load(checkpoint: str) -> tuple[Config, list[str], nn.Module]:
+    """FILE:SIZE=VALUE:... -> what `build.load_model` gives, the model with these sizes."""
+    path, *parts = checkpoint.split(":")
+    config, class_names, model = build.load_model(path)
+    if parts:
+        sizes = dict(setting(part, f"--checkpoints {checkpoint}") for part in parts)
+        try:
+            changed = create_model(**model.built | sizes)
+            changed.load_state_dict(model.state_dict())
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"--checkpoints {checkpoint}: {' '.join(str(error).split())}") from None
+        model = changed.eval()
+    return resolve(config), class_names, model
 
 
 def measure(calls: dict[str, Callable[[], int]], rounds: int, device: torch.device) -> list[dict]:
