@@ -537,4 +537,5 @@ def test_a_checkpoint_is_timed_with_other_sizes(args, scenes, tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.bench(["step", "--checkpoints", f"{path}:{sizes}", *case])
         (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-        assert line.startswith(f"error: --checkpoints {path}:{sizes}: ") and rule in line
+        assert line.startswith(f"error: --checkpoints {path}:{sizes}: ")
+        assert rule in line
