@@ -515,6 +515,20 @@ def test_a_box_has_the_features_that_lie_in_it():
     torch.testing.assert_close(model(clip, [halves]), grid[0, :, 0, 0::3].mean(0))
 
 
+@pytest.mark.parametrize("name", [name for name in SIZES if "swin" in name])
+def test_padding_of_a_frame_moves_no_box(name):
+    """A cell is as many pixels of a frame that fills no whole cells and windows as of one that does."""
+    model = detector(name)
+    model.head = torch.nn.Identity()
+    grid = torch.randn(1, 2, 4, 4, 24)
+    model.features = lambda x: grid
+    boxes = [torch.tensor([[0.0, 0, 90, 90], [70, 30, 95, 60]])]
+    padded = model(torch.zeros(1, 3, 4, 100, 100), boxes)
+    assert torch.equal(padded, model(torch.zeros(1, 3, 4, 192, 192), boxes))
+    cell = 48 if name.startswith("stvit_video") else 32  # windows of 3 become 2 tokens, before merging
+    assert model._strides((100, 100)) == [cell, cell]
+
+
 def test_the_head_needs_a_grid_over_space_and_time():
     for name in ("ptv_x3d_m", "stvit_r_det_swin_small"):
         with pytest.raises(ValueError, match="has no grid over space and time|cannot go without its head"):
