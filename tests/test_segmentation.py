@@ -1,9 +1,12 @@
 """Segmentation: masks read right or not at all, moved with their pixels, scored to the last pixel."""
 
+import contextlib
 import csv
 import itertools
 import json
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -170,6 +173,37 @@ def test_a_mask_is_read_whatever_it_is_stored_as(tmp_path):
     np.testing.assert_array_equal(read(Masks(str(tmp_path / "few.png")))[0], ids % 4)
     expected = np.where(ids % 4 == 3, IGNORED, ids % 4)
     np.testing.assert_array_equal(read(Masks(str(tmp_path / "few.png")), ignore=3)[0], expected)
+
+
+def grey_png(ids, bits):
+    """PIL writes no grey levels of fewer than 8 bits."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    lines = np.packbits(np.unpackbits(ids[..., None], axis=2)[..., -bits:].reshape(len(ids), -1), axis=1)
+    head = struct.pack(">IIBBBBB", ids.shape[1], ids.shape[0], bits, 0, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_levels_of_few_bits_are_numbers_too(tmp_path, bits):
+    """PIL stretches those of 2 and 4 bits to 255."""
+    ids = np.resize(np.arange(2**bits, dtype=np.uint8), (6, 8))
+    (tmp_path / "few.png").write_bytes(grey_png(ids, bits))
+    np.testing.assert_array_equal(read(Masks(str(tmp_path / "few.png")), classes=48)[0], ids)
+
+
+def test_a_flipped_bit_anywhere_makes_no_other_mask(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 4, (6, 8), np.uint8)
+    sound, path = grey_png(ids, 8), tmp_path / "flipped.png"
+    for place in range(len(sound)):
+        damaged = bytearray(sound)
+        damaged[place] ^= 16
+        path.write_bytes(damaged)
+        with contextlib.suppress(DecodeError):
+            np.testing.assert_array_equal(read(Masks(str(path)))[0], ids)
 
 
 def colours(ids):
@@ -392,6 +426,15 @@ def brute_force(predictions, truths, classes):
     return sum(known) / len(known), sum(right) / sum(there), sum(accuracies) / len(accuracies), ious
 
 
+def test_scores_that_are_no_numbers_are_no_prediction():
+    clip = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
+    for scoring in (SegmentationScoring(), SegmentationScoring(mirrored=True)):
+        broken = Colours()
+        broken.scores = lambda outputs, size: outputs.index_fill(1, torch.tensor(2), torch.nan)
+        with pytest.raises(InputError, match="scores are no numbers: it diverged"):
+            task(scoring=scoring).predict(broken, clip, (1, 4, 4))
+
+
 class Fixed(torch.nn.Module):
     """Says of each image what the test gives."""
 
@@ -551,6 +594,13 @@ def test_every_parameter_that_learns_gets_a_gradient(name, head):
     again.load_state_dict(model.state_dict())
     x = torch.randn(1, 3, frames, side, side)
     assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+def test_one_image_is_too_few_for_the_batch_norms_of_upernet():
+    model, image = tiny("vit_tiny_patch16_224", "upernet"), torch.zeros(1, 3, 1, 32, 32)
+    with pytest.raises(InputError, match="a batch of 1 image .*: raise train.batch_size"):
+        model.train()(image)
+    model.eval()(image)
 
 
 def test_images_of_any_size_are_padded_to_whole_patches():

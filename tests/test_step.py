@@ -229,6 +229,15 @@ def test_counts_of_windows_are_those_of_their_tokens(tmp_path):
                 assert record["map"][y, x] == first[at][patch] + 2 * last[at][patch]
 
 
+def test_tokens_are_those_of_the_first_layer_whatever_merges_them_later():
+    merging = {"base_depth": 2, "semantic_tokens": (1, 2, 2), "exits": [4], **LINEAR}
+    model = create_model("tome_vit_tiny_patch16_224", **VIT | {"depth": 6} | merging).eval()
+    passed = model(images())
+    assert passed.tokens.tolist() == [16] * 3
+    assert (passed.place == torch.arange(16)).all()
+    assert passed.exits[0].tokens.tolist() == [4] * 3, "at the exit they are merged"
+
+
 def test_the_map_of_an_image_smaller_than_a_window_is_the_images():
     model, image = (
         segmenter(**LINEAR, **CONTRAST),

@@ -12,6 +12,7 @@ from ..errors import DecodeError
 
 IGNORED = 255  # of a pixel that counts nowhere; so there are 255 classes at most
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".gif")
+GREYS = {"L;2": 85, "L;4": 17}  # grey levels of 2 and 4 bits, and by what PIL multiplies them
 BROKEN = 256  # in a table: a value that no class has
 CITYSCAPES = {
     **{7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light"},
@@ -73,7 +74,10 @@ def _read_values(file: Path) -> np.ndarray:
         raise DecodeError(f"{file}: a mask in a format that may change values: must be one of {LOSSLESS}")
     try:
         with Image.open(file) as image:
-            values = np.asarray(image)
+            image.verify()  # else a PNG's checksum of the last pixels is not looked at
+        with Image.open(file) as image:
+            step = next((n for grey, n in GREYS.items() if f"'{grey}'" in str(image.tile)), 1)
+            values = np.asarray(image) // step if step > 1 else np.asarray(image)
     except FileNotFoundError:
         raise DecodeError(f"{file}: no such mask") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

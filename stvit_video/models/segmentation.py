@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
+from ..errors import InputError
 from .atm import ATMHead, Masks, atm_losses
 from .embed import Size3, as_clip
 from .exits import EarlyExits, Exit
@@ -93,7 +94,7 @@ class Segmenter(WithHead):
         logits = self.decode(levels, exits, left)
         if not (self.exits or getattr(self.backbone, "superpatches", None)):
             return logits
-        if exits:
+        if exits and exits[0].layer == min(self.backbone.grid_widths):  # who left is gone from `first`
             start = exits[0].place, exits[0].tokens
         elif self.backbone.chunks > 1:  # whose levels are the patches of all chunks
             place = self.backbone.superpatch_map(x).flatten(1)
@@ -337,6 +338,11 @@ class UPerHead(nn.Module):
             scales = (4, 2, 1, 0.5)
             levels = [_scale(level, scale) for level, scale in zip(levels, scales, strict=True)]
         last, size = levels[-1], levels[-1].shape[2:]
+        if self.training and len(last) == 1:
+            raise InputError(
+                "a batch of 1 image has one value a channel where head=upernet pools all of it, too few "
+                "for batch norms: raise train.batch_size"
+            )
         pooled = [
             _resize(conv(F.adaptive_avg_pool2d(last, pool)), size)
             for pool, conv in zip(self.pools, self.pooled, strict=True)

@@ -165,7 +165,12 @@ class Segmentation:
                 if flip:
                     logits = logits.flip(-1) if self.twins is None else logits.flip(-1)[list(self.twins)]
                 scores.append(logits.softmax(0) if len(zooms) * (1 + mirrored) > 1 else logits)
-        return torch.stack(scores).sum(0).argmax(0) if len(scores) > 1 else scores[0].argmax(0)
+        total = torch.stack(scores).sum(0) if len(scores) > 1 else scores[0]
+        if not total.amax(0).isfinite().all():
+            raise InputError(
+                "the model's scores are no numbers: it diverged, or train.precision is too low"
+            )
+        return total.argmax(0)
 
     def _windows(self, model: nn.Module, clip: Tensor, tokens: TokenCounts) -> Tensor:
         """Normalised (3, T, H, W) -> scores (K, T, H, W): of the whole, or the mean of the windows."""
