@@ -17,7 +17,7 @@ from test_end_to_end import assert_same_runs, figures, run, train_in_two
 from stvit_video import Detector, cli, create_model, read_rows
 from stvit_video.data import demo, demo_objects
 from stvit_video.data.batch import Sample, collate
-from stvit_video.data.objects import Objects, encode_masks
+from stvit_video.data.objects import Objects, _runs, encode_masks
 from stvit_video.data.rows import Row, Rows
 from stvit_video.data.transforms import Normalise
 from stvit_video.engine import checkpoint
@@ -130,6 +130,20 @@ def test_regions_are_pooled_at_the_strides_of_the_levels():
     for pool in (model.head.roi_heads.box_roi_pool, model.head.roi_heads.mask_roi_pool):
         assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
         assert (pool.map_levels.k_min, pool.map_levels.k_max) == (2, 5)
+
+
+def test_boxes_are_exact_in_half_precision():
+    """In bfloat16 numbers from 256 on are 2 apart, from 512 on 4: pixels, and which mask is whose."""
+    model, seen = build("swin_tiny_patch4_window7_224").eval(), []
+    model.head.rpn.anchor_generator.register_forward_hook(lambda *call: seen.append(call[2][0]))
+    model.head.rpn.register_forward_hook(lambda *call: seen.append(call[2][0][0]))
+    for precise in (True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            (detected,) = model([torch.zeros(3, 64, 640)])
+        seen.append(detected["boxes"])
+    (anchors, *boxes), (others, *rounded) = seen[:3], seen[3:]
+    assert torch.equal(anchors, others)
+    assert {part.dtype for part in (*boxes, *rounded)} == {torch.float32}
 
 
 def test_class_0_of_a_list_is_the_models_first_after_the_background():
@@ -331,6 +345,18 @@ def changed(place, key, value):
     return lambda values: values[part][number].update({key: value})
 
 
+def test_compressed_run_lengths_are_pycocotools_own(coco_list):
+    generator = np.random.default_rng(0)
+    for share in (0, 0.01, 0.5, 0.99, 1):
+        mask = generator.random((20, 30)) < share
+        (counts,) = encode_masks(mask[None])
+        shape = {"size": [20, 30], "counts": counts}
+        row = read_rows(coco_list(changed(1, "segmentation", shape)))[0]
+        assert counts in row.target.masks
+        runs = np.diff(np.flatnonzero(np.diff(mask.T.ravel(), prepend=0, append=2)), prepend=0)
+        assert [run for run in _runs(counts) if run] == [run for run in runs.tolist() if run]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -349,7 +375,16 @@ def changed(place, key, value):
             changed(1, "segmentation", {"size": [20, 30], "counts": [0, 40]}),
             "annotation 9: found run lengths",
         ),
+        *(
+            (
+                changed(1, "segmentation", {"size": [20, 30], "counts": counts}),
+                r"annotation 9: found run lengths .*, expected 600 pixels",
+            )
+            for counts in ([1.5, 598.5], [-5, 605], "zz", "", "PPP", "d4`0P1lb1", None)
+        ),
         (changed(1, "segmentation", {"size": [30, 20], "counts": [600]}), "annotation 9: found a mask of"),
+        (changed(0, "segmentation", [[0, 0, 1e9, 0, 1e9, 1e9]]), "annotation 1: found segmentation"),
+        (changed(0, "area", "wide"), "annotation 1: found area 'wide', expected a number of pixels"),
         (changed(1, "id", 1), "annotation 1: found this id twice"),
         (changed(("images", 1), "id", 7), "image 7: found this id twice"),
         (
@@ -472,6 +507,12 @@ def test_an_image_that_cannot_be_read_counts_as_nothing_found_or_not_at_all(on_f
     for key in ("AP", "AP50", "mask_AP", "mask_AP50"):
         assert scored[key] == pytest.approx(1 if on_failure == "exclude" else half)
     assert task.figures(Outcome(rows, [None, None], {0: "gone", 1: "gone"}))["AP"] in (0, None)
+
+
+def test_a_precision_of_nothing_is_printed(tmp_path):
+    task = Detection(["a", "b"], normalise=None)
+    lines = task.report(tmp_path, Outcome(Rows(), [], {}), {"AP": 0.0, "AP50": None})
+    assert [line.split() for line in lines[:-1]] == [["AP", "of", "boxes", "0.00%"]]
 
 
 def test_a_record_is_in_the_images_own_pixels():

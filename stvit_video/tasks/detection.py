@@ -203,7 +203,11 @@ class Detection:
         written[0].write_text(json.dumps(results))
         titles = {"AP": "AP of boxes", "AP50": "AP50", "AP75": "AP75"}
         titles |= {f"mask_{key}": title.replace("boxes", "masks") for key, title in titles.items()}
-        lines = [f"  {title:<24} {report[key]:7.2%}" for key, title in titles.items() if report.get(key)]
+        lines = [
+            f"  {title:<24} {report[key]:7.2%}"
+            for key, title in titles.items()
+            if report.get(key) is not None
+        ]
         if not self._draw_images(written[1], rows, records):
             del written[1]
         return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
