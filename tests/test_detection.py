@@ -15,11 +15,13 @@ from pycocotools.cocoeval import COCOeval
 from test_end_to_end import assert_same_runs, figures, run, train_in_two
 
 from stvit_video import Detector, cli, create_model, read_rows
+from stvit_video.config import DataConfig
 from stvit_video.data import demo, demo_objects
 from stvit_video.data.batch import Sample, collate
 from stvit_video.data.objects import Objects, _runs, encode_masks
 from stvit_video.data.rows import Row, Rows
 from stvit_video.data.transforms import Normalise
+from stvit_video.data.views import Sampling
 from stvit_video.engine import checkpoint
 from stvit_video.engine.job import Outcome
 from stvit_video.errors import InputError, ListError
@@ -184,6 +186,20 @@ def test_boxes_alone_need_no_masks():
 def test_what_cannot_detect_is_named(name, sizes, message):
     with pytest.raises(ValueError, match=message):
         create_model(name, num_classes=3, head="mask_rcnn", **{"num_frames": 1} | sizes)
+
+
+def test_settings_that_mean_nothing_here_are_refused():
+    pixels = {"num_frames": 1, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    for change, message in (
+        ({"num_frames": 16}, "data.num_frames=16: a detector takes images, 1"),
+        ({"augment_on": "device"}, "data.augment_on=device"),
+        ({"rand_augment": (1, 5)}, r"data.rand_augment=\(1, 5\)"),
+        ({"repeats": 2}, "data.repeats=2: detection scales and mirrors images"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Detection(["a"], normalise=None).train_views(
+                Sampling("middle", 1), DataConfig(**pixels | change)
+            )
 
 
 def test_an_image_that_is_too_large_for_a_vit_is_named():
@@ -382,7 +398,13 @@ def test_compressed_run_lengths_are_pycocotools_own(coco_list):
             )
             for counts in ([1.5, 598.5], [-5, 605], "zz", "", "PPP", "d4`0P1lb1", None)
         ),
-        (changed(1, "segmentation", {"size": [30, 20], "counts": [600]}), "annotation 9: found a mask of"),
+        *(
+            (
+                changed(1, "segmentation", {"size": size, "counts": [600]}),
+                "annotation 9: found a mask of",
+            )
+            for size in ([30, 20], 600, None)
+        ),
         (changed(0, "segmentation", [[0, 0, 1e9, 0, 1e9, 1e9]]), "annotation 1: found segmentation"),
         (changed(0, "area", "wide"), "annotation 1: found area 'wide', expected a number of pixels"),
         (changed(1, "id", 1), "annotation 1: found this id twice"),

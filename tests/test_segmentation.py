@@ -16,6 +16,7 @@ from PIL import Image
 from test_end_to_end import assert_same_runs, figures, run, train_in_two
 
 from stvit_video import build, cli, create_model
+from stvit_video.cli import scoring
 from stvit_video.config import Config, DataConfig, ModelConfig
 from stvit_video.data import demo_scenes, sampling
 from stvit_video.data.annotations import read_rows
@@ -428,11 +429,11 @@ def brute_force(predictions, truths, classes):
 
 def test_scores_that_are_no_numbers_are_no_prediction():
     clip = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
-    for scoring in (SegmentationScoring(), SegmentationScoring(mirrored=True)):
+    for how in (SegmentationScoring(), SegmentationScoring(mirrored=True)):
         broken = Colours()
         broken.scores = lambda outputs, size: outputs.index_fill(1, torch.tensor(2), torch.nan)
         with pytest.raises(InputError, match="scores are no numbers: it diverged"):
-            task(scoring=scoring).predict(broken, clip, (1, 4, 4))
+            task(scoring=how).predict(broken, clip, (1, 4, 4))
 
 
 class Fixed(torch.nn.Module):
@@ -767,6 +768,18 @@ def test_settings_that_mean_nothing_here_are_refused(tmp_path):
     config = Config(task="segmentation", model=ModelConfig(head="upernett"))
     with pytest.raises(InputError, match="task=segmentation has linear, upernet, atm"):
         build.build_model(config, 4)
+
+
+def test_what_training_ignored_scoring_ignores():
+    own = Config(task="segmentation", data=DataConfig(ignore_label=0))
+
+    def label(asked, **changes):
+        config = Config(task="segmentation", data=DataConfig(**changes))
+        return scoring._with_checkpoint(config, own, asked).data.ignore_label
+
+    assert label(set()) == 0
+    assert label({"data.ignore_label"}) == IGNORED
+    assert label(set(), ignore_label=7) == 7, "a recipe's"
 
 
 def test_a_checkpoint_is_loaded_with_its_head(unbroken):

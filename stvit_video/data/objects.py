@@ -190,7 +190,7 @@ def _checked_mask(where: str, shape: Any, size: tuple[int, int]) -> str:
     """Polygons, or run lengths, compressed or not -> compressed run lengths. Raises ListError."""
     if isinstance(shape, dict):
         counts, of = shape.get("counts"), shape.get("size")
-        if list(of or ()) != list(size):
+        if of != list(size):
             raise ListError(f"{where}: found a mask of {of}, expected its image's height and width {size}")
         runs = _runs(counts) if isinstance(counts, str) else counts
         # of others pycocotools makes pixels from whatever lies in memory, and counts overlaps for ever

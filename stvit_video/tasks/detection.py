@@ -126,6 +126,13 @@ class Detection:
                 )
 
     def train_views(self, sampling: Sampling, data) -> WholeView:
+        if data.num_frames != 1:
+            raise InputError(f"data.num_frames={data.num_frames}: a detector takes images, 1")
+        if data.augment_on == "device" or data.rand_augment is not None or data.repeats != 1:
+            raise InputError(
+                f"data.augment_on={data.augment_on}, data.rand_augment={data.rand_augment}, data.repeats="
+                f"{data.repeats}: detection scales and mirrors images, in the worker, and no more"
+            )
         sides = tuple(self.settings.short_sides) or (data.image_size,)
         scaled = Scaled(sides, self._longest(data), True, data.flip != "none", self.twins)
         return WholeView(sampling, scaled, random=True)
