@@ -17,7 +17,7 @@ from test_end_to_end import assert_same_runs, figures, run, train_in_two
 
 from stvit_video import build, cli, create_model
 from stvit_video.cli import scoring
-from stvit_video.config import Config, DataConfig, ModelConfig
+from stvit_video.config import Config, DataConfig, ModelConfig, resolve
 from stvit_video.data import demo_scenes, sampling
 from stvit_video.data.annotations import read_rows
 from stvit_video.data.decode import open_video
@@ -27,7 +27,7 @@ from stvit_video.data.rows import Row
 from stvit_video.data.transforms import Normalise
 from stvit_video.data.views import Sampling
 from stvit_video.engine.job import Outcome
-from stvit_video.errors import DecodeError, InputError
+from stvit_video.errors import DecodeError, InputError, ListError
 from stvit_video.models.segmentation import IGNORED as IGNORED_IN_LOSS
 from stvit_video.models.segmentation import pixel_loss
 from stvit_video.recognizer import load_model
@@ -152,6 +152,11 @@ def test_names_lie_beside_the_images(tmp_path):
     assert read_rows(tmp_path / "images" / "val").class_names is None
     (tmp_path / "classes.txt").write_text("sky\nroad\n")
     assert read_rows(tmp_path / "images" / "val").class_names == ["sky", "road"]
+    (tmp_path / "classes.txt").write_text("sky\nroad\n", encoding="utf-8-sig")
+    assert read_rows(tmp_path / "images" / "val").class_names == ["sky", "road"]
+    (tmp_path / "classes.txt").write_text("straße\n", encoding="latin-1")
+    with pytest.raises(ListError, match="classes.txt: found .*expected class names, one a line"):
+        read_rows(tmp_path / "images" / "val")
 
 
 # ---- files
@@ -780,6 +785,14 @@ def test_what_training_ignored_scoring_ignores():
     assert label(set()) == 0
     assert label({"data.ignore_label"}) == IGNORED
     assert label(set(), ignore_label=7) == 7, "a recipe's"
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "detection", "action_detection"])
+def test_a_checkpoint_with_a_head_has_one_view_unless_more_are_asked_for(kind):
+    asked, own = resolve(Config()), resolve(Config(task=kind))
+    ours = scoring._with_checkpoint(asked, own, set()).eval
+    assert (ours.clips, ours.crops) == (own.eval.clips, own.eval.crops) == (1, 1)
+    assert scoring._with_checkpoint(asked, own, {"eval.crops"}).eval.crops == asked.eval.crops == 3
 
 
 def test_a_checkpoint_is_loaded_with_its_head(unbroken):
