@@ -492,6 +492,14 @@ def test_clips_of_any_shape_are_scored_as_they_are_alone():
         assert torch.equal(record["boxes"], sample.targets[0]["shares"])
 
 
+def test_what_cannot_be_scored_is_named():
+    with pytest.raises(InputError, match="a video without key frames .*: the list must be an AVA csv"):
+        task(5).encode(None)
+    shaped = task(5, keep_shape=True)
+    with pytest.raises(InputError, match=r"eval.keep_shape=true: the model takes frames of \(64, 64\)"):
+        shaped.records(detector("vit_tiny_patch16_224"), None)
+
+
 def test_a_batch_without_boxes_has_no_gradient_and_no_error():
     model = detector("vit_tiny_patch16_224")
     loss = task(5).loss(model, training_batch(torch.zeros(2, 1, 0, 4), torch.zeros(2, 1, 0, 5)))["loss"]

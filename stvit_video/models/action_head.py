@@ -20,6 +20,7 @@ class ActionDetector(WithHead):
     Swin that does not recover its patches it is that of the semantic tokens.
 
     dropout: share of a box's features that training drops.
+    size: (height, width) of the only clips it takes; None: of any.
     Raises ValueError for a backbone without such a grid.
     """
 
@@ -27,6 +28,7 @@ class ActionDetector(WithHead):
         if type(backbone) not in (VideoViT, VideoSwin):
             raise ValueError(f"head=actions: {type(backbone).__name__} has no grid over space and time")
         self._is_vit = isinstance(backbone, VideoViT)
+        self.size = backbone.patch_embed.clip_size[1:] if self._is_vit else None
         norm = backbone.fc_norm if self._is_vit else backbone.norm
         head = nn.Sequential(nn.Dropout(dropout), nn.Linear(norm.weight.numel(), num_classes))
         super().__init__(backbone, head)
