@@ -13,6 +13,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_end_to_end import assert_same_runs, figures, run, train_in_two
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from stvit_video import Detector, cli, create_model, read_rows
 from stvit_video.config import DataConfig
@@ -25,6 +26,7 @@ from stvit_video.data.views import Sampling
 from stvit_video.engine import checkpoint
 from stvit_video.engine.job import Outcome
 from stvit_video.errors import InputError, ListError
+from stvit_video.tasks import detection
 from stvit_video.tasks.detection import Detection, Scaled, mirrored
 from stvit_video.weights import load_weights
 
@@ -529,6 +531,33 @@ def test_an_image_that_cannot_be_read_counts_as_nothing_found_or_not_at_all(on_f
     for key in ("AP", "AP50", "mask_AP", "mask_AP50"):
         assert scored[key] == pytest.approx(1 if on_failure == "exclude" else half)
     assert task.figures(Outcome(rows, [None, None], {0: "gone", 1: "gone"}))["AP"] in (0, None)
+
+
+def test_masks_are_pasted_one_by_one(monkeypatch):
+    """A hundred of them in a photograph of 12 million pixels would be 5 gigabytes."""
+    generator, size, shapes = torch.Generator().manual_seed(0), (30, 40), []
+    corners = 10 * torch.rand(5, 2, generator=generator)
+    detected = {
+        "boxes": torch.cat([corners, corners + 15], 1),
+        "labels": torch.zeros(5),
+        "scores": torch.ones(5),
+        "masks": torch.rand(5, 1, 28, 28, generator=generator),
+    }
+    together = encode_masks(
+        (paste_masks_in_image(detected["masks"], detected["boxes"], size) > 0.5)[:, 0].numpy()
+    )
+
+    def paste(masks, *where):
+        shapes.append(masks.shape)
+        return paste_masks_in_image(masks, *where)
+
+    monkeypatch.setattr(detection, "paste_masks_in_image", paste)
+    judge = Detection(["a"], normalise=Normalise((0.5,) * 3, (0.5,) * 3))
+    frames = torch.zeros(1, 3, 1, *size, dtype=torch.uint8)
+    batch = collate([Sample(0, frames, [{"size": torch.tensor(size)}], [])])
+    (record,) = judge.records(lambda images: [detected], batch)
+    assert record["masks"] == together
+    assert shapes == [(1, 1, 28, 28)] * 5
 
 
 def test_a_precision_of_nothing_is_printed(tmp_path):

@@ -179,8 +179,9 @@ class Detection:
                 "size": size,
             }
             if "masks" in detected:
-                masks = paste_masks_in_image(detected["masks"], boxes, tuple(size))[:, 0] > 0.5
-                record["masks"] = encode_masks(masks.numpy()) if len(masks) else []
+                # one by one: a hundred of a photograph are gigabytes
+                pairs = zip(detected["masks"], boxes, strict=True)
+                record["masks"] = [_pasted(mask, box, tuple(size)) for mask, box in pairs]
             records.append(record)
         return records
 
@@ -293,6 +294,11 @@ class Detection:
             if one.score >= SHOWN
         ]
         return draw_instances(frame.repeat(times, 0).repeat(times, 1), sure, self.class_names)
+
+
+def _pasted(mask: Tensor, box: Tensor, size: tuple[int, int]) -> str:
+    """Probabilities (1, m, m) within a box (4) -> COCO's run lengths in an image of `size` (H, W)."""
+    return encode_masks((paste_masks_in_image(mask[None], box[None], size)[0] > 0.5).numpy())[0]
 
 
 def _labelled(outcome) -> list[int]:
