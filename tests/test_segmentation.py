@@ -249,6 +249,7 @@ def test_a_bad_mask_makes_its_row_unreadable(tmp_path, name):
 def test_a_video_needs_a_mask_for_every_frame(tmp_path):
     for i in range(3):
         save(tmp_path / "m" / f"{i}.png", np.full((6, 8), i, np.uint8))
+    (tmp_path / "m" / "._0.png").write_bytes(b"what macOS leaves")
     masks = read(Masks(str(tmp_path / "m")), frames=(2, 0), num_frames=3)
     assert masks[:, 0, 0].tolist() == [2, 0]
     with pytest.raises(DecodeError, match="m: 3 masks for a video of 4 frames"):

@@ -178,6 +178,7 @@ def test_segvits_checkpoint_by_value():
         ),
         (ATM | {"exits": [5], "exit_head": "atm"}, r"exits=\[5\]: tokens may leave"),
         (ATM | {"head_levels": [2, 3]}, r"head_levels=\[2, 3\]: must be among the layers .* with the last"),
+        (ATM | {"head_levels": []}, r"head_levels=\[\]: must be among the layers .* with the last"),
         (ATM | {"exits": [1], "exit_head": "tree"}, "exit_head=tree: must be one of"),
         (ATM | {"head_dim": 13}, "dim=13 of an ATM head does not divide into num_heads=2"),
     ],

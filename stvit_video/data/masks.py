@@ -49,7 +49,10 @@ class Masks(NamedTuple):
         if path.is_dir():
             from .decode import natural
 
-            files = sorted((p for p in path.iterdir() if p.suffix.lower() in LOSSLESS), key=natural)
+            every = (
+                p for p in path.iterdir() if not p.name.startswith(".")
+            )  # as the frames: macOS's ._0.png
+            files = sorted((p for p in every if p.suffix.lower() in LOSSLESS), key=natural)
             if len(files) != num_frames:
                 raise DecodeError(f"{path}: {len(files)} masks for a video of {num_frames} frames")
         table = _table(self.values, classes, ignore)

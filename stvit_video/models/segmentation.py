@@ -402,7 +402,7 @@ def chosen_layers(backbone: nn.Module, levels: int | Sequence[int]) -> list[int]
     """
     known = list(backbone.grid_widths)
     if not isinstance(levels, int):
-        if not set(levels) <= set(known) or max(levels) < known[-1]:
+        if not set(levels) <= set(known) or known[-1] not in levels:
             raise ValueError(
                 f"head_levels={list(levels)}: must be among the layers {known}, with the last of them"
             )
