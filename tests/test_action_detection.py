@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -799,6 +800,22 @@ def test_predict_writes_who_does_what(trained, movers, tmp_path, monkeypatch, ca
     }
     assert "gone.mp4: no such file" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*.part"))
+
+
+def test_people_of_a_video_are_not_those_of_another_of_its_name(trained, tmp_path, monkeypatch):
+    seen, found = [], iter([{("x", 1.0): None}, {("x", 2.0): None}])
+    monkeypatch.setattr(actions, "read_detector", lambda path: Finder())
+    monkeypatch.setattr(actions, "_moments", lambda *_: [])
+    monkeypatch.setattr(actions, "find_people", lambda *_: next(found))
+    monkeypatch.setattr(actions, "_scored", lambda c, t, m, rows, d: seen.extend(rows) or [])
+    monkeypatch.setattr(actions, "_write_drawn", lambda path, target, *_: target.touch())
+    options = {"checkpoint": trained / "best.pt", "device": "cpu", "workers": 0, "timeout": None}
+    options |= {"every": 1.0, "proposals": None, "detector": "weights.pt"}
+    videos = [tmp_path / folder / "x.mp4" for folder in "ab"]
+    assert actions.write_actions(videos, tmp_path, SimpleNamespace(**options)) == 0
+    assert [(row.path, row.target.second) for row in seen] == [
+        (str(video), second) for video, second in zip(videos, (1.0, 2.0), strict=True)
+    ]
 
 
 def test_predict_says_what_it_needs(trained, movers, tmp_path, capsys):
