@@ -627,6 +627,14 @@ def test_tubelets_speak_for_all_their_frames():
     assert model.scores(logits, (4, 32, 32)).shape == (1, 4, 4, 32, 32)
 
 
+@pytest.mark.parametrize("name", ["video_swin_tiny", "stvit_r_video_swin_small"])
+def test_a_tubelet_that_sticks_out_of_a_clip_moves_no_frame(name):
+    model, patches = tiny(name, "linear", frames=4), torch.randn(1, 4, 3, 2, 2)
+    six = model.resized(patches, (6, 64, 64))
+    assert torch.equal(model.resized(patches, (5, 64, 64)), six[:, :, :5])
+    assert model(torch.randn(1, 3, 5, 64, 64)).shape == patches.shape
+
+
 def test_backbones_without_grids_are_refused():
     with pytest.raises(ValueError, match=r"patch grids up to stage 2 only; STViT-R has all 4"):
         create_model("stvit_swin_tiny", num_classes=4, head="linear")

@@ -68,7 +68,8 @@ class Segmenter(WithHead):
         self.layers = layers
         embed, stages = backbone.patch_embed, hasattr(backbone, "layers")
         self.size = None if stages else tuple(embed.clip_size[1:])
-        patch = getattr(embed, "patch_size", (1, 4, 4))[1:]
+        self.tubelet, *patch = getattr(embed, "patch_size", None) or (embed.frames, 4, 4)
+        patch = tuple(patch)
         self.strides = tuple(side * 8 for side in patch) if stages else patch
         if exits is not None:
             self.head.exits = exits(backbone.grid_widths[layers[-1]])
@@ -132,8 +133,8 @@ class Segmenter(WithHead):
     def resized(self, patches: Tensor, size: tuple[int, int, int]) -> Tensor:
         """Values of patches (B, K, t, h, w) -> of clips of `size` (T, H, W), without their padding."""
         frames, rows, columns = size
-        padded = [n - n % -s for n, s in zip(size[1:], self.strides, strict=True)]
-        return resize(patches, (frames, *padded))[..., :rows, :columns]
+        padded = [n - n % -s for n, s in zip(size, (self.tubelet, *self.strides), strict=True)]
+        return resize(patches, tuple(padded))[..., :frames, :rows, :columns]
 
     def loss(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
         """What `forward` gave, masks (B, T, H, W) -> "loss": the cross entropy of all pixels that count;
