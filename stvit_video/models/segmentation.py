@@ -291,7 +291,9 @@ class ATMSegmenter(Segmenter):
         return sum(self._atm_losses([Masks(exit.classes, exit.masks)], grid, targets).values())
 
     def _atm_losses(self, outputs: list[Masks], grid: Size3, targets: Tensor) -> dict[str, Tensor]:
-        """Normalised by the masks of all processes, as SegViT's are."""
+        """Normalised by the masks of all processes, as SegViT's are. Clips were padded: ignored there."""
+        strides = zip(reversed(targets.shape[1:]), (*reversed(self.strides), self.tubelet), strict=True)
+        targets = F.pad(targets, [n for length, s in strides for n in (0, -length % s)], value=IGNORED)
         present = sum((image.unique() != IGNORED).sum() for image in targets)
         return atm_losses(outputs, targets, grid, num_masks=mean_over_processes(present), ignore=IGNORED)
 
