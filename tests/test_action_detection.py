@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -492,6 +493,14 @@ def test_clips_of_any_shape_are_scored_as_they_are_alone():
         assert torch.equal(record["boxes"], sample.targets[0]["shares"])
 
 
+def test_what_cannot_be_scored_is_named():
+    with pytest.raises(InputError, match="a video without key frames .*: the list must be an AVA csv"):
+        task(5).encode(None)
+    shaped = task(5, keep_shape=True)
+    with pytest.raises(InputError, match=r"eval.keep_shape=true: the model takes frames of \(64, 64\)"):
+        shaped.records(detector("vit_tiny_patch16_224"), None)
+
+
 def test_a_batch_without_boxes_has_no_gradient_and_no_error():
     model = detector("vit_tiny_patch16_224")
     loss = task(5).loss(model, training_batch(torch.zeros(2, 1, 0, 4), torch.zeros(2, 1, 0, 5)))["loss"]
@@ -513,6 +522,20 @@ def test_a_box_has_the_features_that_lie_in_it():
     grid[:, 1] += 2
     halves = torch.tensor([[0.0, 0, 24, 64], [40, 0, 64, 64]])
     torch.testing.assert_close(model(clip, [halves]), grid[0, :, 0, 0::3].mean(0))
+
+
+@pytest.mark.parametrize("name", [name for name in SIZES if "swin" in name])
+def test_padding_of_a_frame_moves_no_box(name):
+    """A cell is as many pixels of a frame that fills no whole cells and windows as of one that does."""
+    model = detector(name)
+    model.head = torch.nn.Identity()
+    grid = torch.randn(1, 2, 4, 4, 24)
+    model.features = lambda x: grid
+    boxes = [torch.tensor([[0.0, 0, 90, 90], [70, 30, 95, 60]])]
+    padded = model(torch.zeros(1, 3, 4, 100, 100), boxes)
+    assert torch.equal(padded, model(torch.zeros(1, 3, 4, 192, 192), boxes))
+    cell = 48 if name.startswith("stvit_video") else 32  # windows of 3 become 2 tokens, before merging
+    assert model._strides((100, 100)) == [cell, cell]
 
 
 def test_the_head_needs_a_grid_over_space_and_time():
@@ -777,6 +800,22 @@ def test_predict_writes_who_does_what(trained, movers, tmp_path, monkeypatch, ca
     }
     assert "gone.mp4: no such file" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*.part"))
+
+
+def test_people_of_a_video_are_not_those_of_another_of_its_name(trained, tmp_path, monkeypatch):
+    seen, found = [], iter([{("x", 1.0): None}, {("x", 2.0): None}])
+    monkeypatch.setattr(actions, "read_detector", lambda path: Finder())
+    monkeypatch.setattr(actions, "_moments", lambda *_: [])
+    monkeypatch.setattr(actions, "find_people", lambda *_: next(found))
+    monkeypatch.setattr(actions, "_scored", lambda c, t, m, rows, d: seen.extend(rows) or [])
+    monkeypatch.setattr(actions, "_write_drawn", lambda path, target, *_: target.touch())
+    options = {"checkpoint": trained / "best.pt", "device": "cpu", "workers": 0, "timeout": None}
+    options |= {"every": 1.0, "proposals": None, "detector": "weights.pt"}
+    videos = [tmp_path / folder / "x.mp4" for folder in "ab"]
+    assert actions.write_actions(videos, tmp_path, SimpleNamespace(**options)) == 0
+    assert [(row.path, row.target.second) for row in seen] == [
+        (str(video), second) for video, second in zip(videos, (1.0, 2.0), strict=True)
+    ]
 
 
 def test_predict_says_what_it_needs(trained, movers, tmp_path, capsys):

@@ -13,16 +13,20 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_end_to_end import assert_same_runs, figures, run, train_in_two
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from stvit_video import Detector, cli, create_model, read_rows
+from stvit_video.config import DataConfig
 from stvit_video.data import demo, demo_objects
 from stvit_video.data.batch import Sample, collate
-from stvit_video.data.objects import Objects, encode_masks
+from stvit_video.data.objects import Objects, _runs, encode_masks
 from stvit_video.data.rows import Row, Rows
 from stvit_video.data.transforms import Normalise
+from stvit_video.data.views import Sampling
 from stvit_video.engine import checkpoint
 from stvit_video.engine.job import Outcome
 from stvit_video.errors import InputError, ListError
+from stvit_video.tasks import detection
 from stvit_video.tasks.detection import Detection, Scaled, mirrored
 from stvit_video.weights import load_weights
 
@@ -132,6 +136,20 @@ def test_regions_are_pooled_at_the_strides_of_the_levels():
         assert (pool.map_levels.k_min, pool.map_levels.k_max) == (2, 5)
 
 
+def test_boxes_are_exact_in_half_precision():
+    """In bfloat16 numbers from 256 on are 2 apart, from 512 on 4: pixels, and which mask is whose."""
+    model, seen = build("swin_tiny_patch4_window7_224").eval(), []
+    model.head.rpn.anchor_generator.register_forward_hook(lambda *call: seen.append(call[2][0]))
+    model.head.rpn.register_forward_hook(lambda *call: seen.append(call[2][0][0]))
+    for precise in (True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            (detected,) = model([torch.zeros(3, 64, 640)])
+        seen.append(detected["boxes"])
+    (anchors, *boxes), (others, *rounded) = seen[:3], seen[3:]
+    assert torch.equal(anchors, others)
+    assert {part.dtype for part in (*boxes, *rounded)} == {torch.float32}
+
+
 def test_class_0_of_a_list_is_the_models_first_after_the_background():
     model, (image, target) = build("swin_tiny_patch4_window7_224"), sample()
     target = {key: value[1:] for key, value in target.items()}
@@ -170,6 +188,20 @@ def test_boxes_alone_need_no_masks():
 def test_what_cannot_detect_is_named(name, sizes, message):
     with pytest.raises(ValueError, match=message):
         create_model(name, num_classes=3, head="mask_rcnn", **{"num_frames": 1} | sizes)
+
+
+def test_settings_that_mean_nothing_here_are_refused():
+    pixels = {"num_frames": 1, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    for change, message in (
+        ({"num_frames": 16}, "data.num_frames=16: a detector takes images, 1"),
+        ({"augment_on": "device"}, "data.augment_on=device"),
+        ({"rand_augment": (1, 5)}, r"data.rand_augment=\(1, 5\)"),
+        ({"repeats": 2}, "data.repeats=2: detection scales and mirrors images"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Detection(["a"], normalise=None).train_views(
+                Sampling("middle", 1), DataConfig(**pixels | change)
+            )
 
 
 def test_an_image_that_is_too_large_for_a_vit_is_named():
@@ -331,6 +363,18 @@ def changed(place, key, value):
     return lambda values: values[part][number].update({key: value})
 
 
+def test_compressed_run_lengths_are_pycocotools_own(coco_list):
+    generator = np.random.default_rng(0)
+    for share in (0, 0.01, 0.5, 0.99, 1):
+        mask = generator.random((20, 30)) < share
+        (counts,) = encode_masks(mask[None])
+        shape = {"size": [20, 30], "counts": counts}
+        row = read_rows(coco_list(changed(1, "segmentation", shape)))[0]
+        assert counts in row.target.masks
+        runs = np.diff(np.flatnonzero(np.diff(mask.T.ravel(), prepend=0, append=2)), prepend=0)
+        assert [run for run in _runs(counts) if run] == [run for run in runs.tolist() if run]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -349,7 +393,22 @@ def changed(place, key, value):
             changed(1, "segmentation", {"size": [20, 30], "counts": [0, 40]}),
             "annotation 9: found run lengths",
         ),
-        (changed(1, "segmentation", {"size": [30, 20], "counts": [600]}), "annotation 9: found a mask of"),
+        *(
+            (
+                changed(1, "segmentation", {"size": [20, 30], "counts": counts}),
+                r"annotation 9: found run lengths .*, expected 600 pixels",
+            )
+            for counts in ([1.5, 598.5], [-5, 605], "zz", "", "PPP", "d4`0P1lb1", None)
+        ),
+        *(
+            (
+                changed(1, "segmentation", {"size": size, "counts": [600]}),
+                "annotation 9: found a mask of",
+            )
+            for size in ([30, 20], 600, None)
+        ),
+        (changed(0, "segmentation", [[0, 0, 1e9, 0, 1e9, 1e9]]), "annotation 1: found segmentation"),
+        (changed(0, "area", "wide"), "annotation 1: found area 'wide', expected a number of pixels"),
         (changed(1, "id", 1), "annotation 1: found this id twice"),
         (changed(("images", 1), "id", 7), "image 7: found this id twice"),
         (
@@ -472,6 +531,39 @@ def test_an_image_that_cannot_be_read_counts_as_nothing_found_or_not_at_all(on_f
     for key in ("AP", "AP50", "mask_AP", "mask_AP50"):
         assert scored[key] == pytest.approx(1 if on_failure == "exclude" else half)
     assert task.figures(Outcome(rows, [None, None], {0: "gone", 1: "gone"}))["AP"] in (0, None)
+
+
+def test_masks_are_pasted_one_by_one(monkeypatch):
+    """A hundred of them in a photograph of 12 million pixels would be 5 gigabytes."""
+    generator, size, shapes = torch.Generator().manual_seed(0), (30, 40), []
+    corners = 10 * torch.rand(5, 2, generator=generator)
+    detected = {
+        "boxes": torch.cat([corners, corners + 15], 1),
+        "labels": torch.zeros(5),
+        "scores": torch.ones(5),
+        "masks": torch.rand(5, 1, 28, 28, generator=generator),
+    }
+    together = encode_masks(
+        (paste_masks_in_image(detected["masks"], detected["boxes"], size) > 0.5)[:, 0].numpy()
+    )
+
+    def paste(masks, *where):
+        shapes.append(masks.shape)
+        return paste_masks_in_image(masks, *where)
+
+    monkeypatch.setattr(detection, "paste_masks_in_image", paste)
+    judge = Detection(["a"], normalise=Normalise((0.5,) * 3, (0.5,) * 3))
+    frames = torch.zeros(1, 3, 1, *size, dtype=torch.uint8)
+    batch = collate([Sample(0, frames, [{"size": torch.tensor(size)}], [])])
+    (record,) = judge.records(lambda images: [detected], batch)
+    assert record["masks"] == together
+    assert shapes == [(1, 1, 28, 28)] * 5
+
+
+def test_a_precision_of_nothing_is_printed(tmp_path):
+    task = Detection(["a", "b"], normalise=None)
+    lines = task.report(tmp_path, Outcome(Rows(), [], {}), {"AP": 0.0, "AP50": None})
+    assert [line.split() for line in lines[:-1]] == [["AP", "of", "boxes", "0.00%"]]
 
 
 def test_a_record_is_in_the_images_own_pixels():

@@ -1,9 +1,12 @@
 """Segmentation: masks read right or not at all, moved with their pixels, scored to the last pixel."""
 
+import contextlib
 import csv
 import itertools
 import json
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -13,7 +16,8 @@ from PIL import Image
 from test_end_to_end import assert_same_runs, figures, run, train_in_two
 
 from stvit_video import build, cli, create_model
-from stvit_video.config import Config, DataConfig, ModelConfig
+from stvit_video.cli import scoring
+from stvit_video.config import Config, DataConfig, ModelConfig, resolve
 from stvit_video.data import demo_scenes, sampling
 from stvit_video.data.annotations import read_rows
 from stvit_video.data.decode import open_video
@@ -23,7 +27,7 @@ from stvit_video.data.rows import Row
 from stvit_video.data.transforms import Normalise
 from stvit_video.data.views import Sampling
 from stvit_video.engine.job import Outcome
-from stvit_video.errors import DecodeError, InputError
+from stvit_video.errors import DecodeError, InputError, ListError
 from stvit_video.models.segmentation import IGNORED as IGNORED_IN_LOSS
 from stvit_video.models.segmentation import pixel_loss
 from stvit_video.recognizer import load_model
@@ -148,6 +152,11 @@ def test_names_lie_beside_the_images(tmp_path):
     assert read_rows(tmp_path / "images" / "val").class_names is None
     (tmp_path / "classes.txt").write_text("sky\nroad\n")
     assert read_rows(tmp_path / "images" / "val").class_names == ["sky", "road"]
+    (tmp_path / "classes.txt").write_text("sky\nroad\n", encoding="utf-8-sig")
+    assert read_rows(tmp_path / "images" / "val").class_names == ["sky", "road"]
+    (tmp_path / "classes.txt").write_text("straße\n", encoding="latin-1")
+    with pytest.raises(ListError, match="classes.txt: found .*expected class names, one a line"):
+        read_rows(tmp_path / "images" / "val")
 
 
 # ---- files
@@ -170,6 +179,37 @@ def test_a_mask_is_read_whatever_it_is_stored_as(tmp_path):
     np.testing.assert_array_equal(read(Masks(str(tmp_path / "few.png")))[0], ids % 4)
     expected = np.where(ids % 4 == 3, IGNORED, ids % 4)
     np.testing.assert_array_equal(read(Masks(str(tmp_path / "few.png")), ignore=3)[0], expected)
+
+
+def grey_png(ids, bits):
+    """PIL writes no grey levels of fewer than 8 bits."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    lines = np.packbits(np.unpackbits(ids[..., None], axis=2)[..., -bits:].reshape(len(ids), -1), axis=1)
+    head = struct.pack(">IIBBBBB", ids.shape[1], ids.shape[0], bits, 0, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_levels_of_few_bits_are_numbers_too(tmp_path, bits):
+    """PIL stretches those of 2 and 4 bits to 255."""
+    ids = np.resize(np.arange(2**bits, dtype=np.uint8), (6, 8))
+    (tmp_path / "few.png").write_bytes(grey_png(ids, bits))
+    np.testing.assert_array_equal(read(Masks(str(tmp_path / "few.png")), classes=48)[0], ids)
+
+
+def test_a_flipped_bit_anywhere_makes_no_other_mask(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 4, (6, 8), np.uint8)
+    sound, path = grey_png(ids, 8), tmp_path / "flipped.png"
+    for place in range(len(sound)):
+        damaged = bytearray(sound)
+        damaged[place] ^= 16
+        path.write_bytes(damaged)
+        with contextlib.suppress(DecodeError):
+            np.testing.assert_array_equal(read(Masks(str(path)))[0], ids)
 
 
 def colours(ids):
@@ -209,6 +249,7 @@ def test_a_bad_mask_makes_its_row_unreadable(tmp_path, name):
 def test_a_video_needs_a_mask_for_every_frame(tmp_path):
     for i in range(3):
         save(tmp_path / "m" / f"{i}.png", np.full((6, 8), i, np.uint8))
+    (tmp_path / "m" / "._0.png").write_bytes(b"what macOS leaves")
     masks = read(Masks(str(tmp_path / "m")), frames=(2, 0), num_frames=3)
     assert masks[:, 0, 0].tolist() == [2, 0]
     with pytest.raises(DecodeError, match="m: 3 masks for a video of 4 frames"):
@@ -392,6 +433,15 @@ def brute_force(predictions, truths, classes):
     return sum(known) / len(known), sum(right) / sum(there), sum(accuracies) / len(accuracies), ious
 
 
+def test_scores_that_are_no_numbers_are_no_prediction():
+    clip = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
+    for how in (SegmentationScoring(), SegmentationScoring(mirrored=True)):
+        broken = Colours()
+        broken.scores = lambda outputs, size: outputs.index_fill(1, torch.tensor(2), torch.nan)
+        with pytest.raises(InputError, match="scores are no numbers: it diverged"):
+            task(scoring=how).predict(broken, clip, (1, 4, 4))
+
+
 class Fixed(torch.nn.Module):
     """Says of each image what the test gives."""
 
@@ -553,6 +603,13 @@ def test_every_parameter_that_learns_gets_a_gradient(name, head):
     assert torch.equal(again.eval()(x), model.eval()(x))
 
 
+def test_one_image_is_too_few_for_the_batch_norms_of_upernet():
+    model, image = tiny("vit_tiny_patch16_224", "upernet"), torch.zeros(1, 3, 1, 32, 32)
+    with pytest.raises(InputError, match="a batch of 1 image .*: raise train.batch_size"):
+        model.train()(image)
+    model.eval()(image)
+
+
 def test_images_of_any_size_are_padded_to_whole_patches():
     model = tiny("swin_tiny_patch4_window7_224", "upernet").eval()
     x = torch.randn(1, 3, 1, 50, 70)
@@ -568,6 +625,14 @@ def test_tubelets_speak_for_all_their_frames():
     logits = model(torch.randn(1, 3, 4, 32, 32))
     assert logits.shape == (1, 4, 2, 4, 4)
     assert model.scores(logits, (4, 32, 32)).shape == (1, 4, 4, 32, 32)
+
+
+@pytest.mark.parametrize("name", ["video_swin_tiny", "stvit_r_video_swin_small"])
+def test_a_tubelet_that_sticks_out_of_a_clip_moves_no_frame(name):
+    model, patches = tiny(name, "linear", frames=4), torch.randn(1, 4, 3, 2, 2)
+    six = model.resized(patches, (6, 64, 64))
+    assert torch.equal(model.resized(patches, (5, 64, 64)), six[:, :, :5])
+    assert model(torch.randn(1, 3, 5, 64, 64)).shape == patches.shape
 
 
 def test_backbones_without_grids_are_refused():
@@ -717,6 +782,26 @@ def test_settings_that_mean_nothing_here_are_refused(tmp_path):
     config = Config(task="segmentation", model=ModelConfig(head="upernett"))
     with pytest.raises(InputError, match="task=segmentation has linear, upernet, atm"):
         build.build_model(config, 4)
+
+
+def test_what_training_ignored_scoring_ignores():
+    own = Config(task="segmentation", data=DataConfig(ignore_label=0))
+
+    def label(asked, **changes):
+        config = Config(task="segmentation", data=DataConfig(**changes))
+        return scoring._with_checkpoint(config, own, asked).data.ignore_label
+
+    assert label(set()) == 0
+    assert label({"data.ignore_label"}) == IGNORED
+    assert label(set(), ignore_label=7) == 7, "a recipe's"
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "detection", "action_detection"])
+def test_a_checkpoint_with_a_head_has_one_view_unless_more_are_asked_for(kind):
+    asked, own = resolve(Config()), resolve(Config(task=kind))
+    ours = scoring._with_checkpoint(asked, own, set()).eval
+    assert (ours.clips, ours.crops) == (own.eval.clips, own.eval.crops) == (1, 1)
+    assert scoring._with_checkpoint(asked, own, {"eval.crops"}).eval.crops == asked.eval.crops == 3
 
 
 def test_a_checkpoint_is_loaded_with_its_head(unbroken):

@@ -179,6 +179,7 @@ def test_segvits_checkpoint_by_value():
         ),
         (ATM | {"exits": [5], "exit_head": "atm"}, r"exits=\[5\]: tokens may leave"),
         (ATM | {"head_levels": [2, 3]}, r"head_levels=\[2, 3\]: must be among the layers .* with the last"),
+        (ATM | {"head_levels": []}, r"head_levels=\[\]: must be among the layers .* with the last"),
         (ATM | {"exits": [1], "exit_head": "tree"}, "exit_head=tree: must be one of"),
         (ATM | {"head_dim": 13}, "dim=13 of an ATM head does not divide into num_heads=2"),
     ],
@@ -198,7 +199,10 @@ def test_atm_on_windows_has_one_level():
     model = create_model("swin_tiny_patch4_window7_224", **swin | {"head_levels": 1}).eval()
     outputs = model(torch.randn(2, 3, 50, 70))
     assert model.scores(outputs, (1, 50, 70)).shape == (2, 3, 1, 50, 70)
-    assert model.loss(outputs, torch.randint(0, 3, (2, 1, 50, 70)))["loss"].isfinite()
+    targets = torch.randint(0, 3, (2, 1, 50, 70))
+    padded = torch.nn.functional.pad(targets, [0, 26, 0, 14], value=255)
+    losses = (model.loss(outputs, masks)["loss"] for masks in (targets, padded))
+    assert torch.equal(*losses), "masks lie where the patches are, of which the last ones stick out"
 
 
 def test_counts_of_windows_are_those_of_their_tokens(tmp_path):
@@ -228,6 +232,15 @@ def test_counts_of_windows_are_those_of_their_tokens(tmp_path):
             y, x = 8 * (patch // 4) + 4, corner + 8 * (patch % 4) + 4
             if x < 40:
                 assert record["map"][y, x] == first[at][patch] + 2 * last[at][patch]
+
+
+def test_tokens_are_those_of_the_first_layer_whatever_merges_them_later():
+    merging = {"base_depth": 2, "semantic_tokens": (1, 2, 2), "exits": [4], **LINEAR}
+    model = create_model("tome_vit_tiny_patch16_224", **VIT | {"depth": 6} | merging).eval()
+    passed = model(images())
+    assert passed.tokens.tolist() == [16] * 3
+    assert (passed.place == torch.arange(16)).all()
+    assert passed.exits[0].tokens.tolist() == [4] * 3, "at the exit they are merged"
 
 
 def test_the_map_of_an_image_smaller_than_a_window_is_the_images():

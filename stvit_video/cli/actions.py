@@ -58,6 +58,7 @@ def write_actions(paths: Sequence[Path], folder: Path, options: Any) -> int:
         try:
             if options.detector:
                 rows = _moments(path, options.every, options.timeout)
+                people.clear()  # there may be a video of the same name in another folder
                 people |= find_people(finder, rows, config, device)
             rows = [Row(str(path), KeyFrame(*at)) for at in sorted(people) if at[0] == path.stem]
             if not rows:

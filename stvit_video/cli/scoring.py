@@ -7,11 +7,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from .. import build
-from ..config import Config, ConfigError, task_settings, to_dict
+from ..config import Config, ConfigError, DataConfig, task_settings, to_dict
 from ..engine import distributed
 from ..engine.device import pick_precision
 from ..engine.evaluate import Shares, score, write_report
 from ..pixels import Pixels
+from ..tasks import TASKS
 from .common import make_folder
 from .training import introduce, start
 
@@ -123,8 +124,13 @@ def _with_checkpoint(config: Config, own: Config, asked: Collection[str]) -> Con
         if ours not in (value, "auto") and f"{group}.{key}" in asked:
             raise ConfigError(f"--{group}.{key} {ours}: the checkpoint was made with {value}")
     data = replace(config.data, **{key: getattr(own.data, key) for key in _DATA_OF_CHECKPOINT})
+    if data.ignore_label == DataConfig.ignore_label and "data.ignore_label" not in asked:
+        data = replace(data, ignore_label=own.data.ignore_label)  # else what was ignored would be a class
     settings = {k: v for k, v in task_settings(own).items() if f"train.{k}" not in asked}
     train = replace(config.train, **settings)  # a longest side is one
+    if config.task != own.task and TASKS[own.task].heads != (None,):  # whose preset has one view
+        views = {key: 1 for key in ("clips", "crops") if f"eval.{key}" not in asked}
+        config = replace(config, eval=replace(config.eval, **views))
     config = replace(config, task=own.task, model=own.model, data=data, train=train)
     return replace(config, seed=own.seed)  # holds the same back
 

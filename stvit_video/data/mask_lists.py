@@ -71,7 +71,10 @@ def _names_near(folder: Path) -> list[str] | None:
     """The class names of a file classes.txt, one a line, in the folder or up to two above it."""
     files = (above / "classes.txt" for above in (folder, *folder.parents[:2]))
     file = next(filter(Path.is_file, files), None)
-    return file and [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    try:
+        return file and [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ListError(f"{file}: found {error}, expected class names, one a line") from None
 
 
 NAME = re.compile(r"[^\s,/]+")  # of an image or a video

@@ -12,6 +12,7 @@ from ..errors import DecodeError
 
 IGNORED = 255  # of a pixel that counts nowhere; so there are 255 classes at most
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".gif")
+GREYS = {"L;2": 85, "L;4": 17}  # grey levels of 2 and 4 bits, and by what PIL multiplies them
 BROKEN = 256  # in a table: a value that no class has
 CITYSCAPES = {
     **{7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light"},
@@ -48,7 +49,10 @@ class Masks(NamedTuple):
         if path.is_dir():
             from .decode import natural
 
-            files = sorted((p for p in path.iterdir() if p.suffix.lower() in LOSSLESS), key=natural)
+            every = (
+                p for p in path.iterdir() if not p.name.startswith(".")
+            )  # as the frames: macOS's ._0.png
+            files = sorted((p for p in every if p.suffix.lower() in LOSSLESS), key=natural)
             if len(files) != num_frames:
                 raise DecodeError(f"{path}: {len(files)} masks for a video of {num_frames} frames")
         table = _table(self.values, classes, ignore)
@@ -73,7 +77,10 @@ def _read_values(file: Path) -> np.ndarray:
         raise DecodeError(f"{file}: a mask in a format that may change values: must be one of {LOSSLESS}")
     try:
         with Image.open(file) as image:
-            values = np.asarray(image)
+            image.verify()  # else a PNG's checksum of the last pixels is not looked at
+        with Image.open(file) as image:
+            step = next((n for grey, n in GREYS.items() if f"'{grey}'" in str(image.tile)), 1)
+            values = np.asarray(image) // step if step > 1 else np.asarray(image)
     except FileNotFoundError:
         raise DecodeError(f"{file}: no such mask") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

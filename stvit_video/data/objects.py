@@ -129,7 +129,10 @@ def _object(
     size = (images[image]["height"], images[image]["width"])
     box = _checked_box(where, annotation.get("bbox"), size)
     mask = _checked_mask(where, annotation.get("segmentation"), size) if masked else None
-    area = float(annotation.get("area", box[2] * box[3]))
+    area = annotation.get("area")
+    if not (area is None or _is_number(area)):
+        raise ListError(f"{where}: found area {str(area)[:60]!r}, expected a number of pixels")
+    area = box[2] * box[3] if area is None else float(area)
     return names.index(name), box, mask, bool(annotation.get("iscrowd", 0)), area
 
 
@@ -187,25 +190,47 @@ def _checked_mask(where: str, shape: Any, size: tuple[int, int]) -> str:
     """Polygons, or run lengths, compressed or not -> compressed run lengths. Raises ListError."""
     if isinstance(shape, dict):
         counts, of = shape.get("counts"), shape.get("size")
-        if list(of or ()) != list(size):
+        if of != list(size):
             raise ListError(f"{where}: found a mask of {of}, expected its image's height and width {size}")
-        if isinstance(counts, str):
-            return counts
+        runs = _runs(counts) if isinstance(counts, str) else counts
+        # of others pycocotools makes pixels from whatever lies in memory, and counts overlaps for ever
         if (
-            not isinstance(counts, list)
-            or not all(map(_is_number, counts))
-            or sum(counts) != math.prod(size)
+            not isinstance(runs, list)
+            or not all(isinstance(run, int) and run >= 0 for run in runs)
+            or sum(runs) != math.prod(size)
         ):
             raise ListError(
-                f"{where}: found run lengths {str(counts)[:60]}, expected {math.prod(size)} pixels"
+                f"{where}: found run lengths {str(counts)[:60]!r}, expected {math.prod(size)} pixels"
             )
-        return _rle().frPyObjects(shape, *size)["counts"].decode()
+        return counts if isinstance(counts, str) else _rle().frPyObjects(shape, *size)["counts"].decode()
     for polygon in shape or [[]] if isinstance(shape, list) else [None]:
         numbers = isinstance(polygon, list) and all(map(_is_number, polygon))
-        if not numbers or len(polygon) < 6 or len(polygon) % 2:
+        far = numbers and max(map(abs, polygon), default=0) > 10 * max(
+            size
+        )  # pycocotools walks all the way
+        if not numbers or far or len(polygon) < 6 or len(polygon) % 2:
             what = "an empty polygon" if polygon == [] else f"segmentation {str(polygon)[:60]}"
             raise ListError(f"{where}: found {what}, expected x, y of 3 points or more, or run lengths")
     return _rle().merge(_rle().frPyObjects(shape, *size))["counts"].decode()
+
+
+def _runs(counts: str) -> list[int] | None:
+    """COCO's compressed run lengths as numbers; None: they are none.
+
+    Five bits a character, the lowest first; from the fourth run on, the difference to the one before the
+    last (pycocotools' rleFrString)."""
+    runs, run, bits = [], 0, 0
+    for character in counts:
+        part = ord(character) - ord("0")
+        if not 0 <= part < 64:
+            return None
+        run |= (part & 31) << bits
+        bits += 5
+        if not part & 32:
+            run -= (part & 16) << bits - 4
+            runs.append(run + (runs[-2] if len(runs) > 2 else 0))
+            run = bits = 0
+    return None if bits else runs
 
 
 def _is_number(value: Any) -> bool:

@@ -5,10 +5,12 @@ Sources: Ren et al., NeurIPS 2015; He et al., ICCV 2017; ViTDet for a plain ViT:
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -85,6 +87,8 @@ class FasterRCNN(WithHead):
             head.roi_heads.mask_roi_pool = _pooled(14, pyramid.strides)
             head.roi_heads.mask_head = MaskRCNNHeads(head_dim, (head_dim,) * 4, 1)
             head.roi_heads.mask_predictor = MaskRCNNPredictor(head_dim, head_dim, num_classes + 1)
+        for part in (pyramid, head.rpn.head, head.roi_heads.box_predictor):
+            part.register_forward_hook(_in_float32)
         super().__init__(backbone, head)
 
     def forward(
@@ -132,6 +136,11 @@ class MaskRCNN(FasterRCNN):
     """`FasterRCNN` with a mask of each object."""
 
     masks = True
+
+
+def _in_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """Anchors and boxes take their type from these: in bfloat16 they would lie 4 pixels apart."""
+    return tree_map_only(Tensor, Tensor.float, outputs)
 
 
 def _pooled(size: int, strides: Sequence[float]) -> MultiScaleRoIAlign:

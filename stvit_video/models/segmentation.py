@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
+from ..errors import InputError
 from .atm import ATMHead, Masks, atm_losses
 from .embed import Size3, as_clip
 from .exits import EarlyExits, Exit
@@ -67,7 +68,8 @@ class Segmenter(WithHead):
         self.layers = layers
         embed, stages = backbone.patch_embed, hasattr(backbone, "layers")
         self.size = None if stages else tuple(embed.clip_size[1:])
-        patch = getattr(embed, "patch_size", (1, 4, 4))[1:]
+        self.tubelet, *patch = getattr(embed, "patch_size", None) or (embed.frames, 4, 4)
+        patch = tuple(patch)
         self.strides = tuple(side * 8 for side in patch) if stages else patch
         if exits is not None:
             self.head.exits = exits(backbone.grid_widths[layers[-1]])
@@ -93,7 +95,7 @@ class Segmenter(WithHead):
         logits = self.decode(levels, exits, left)
         if not (self.exits or getattr(self.backbone, "superpatches", None)):
             return logits
-        if exits:
+        if exits and exits[0].layer == min(self.backbone.grid_widths):  # who left is gone from `first`
             start = exits[0].place, exits[0].tokens
         elif self.backbone.chunks > 1:  # whose levels are the patches of all chunks
             place = self.backbone.superpatch_map(x).flatten(1)
@@ -131,8 +133,8 @@ class Segmenter(WithHead):
     def resized(self, patches: Tensor, size: tuple[int, int, int]) -> Tensor:
         """Values of patches (B, K, t, h, w) -> of clips of `size` (T, H, W), without their padding."""
         frames, rows, columns = size
-        padded = [n - n % -s for n, s in zip(size[1:], self.strides, strict=True)]
-        return resize(patches, (frames, *padded))[..., :rows, :columns]
+        padded = [n - n % -s for n, s in zip(size, (self.tubelet, *self.strides), strict=True)]
+        return resize(patches, tuple(padded))[..., :frames, :rows, :columns]
 
     def loss(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
         """What `forward` gave, masks (B, T, H, W) -> "loss": the cross entropy of all pixels that count;
@@ -289,7 +291,9 @@ class ATMSegmenter(Segmenter):
         return sum(self._atm_losses([Masks(exit.classes, exit.masks)], grid, targets).values())
 
     def _atm_losses(self, outputs: list[Masks], grid: Size3, targets: Tensor) -> dict[str, Tensor]:
-        """Normalised by the masks of all processes, as SegViT's are."""
+        """Normalised by the masks of all processes, as SegViT's are. Clips were padded: ignored there."""
+        strides = zip(reversed(targets.shape[1:]), (*reversed(self.strides), self.tubelet), strict=True)
+        targets = F.pad(targets, [n for length, s in strides for n in (0, -length % s)], value=IGNORED)
         present = sum((image.unique() != IGNORED).sum() for image in targets)
         return atm_losses(outputs, targets, grid, num_masks=mean_over_processes(present), ignore=IGNORED)
 
@@ -337,6 +341,11 @@ class UPerHead(nn.Module):
             scales = (4, 2, 1, 0.5)
             levels = [_scale(level, scale) for level, scale in zip(levels, scales, strict=True)]
         last, size = levels[-1], levels[-1].shape[2:]
+        if self.training and len(last) == 1:
+            raise InputError(
+                "a batch of 1 image has one value a channel where head=upernet pools all of it, too few "
+                "for batch norms: raise train.batch_size"
+            )
         pooled = [
             _resize(conv(F.adaptive_avg_pool2d(last, pool)), size)
             for pool, conv in zip(self.pools, self.pooled, strict=True)
@@ -396,7 +405,7 @@ def chosen_layers(backbone: nn.Module, levels: int | Sequence[int]) -> list[int]
     """
     known = list(backbone.grid_widths)
     if not isinstance(levels, int):
-        if not set(levels) <= set(known) or max(levels) < known[-1]:
+        if not set(levels) <= set(known) or known[-1] not in levels:
             raise ValueError(
                 f"head_levels={list(levels)}: must be among the layers {known}, with the last of them"
             )

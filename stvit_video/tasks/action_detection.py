@@ -113,7 +113,9 @@ class ActionDetection:
             size = [round(data.image_size / crop_ratio)]
         return KeyFrameViews(sampling, Resized(size), self._people, data.first_second)
 
-    def encode(self, target: KeyFrame) -> KeyFrame:
+    def encode(self, target: KeyFrame | None) -> KeyFrame:
+        if target is None:
+            raise InputError("a video without key frames cannot be scored: the list must be an AVA csv")
         return target
 
     def _truth(self, key: KeyFrame) -> tuple[np.ndarray, dict[str, Tensor]]:
@@ -146,6 +148,8 @@ class ActionDetection:
     @torch.no_grad()
     def records(self, model: nn.Module, batch) -> list[dict[str, Any]]:
         """boxes: shares of the frame (n, 4) float64; scores: (n, K); frame: which the key frame is."""
+        if self.scoring.keep_shape and model.size is not None:
+            raise InputError(f"eval.keep_shape=true: the model takes frames of {model.size} pixels alone")
         boxes, shares, frames = (
             [views[0] for views in batch.targets[k]] for k in ("boxes", "shares", "frame")
         )

@@ -126,6 +126,13 @@ class Detection:
                 )
 
     def train_views(self, sampling: Sampling, data) -> WholeView:
+        if data.num_frames != 1:
+            raise InputError(f"data.num_frames={data.num_frames}: a detector takes images, 1")
+        if data.augment_on == "device" or data.rand_augment is not None or data.repeats != 1:
+            raise InputError(
+                f"data.augment_on={data.augment_on}, data.rand_augment={data.rand_augment}, data.repeats="
+                f"{data.repeats}: detection scales and mirrors images, in the worker, and no more"
+            )
         sides = tuple(self.settings.short_sides) or (data.image_size,)
         scaled = Scaled(sides, self._longest(data), True, data.flip != "none", self.twins)
         return WholeView(sampling, scaled, random=True)
@@ -172,8 +179,9 @@ class Detection:
                 "size": size,
             }
             if "masks" in detected:
-                masks = paste_masks_in_image(detected["masks"], boxes, tuple(size))[:, 0] > 0.5
-                record["masks"] = encode_masks(masks.numpy()) if len(masks) else []
+                # one by one: a hundred of a photograph are gigabytes
+                pairs = zip(detected["masks"], boxes, strict=True)
+                record["masks"] = [_pasted(mask, box, tuple(size)) for mask, box in pairs]
             records.append(record)
         return records
 
@@ -203,7 +211,11 @@ class Detection:
         written[0].write_text(json.dumps(results))
         titles = {"AP": "AP of boxes", "AP50": "AP50", "AP75": "AP75"}
         titles |= {f"mask_{key}": title.replace("boxes", "masks") for key, title in titles.items()}
-        lines = [f"  {title:<24} {report[key]:7.2%}" for key, title in titles.items() if report.get(key)]
+        lines = [
+            f"  {title:<24} {report[key]:7.2%}"
+            for key, title in titles.items()
+            if report.get(key) is not None
+        ]
         if not self._draw_images(written[1], rows, records):
             del written[1]
         return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
@@ -282,6 +294,11 @@ class Detection:
             if one.score >= SHOWN
         ]
         return draw_instances(frame.repeat(times, 0).repeat(times, 1), sure, self.class_names)
+
+
+def _pasted(mask: Tensor, box: Tensor, size: tuple[int, int]) -> str:
+    """Probabilities (1, m, m) within a box (4) -> COCO's run lengths in an image of `size` (H, W)."""
+    return encode_masks((paste_masks_in_image(mask[None], box[None], size)[0] > 0.5).numpy())[0]
 
 
 def _labelled(outcome) -> list[int]:

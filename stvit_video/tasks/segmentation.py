@@ -154,7 +154,7 @@ class Segmentation:
         """
         mirrored, zooms = self.scoring.mirrored, self.scoring.zooms
         tokens = tokens or TokenCounts()
-        scores = []
+        total = 0
         for zoom in zooms:
             frames = clip.transpose(0, 1)
             scaled = resize(frames, min(frames.shape[2:]), zoom).transpose(0, 1)
@@ -164,8 +164,12 @@ class Segmentation:
                 tokens.keep_map = False
                 if flip:
                     logits = logits.flip(-1) if self.twins is None else logits.flip(-1)[list(self.twins)]
-                scores.append(logits.softmax(0) if len(zooms) * (1 + mirrored) > 1 else logits)
-        return torch.stack(scores).sum(0).argmax(0) if len(scores) > 1 else scores[0].argmax(0)
+                total = total + (logits.softmax(0) if len(zooms) * (1 + mirrored) > 1 else logits)
+        if not total.amax(0).isfinite().all():
+            raise InputError(
+                "the model's scores are no numbers: it diverged, or train.precision is too low"
+            )
+        return total.argmax(0)
 
     def _windows(self, model: nn.Module, clip: Tensor, tokens: TokenCounts) -> Tensor:
         """Normalised (3, T, H, W) -> scores (K, T, H, W): of the whole, or the mean of the windows."""
