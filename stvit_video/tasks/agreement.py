@@ -21,11 +21,6 @@ class Agreement(Policy):
     teacher: nn.Module | None = None  # in evaluation mode
     train_views, test_views = Classification.train_views, Classification.test_views
 
-    def to(self, device: torch.device) -> "Agreement":
-        if self.teacher is not None:
-            self.teacher.to(device)
-        return super().to(device)
-
     def check(self, rows: Sequence, source: str) -> None:
         """Any row will do."""
 

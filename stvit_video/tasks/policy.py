@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..data.mask_views import Truth
 from ..data.masks import IGNORED
 from ..figures import draw_tokens, show_tokens
-from . import PolicySettings, token_counts
+from . import PolicySettings, SegmentationScoring, token_counts
+from .base import lines_of
 from .segmentation import WORST, Segmentation, as_png, read_png, starts
 from .token_counts import TokenCounts
 
@@ -24,7 +25,7 @@ class Policy(Segmentation):
     in windows.
     """
 
-    defaults = PolicySettings
+    defaults = PolicySettings, SegmentationScoring
     watched = ("f1", "precision", "recall")
     alike = "of one class"
     learnt = "which patches are of one class is to be learnt; without masks, train.teacher says which agree"
@@ -103,7 +104,7 @@ class Policy(Segmentation):
             for row, r in shown[:WORST]
         ]
         draw_tokens(pictures, [], output / "tokens.png")
-        return [*lines, f"{'tokens.png:':<16} {output / 'tokens.png'}"]
+        return lines + lines_of([output / "tokens.png"])
 
     def draw(self, frame: np.ndarray, record: Mapping[str, Any]) -> np.ndarray:
         """uint8 (H, W, 3) -> the same with the borders of its tokens."""
