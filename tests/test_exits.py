@@ -238,7 +238,9 @@ def test_who_left_would_be_back_with_new_tokens_of_the_whole_grid(pool):
     stvit = vit("stvit_tiny_patch16_224", semantic_tokens=(2, 2, 2), base_depth=1, pool=pool)
     pooled = vit("pool_vit_tiny_patch16_224", semantic_tokens=(2, 2, 2), base_depth=1)
     drawn = vit("random_vit_tiny_patch16_224", semantic_tokens=(2, 2, 2), base_depth=1)
-    for model, rest in ((stvit, "[3, 4, 5]"), (pooled, "[2, 3, 4, 5]"), (drawn, "[2, 3, 4, 5]")):
+    late = vit("stvit_tiny_patch16_224", semantic_tokens=(2, 2, 2), base_depth=3, pool=pool)
+    cases = (stvit, "[3, 4, 5]"), (pooled, "[2, 3, 4, 5]"), (drawn, "[2, 3, 4, 5]"), (late, "[5]")
+    for model, rest in cases:
         rule = f"^exits=[1, 4]: tokens may leave after each of the layers {rest}$"
         with pytest.raises(ValueError, match=rule.replace("[", r"\[").replace("]", r"\]")):
             exits_of("linear", layers=(1, 4))(model, half_even())
