@@ -97,6 +97,16 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         raise ConfigError(f"model: {error}{hint}") from None
 
 
+def with_checked_model(config: Config) -> Config:
+    """`with_model`; exits at wrong places are refused here, before any data is touched: only a model knows
+    its places, and one without memory is made in no time. Raises as `with_model` and `build_model`."""
+    config = with_model(config)
+    if config.model.exits not in ("auto", []):
+        with torch.device("meta"):
+            build_model(config, num_classes=2)
+    return config
+
+
 def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
     """A checkpoint's settings, class names and model (its averaged weights, where it has them).
 
@@ -268,13 +278,13 @@ def build_job(
 
     pretrained: False leaves `model.weights` alone, for a run that goes on from its own checkpoint.
     """
+    config = with_checked_model(config)
     rows, class_names = read_split(config, "train")
     if config.task == "classification" and len(class_names) == 1:
         raise ConfigError(
             f"data.train={config.data.train}: has only the class {class_names[0]!r}, to tell apart takes "
             "two (of a folder, its sub-folders are the classes)"
         )
-    config = with_model(config)
     torch.manual_seed(config.seed)
     model = build_model(config, build_task(config, class_names).outputs)
     if config.train.freeze is not None and config.model.weights is None and pretrained:

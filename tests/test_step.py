@@ -187,6 +187,15 @@ def test_sizes_that_do_not_fit(sizes, rule):
         segmenter(**sizes)
 
 
+def test_exits_at_wrong_places_are_refused_before_a_demo_set_is_rendered(tmp_path):
+    args = ["--task=segmentation", "--model.name=stvit_tiny_patch16_224", "--model.exits=[2]"]
+    args += ["--data.preset=demo", f"--data.train={tmp_path}/demo_scenes/train.txt"]
+    config = resolve(parse(make_parser(""), [*args, "--data.num_frames=1", "--data.image_size=64"])[0])
+    with pytest.raises(build.ConfigError, match=r"exits=\[2\]: tokens may leave after each of the layers"):
+        build.build_job(config, torch.device("cpu"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_atm_on_windows_has_one_level():
     swin = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "image_size": 64}
     swin |= {"num_classes": 3, "num_frames": 1} | ATM

@@ -34,8 +34,8 @@ def test(config: Config, flags: Namespace) -> None:
     if flags.checkpoint is not None:
         rows, _ = build.read_split(config, "test", class_names)
     else:
+        config = build.with_checked_model(config)
         rows, class_names = build.read_split(config, "test")
-        config = build.with_model(config)
         model = build.build_model(config, len(class_names))
         weights = build.load_pretrained(config, model, class_names, scoring=True)
         config = build.with_pixels(config, weights)
