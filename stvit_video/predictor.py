@@ -1,7 +1,6 @@
 """A checkpoint with a head, and images or videos -> the task's records of them."""
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from .build import build_task, build_test_views, load_model
 from .data.batch import Sample, collate
 from .data.decode import Video, open_video
-from .data.guard import GivenUp, Guard, guarded_in_order
+from .data.guard import GivenUp, Guard, read_ahead
 from .data.stream import FrameReader
 from .engine import checkpoint as checkpoints
 from .engine.device import autocast, pick_device, pick_precision
@@ -75,15 +74,8 @@ class Predictor:
 
         Memory does not depend on the length. Raises DecodeError, of a damaged file after the frames before.
         """
-        chunks = guarded_in_order(
-            FrameReader(path), itertools.repeat(None), workers=1, timeout=self.timeout
-        )
-        with contextlib.closing(chunks):
-            for _, chunk in chunks:
-                if chunk is None:
-                    return
-                if isinstance(chunk, Exception):
-                    raise DecodeError(f"{path}: {chunk}") if isinstance(chunk, GivenUp) else chunk
+        with contextlib.closing(read_ahead(FrameReader(path), path, self.timeout)) as chunks:
+            for chunk in chunks:
                 for time, lasts, pixels in chunk:
                     yield time, lasts, pixels, self._record(pixels)
 
