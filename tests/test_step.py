@@ -457,21 +457,21 @@ def test_batch_norms_of_the_policy_need_more_than_one_value():
 
 def test_figures_of_the_policy_are_those_of_a_walk_over_all_groups():
     from stvit_video.data.masks import IGNORED
-    from stvit_video.tasks.policy import count, shares
+    from stvit_video.tasks.policy import count_groups, rates
 
     said = torch.tensor([True, True, False, False, True, False])
     true = torch.tensor([1, 0, 1, 0, IGNORED, IGNORED])
-    counts = count(said, true)
+    counts = count_groups(said, true)
     assert counts.tolist() == [1, 2, 2, 4]
-    assert shares(counts.tolist()) == {
+    assert rates(counts.tolist()) == {
         "precision": 0.5,
         "recall": 0.5,
         "f1": 0.5,
         "share": 0.5,
         "said": 0.5,
     }
-    assert shares([0, 0, 3, 9])["precision"] == 1
-    assert shares([0, 0, 3, 9])["f1"] == 0
+    assert rates([0, 0, 3, 9])["precision"] == 1
+    assert rates([0, 0, 3, 9])["f1"] == 0
 
 
 # ---- the benchmark
