@@ -30,7 +30,7 @@ def has_head(checkpoint: str | Path) -> bool:
     if Path(checkpoint).suffix in FORMATS:
         return False
     config = checkpoints.load(checkpoint).get("config", {})
-    return TASKS.get(config.get("task"), TASKS["classification"]).heads != (None,)
+    return TASKS.get(config.get("task"), TASKS["classification"]).has_head
 
 
 class Predictor:
@@ -52,7 +52,7 @@ class Predictor:
         self.precision = pick_precision(self.config.train.precision, self.device)
         untaught = replace(self.config, train=replace(self.config.train, teacher=None))
         self.task = build_task(untaught, self.class_names).to(self.device)
-        if TASKS[self.config.task].heads == (None,) or self.config.data.num_frames != 1:
+        if not TASKS[self.config.task].has_head or self.config.data.num_frames != 1:
             raise InputError(f"{self.path}: was trained for task={self.config.task}, not for single images")
         self.model.to(self.device)
         self.views = build_test_views(self.config, self.task, 1, 1)

@@ -67,7 +67,7 @@ class Recognizer:
             self.precision = pick_precision(self.config.train.precision, self.device)
             self.model.to(self.device)
         self.task = build_task(self.config, self.class_names).to(self.device)
-        if TASKS[self.config.task].heads != (None,):
+        if TASKS[self.config.task].has_head:
             raise InputError(
                 f"{self.path}: was trained for task={self.config.task}, which names no classes: "
                 "stvit-predict or a Predictor takes it"
