@@ -158,7 +158,7 @@ class EvalConfig(*_TASK_SCORING):
 
 @dataclass
 class TrainConfig(LoopConfig, *_TASK_SETTINGS):
-    """Training: AdamW, cosine with warm-up."""
+    """Training: AdamW, a warm-up, and a rate that falls."""
 
 
 @dataclass
