@@ -257,10 +257,7 @@ def _patch_rows(table: Tensor, tokens: State, layer_scale: bool) -> Tensor:
     Which it is shows in the number of patches being square; where none is, every token is taken to have it.
     """
     lengths = {name: t.shape[1] for name, t in tokens.items() if t.ndim == 3}
-    every, classes = (
-        sum(lengths.values()),
-        sum(lengths.get(name, 0) for name in ("cls_token", "dist_token")),
-    )
+    every, classes = sum(lengths.values()), lengths.get("cls_token", 0) + lengths.get("dist_token", 0)
     counts = [every, classes, 0] if every > classes or layer_scale else [every, classes]
     return table[:, next((n for n in counts if square(table[:, n:]) is not None), every) :]
 

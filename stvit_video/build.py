@@ -97,6 +97,16 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         raise ConfigError(f"model: {error}{hint}") from None
 
 
+def with_checked_model(config: Config) -> Config:
+    """`with_model`; exits at wrong places are refused here, before any data is touched: only a model knows
+    its places, and one without memory is made in no time. Raises as `with_model` and `build_model`."""
+    config = with_model(config)
+    if config.model.exits not in ("auto", []):
+        with torch.device("meta"):
+            build_model(config, num_classes=2)
+    return config
+
+
 def load_model(path: str | Path) -> tuple[Config, list[str], torch.nn.Module]:
     """A checkpoint's settings, class names and model (its averaged weights, where it has them).
 
@@ -163,11 +173,7 @@ def load_pretrained(
 def load_policy(config: Config, model: nn.Module) -> None:
     """`model.policy` into the model. Raises ConfigError unless it decides about the same groups by the same
     pixels; and where chance would decide."""
-    path, superpatches = (
-        config.model.policy,
-        getattr(getattr(model, "backbone", model), "superpatches", None),
-    )
-    ours = getattr(superpatches, "policy", None)
+    path, ours = config.model.policy, getattr(_superpatches(model), "policy", None)
     if path is None:
         if ours is not None and config.model.weights is None and config.task != "policy":
             raise ConfigError(
@@ -201,9 +207,13 @@ def load_policy(config: Config, model: nn.Module) -> None:
         ) from None
 
 
+def _superpatches(model: nn.Module) -> nn.Module | None:
+    return getattr(getattr(model, "backbone", model), "superpatches", None)
+
+
 def settle_superpatches(config: Config, model: nn.Module) -> None:
     """`model.superpatch_std: auto` is `data.std`, once that is settled; `model.built` keeps it."""
-    superpatches = getattr(getattr(model, "backbone", model), "superpatches", None)
+    superpatches = _superpatches(model)
     if superpatches is None or config.model.superpatch_std != "auto":
         return
     std = torch.tensor(config.data.std)
@@ -268,13 +278,13 @@ def build_job(
 
     pretrained: False leaves `model.weights` alone, for a run that goes on from its own checkpoint.
     """
+    config = with_checked_model(config)
     rows, class_names = read_split(config, "train")
     if config.task == "classification" and len(class_names) == 1:
         raise ConfigError(
             f"data.train={config.data.train}: has only the class {class_names[0]!r}, to tell apart takes "
             "two (of a folder, its sub-folders are the classes)"
         )
-    config = with_model(config)
     torch.manual_seed(config.seed)
     model = build_model(config, build_task(config, class_names).outputs)
     if config.train.freeze is not None and config.model.weights is None and pretrained:
@@ -305,12 +315,7 @@ def build_job(
         if all(row.target is None for row in val_rows) and not isinstance(task, Agreement):
             raise ConfigError(f"data.val={config.data.val} has no labels to validate with")
         val_loader = build_test_loader(config, task, val_rows, device, clips=1, crops=1)
-    run = {
-        "seed": config.seed,
-        "ranks": distributed.world(),
-        "videos": len(rows),
-        "list": digest(rows),
-    }
+    run = {"seed": config.seed, "ranks": distributed.world(), "videos": len(rows), "list": digest(rows)}
     details = {"class_names": class_names, "config": to_dict(config), "built": model.built, "run": run}
     return Job(task, model.to(device), device, loader, val_loader, details), report
 
@@ -372,11 +377,8 @@ def _absent(rows: Rows, root: str | None) -> str | None:
     path, hint = some[0].path, ""
     name = os.path.relpath(path, root) if root else path
     numbered = re.fullmatch(r"\d+[ \t,]+(\S.*)", name)
-    roots = (
-        [Path(root).parent, *filter(Path.is_dir, Path(root).iterdir())]
-        if root and Path(root).is_dir()
-        else []
-    )
+    is_folder = root and Path(root).is_dir()
+    roots = [Path(root).parent, *filter(Path.is_dir, Path(root).iterdir())] if is_folder else []
     if "'" in (name[0], name[-1]):
         hint = "; paths stand in single quotes"
     elif numbered and os.path.exists(Path(root or "", numbered[1])):

@@ -158,7 +158,7 @@ class EvalConfig(*_TASK_SCORING):
 
 @dataclass
 class TrainConfig(LoopConfig, *_TASK_SETTINGS):
-    """Training: AdamW, cosine with warm-up."""
+    """Training: AdamW, a warm-up, and a rate that falls."""
 
 
 @dataclass
@@ -217,7 +217,7 @@ def resolve(config: Config) -> Config:
     say more, `data.mean`, `data.std` and `data.interpolation` are left to `settle_pixels`.
     """
     preset, data = PRESETS[config.data.preset], {}
-    if TASKS[config.task].heads != (None,):
+    if TASKS[config.task].has_head:
         flips = tuple(dict.fromkeys((*preset.flips, "all", "none", "swap")))
         preset = dataclasses.replace(preset, flips=flips, clips=1, crops=1)
     for key, allowed in (("sampling", preset.samplings), ("flip", preset.flips)):

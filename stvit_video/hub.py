@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ def from_timm(name: str) -> dict[str, Any]:
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # no network, no such weights, no space: each hub client has its own errors
-        raise WeightsError(f"timm:{name}: cannot be fetched ({_line(error)})") from None
+        raise WeightsError(f"timm:{name}: cannot be fetched ({first_line(error)})") from None
 
 
-def from_hub(name: str, files: Sequence[str] = WEIGHTS) -> Path:
-    """OWNER/NAME, or OWNER/NAME/FILE: the first of `files` that it has, or that one, as a file on disk.
+def from_hub(name: str) -> Path:
+    """OWNER/NAME, or OWNER/NAME/FILE: the first of `WEIGHTS` that it has, or that one, as a file on disk.
 
     What the Hub's cache holds is taken as it is, without network. Raises WeightsError.
     """
@@ -41,7 +41,7 @@ def from_hub(name: str, files: Sequence[str] = WEIGHTS) -> Path:
 
     owner, _, rest = name.partition("/")
     model, _, file = rest.partition("/")
-    repository, files = f"{owner}/{model}", [file] if file else files
+    repository, files = f"{owner}/{model}", [file] if file else WEIGHTS
     if not owner or not model:
         raise WeightsError(f"hf:{name}: must be hf:OWNER/NAME, or hf:OWNER/NAME/FILE")
     try:
@@ -58,7 +58,7 @@ def from_hub(name: str, files: Sequence[str] = WEIGHTS) -> Path:
             f"hf:{name}: not in the cache of the Hugging Face Hub, and the Hub cannot be reached (offline?)"
         ) from None
     except Exception as error:  # no such repository, no access, no space
-        raise WeightsError(f"hf:{name}: cannot be fetched ({_line(error)})") from None
+        raise WeightsError(f"hf:{name}: cannot be fetched ({first_line(error)})") from None
     raise WeightsError(f"hf:{name}: holds no {' and no '.join(files)}; hf:OWNER/NAME/FILE names another")
 
 
@@ -111,5 +111,5 @@ def _pixels(values: Mapping[str, Any], mean: str, std: str) -> Pixels | None:
     return Pixels(*numbers, "bicubic" if said == "bicubic" else "bilinear")
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,7 +1,6 @@
 """A checkpoint with a head, and images or videos -> the task's records of them."""
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from .build import build_task, build_test_views, load_model
 from .data.batch import Sample, collate
 from .data.decode import Video, open_video
-from .data.guard import GivenUp, Guard, guarded_in_order
+from .data.guard import GivenUp, Guard, read_ahead
 from .data.stream import FrameReader
 from .engine import checkpoint as checkpoints
 from .engine.device import autocast, pick_device, pick_precision
@@ -31,7 +30,7 @@ def has_head(checkpoint: str | Path) -> bool:
     if Path(checkpoint).suffix in FORMATS:
         return False
     config = checkpoints.load(checkpoint).get("config", {})
-    return TASKS.get(config.get("task"), TASKS["classification"]).heads != (None,)
+    return TASKS.get(config.get("task"), TASKS["classification"]).has_head
 
 
 class Predictor:
@@ -53,7 +52,7 @@ class Predictor:
         self.precision = pick_precision(self.config.train.precision, self.device)
         untaught = replace(self.config, train=replace(self.config.train, teacher=None))
         self.task = build_task(untaught, self.class_names).to(self.device)
-        if TASKS[self.config.task].heads == (None,) or self.config.data.num_frames != 1:
+        if not TASKS[self.config.task].has_head or self.config.data.num_frames != 1:
             raise InputError(f"{self.path}: was trained for task={self.config.task}, not for single images")
         self.model.to(self.device)
         self.views = build_test_views(self.config, self.task, 1, 1)
@@ -75,15 +74,8 @@ class Predictor:
 
         Memory does not depend on the length. Raises DecodeError, of a damaged file after the frames before.
         """
-        chunks = guarded_in_order(
-            FrameReader(path), itertools.repeat(None), workers=1, timeout=self.timeout
-        )
-        with contextlib.closing(chunks):
-            for _, chunk in chunks:
-                if chunk is None:
-                    return
-                if isinstance(chunk, Exception):
-                    raise DecodeError(f"{path}: {chunk}") if isinstance(chunk, GivenUp) else chunk
+        with contextlib.closing(read_ahead(FrameReader(path), path, self.timeout)) as chunks:
+            for chunk in chunks:
                 for time, lasts, pixels in chunk:
                     yield time, lasts, pixels, self._record(pixels)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .build import build_sampling, build_task, build_test_views, load_model
 from .data.decode import Video, open_video
-from .data.guard import GivenUp, Guard, guarded_in_order
+from .data.guard import GivenUp, Guard, guarded_in_order, read_ahead
 from .data.live import Chunk, LiveReader
 from .data.stream import Window, WindowReader
 from .data.views import TestViews
@@ -67,7 +67,7 @@ class Recognizer:
             self.precision = pick_precision(self.config.train.precision, self.device)
             self.model.to(self.device)
         self.task = build_task(self.config, self.class_names).to(self.device)
-        if TASKS[self.config.task].heads != (None,):
+        if TASKS[self.config.task].has_head:
             raise InputError(
                 f"{self.path}: was trained for task={self.config.task}, which names no classes: "
                 "stvit-predict or a Predictor takes it"
@@ -132,9 +132,7 @@ class Recognizer:
                 raise ValueError(f"{name}={seconds}: must be more than 0 seconds")
         transform = self._timeline_views.transform
         batch = max(min(TIMELINE_BATCH, self.config.eval.view_batch) // transform.crops, 1)
-        skipped = (
-            skip - skip % batch
-        )  # as in one go, a batch has the same windows: rounding depends on them
+        skipped = skip - skip % batch  # batches of the same windows as in one go: rounding depends on them
         reader = WindowReader(
             source,
             build_sampling(self.config.data),
@@ -199,15 +197,8 @@ class Recognizer:
     def _live_moments(self, reader: LiveReader, each: int) -> Iterator[Moment]:
         kept: deque[tuple[Chunk, Tensor]] = deque(maxlen=self.model.chunks)
         dropped, since = 0, 0
-        calls = guarded_in_order(reader, itertools.repeat(None), workers=1, timeout=self.timeout)
-        with contextlib.closing(calls):
-            for _, chunks in calls:
-                if chunks is None:
-                    return
-                if isinstance(chunks, GivenUp):
-                    raise DecodeError(f"{reader.source}: {chunks}")
-                if isinstance(chunks, Exception):
-                    raise chunks
+        with contextlib.closing(read_ahead(reader, reader.source, self.timeout)) as calls:
+            for chunks in calls:
                 for chunk in chunks:
                     kept.append((chunk, self._chunk_tokens(chunk)))
                     dropped, since = dropped + chunk.dropped, since + 1

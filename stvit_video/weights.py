@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .adapters import ADAPTERS, CLASS_TOKEN, DETECTOR, DROPS, RECOMPUTED, Adapter, State, square
 from .files import FileError, read_torch
-from .hub import WeightsError, from_hub, from_timm, pixels_by_name, published_pixels
+from .hub import WeightsError, first_line, from_hub, from_timm, pixels_by_name, published_pixels
 from .models.embed import Size3, resize_grid, sincos_table
 from .models.heads import WithHead
 from .models.sizes import Inflate
@@ -292,7 +292,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
     except FileError as error:
         raise WeightsError(str(error)) from None
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: damaged, or not a safetensors file ({_line(error)})") from None
+        raise WeightsError(f"{path}: damaged, or not a safetensors file ({first_line(error)})") from None
     if not isinstance(values, Mapping):
         raise WeightsError(f"{path}: holds a {type(values).__name__}, not a state dict")
     return values, str(source)
@@ -595,7 +595,3 @@ def _advice(report: LoadReport) -> list[str]:
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from test_tokens import GRID, merged
 
 from stvit_video.adapters import from_segvit
-from stvit_video.models.atm import ATMHead, Masks, atm_losses, resize
+from stvit_video.models.atm import ATMHead, MaskLogits, atm_losses, resize
 from stvit_video.models.tokens import Tokens, batch
 
 POSITIONS = {"pos_embed": torch.zeros(1, 1, 1)}  # of the backbone, which is not in this file
@@ -37,7 +37,7 @@ def test_segvit_by_value(segvit):
     assert apart(last.classes, values["out.pred_logits"]) <= 2e-5
     masks = resize(last.masks.unflatten(2, (1, 6, 6)), (1, 24, 24))
     assert apart(masks[:, :, 0], values["out.pred_masks"]) <= 5e-5
-    scores = Masks(last.classes, masks.flatten(2)).scores()
+    scores = MaskLogits(last.classes, masks.flatten(2)).scores()
     assert apart(scores.unflatten(2, (24, 24)), values["out.pred"]) <= 2e-5
     assert scores.sum().item() == pytest.approx(1276.667737, abs=1e-3)
     assert scores.argmax(1)[0].bincount().tolist() == [100, 3, 417, 31, 25]
@@ -56,7 +56,7 @@ def test_segvits_losses_by_value(segvit):
 
 def test_losses_of_a_batch_count_masks_over_all_of_it(segvit):
     values, head, levels = segvit
-    outputs = [Masks(*(t.repeat(2, 1, 1) for t in output)) for output in head(levels)]
+    outputs = [MaskLogits(*(t.repeat(2, 1, 1) for t in output)) for output in head(levels)]
     labels = values["in.label"].long().repeat(2, 1, 1)
     once = atm_losses(head(levels), labels[:1], (1, 6, 6))
     for name, loss in atm_losses(outputs, labels, (1, 6, 6)).items():
@@ -86,17 +86,17 @@ def test_merged_and_padded_tokens_are_their_patches(binary):
 
 
 def test_scores_are_of_0_to_1_and_a_vote_may_go_to_any_class():
-    scores = Masks(torch.randn(2, 5, 6) * 9, torch.randn(2, 5, 7) * 9).scores()
+    scores = MaskLogits(torch.randn(2, 5, 6) * 9, torch.randn(2, 5, 7) * 9).scores()
     assert scores.shape == (2, 5, 7)
-    binary = Masks(torch.tensor([[[9.0, -9.0], [-9.0, 9.0]]]), torch.full((1, 2, 3), 9.0)).scores()
+    binary = MaskLogits(torch.tensor([[[9.0, -9.0], [-9.0, 9.0]]]), torch.full((1, 2, 3), 9.0)).scores()
     torch.testing.assert_close(binary, torch.tensor([[[1.0] * 3, [0.0] * 3]]), atol=1e-3, rtol=0)
     votes = torch.full((1, 2, 3), -99.0)
     votes[0, 0, 1] = votes[0, 1, 2] = 99.0  # the first query means the second class, the other none
-    assert Masks(votes, torch.full((1, 2, 1), 99.0)).scores().tolist() == [[[0.0], [1.0]]]
+    assert MaskLogits(votes, torch.full((1, 2, 1), 99.0)).scores().tolist() == [[[0.0], [1.0]]]
 
 
 def test_autocast_does_not_round_scores():
-    masks = Masks(torch.randn(2, 5, 6).bfloat16(), torch.randn(2, 5, 7).bfloat16())
+    masks = MaskLogits(torch.randn(2, 5, 6).bfloat16(), torch.randn(2, 5, 7).bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         scores = masks.scores()
     assert scores.dtype == torch.float32

@@ -7,7 +7,7 @@ from test_superpatches import DECIDERS, half_even, vit, wave
 
 from stvit_video import create_model
 from stvit_video.adapters import from_segvit
-from stvit_video.models.atm import Masks, atm_losses, resize, spread
+from stvit_video.models.atm import MaskLogits, atm_losses, resize, spread
 from stvit_video.models.exits import EarlyExits, leaving
 from stvit_video.models.tokens import Tokens, batch
 from stvit_video.weights import load_weights
@@ -63,7 +63,7 @@ def test_dtop_lets_the_same_tokens_leave(dtop):
             assert exit.left.equal(masks["leaves"])
             gone |= exit.left
             assert gone.equal(masks["gone_after"])
-        scores = Masks(exit.classes, exit.masks).scores()
+        scores = MaskLogits(exit.classes, exit.masks).scores()
         confidence, best = scores.max(1)
         assert (confidence - said["confidence"])[exit.active].abs().max() <= 2e-5
         assert best[exit.active].equal(said["best_class"].long()[exit.active])
@@ -99,7 +99,7 @@ def test_dtops_outputs_by_value(dtop):
 def test_dtops_losses_by_value(dtop):
     values, _, passed = dtop
     for i, exit in enumerate(passed):
-        losses = atm_losses([Masks(exit.classes, exit.masks)], values["in.label"].long(), (1, 12, 12))
+        losses = atm_losses([MaskLogits(exit.classes, exit.masks)], values["in.label"].long(), (1, 12, 12))
         for name, loss in losses.items():
             expected = values[f"out.head_{i}.loss.{name}"].item()
             assert loss.item() == pytest.approx(expected, abs=2e-5), (i, name)
@@ -198,7 +198,9 @@ def test_gradients_reach_every_exit_and_the_model(head):
     loss = 0
     for exit in exits(model, clips)[1]:
         if head == "atm":
-            loss = loss + sum(atm_losses([Masks(exit.classes, exit.masks)], labels, (2, 4, 4)).values())
+            loss = loss + sum(
+                atm_losses([MaskLogits(exit.classes, exit.masks)], labels, (2, 4, 4)).values()
+            )
         else:
             logits = resize(exit.masks.unflatten(2, (2, 4, 4)), (4, 32, 32))
             loss = loss + torch.nn.functional.cross_entropy(logits, labels)
@@ -216,7 +218,9 @@ def test_a_final_factor_weighs_anew_what_was_said_before():
     )
     gone = ~weighed[-1].active
     assert weighed[-1].masks.equal(stands[-1].masks)
-    torch.testing.assert_close(weighed[-1].scores, Masks(weighed[-1].classes, weighed[-1].masks).scores())
+    torch.testing.assert_close(
+        weighed[-1].scores, MaskLogits(weighed[-1].classes, weighed[-1].masks).scores()
+    )
     ours, theirs = (exit[-1].scores.movedim(1, 2) for exit in (stands, weighed))
     assert ours[~gone].equal(theirs[~gone])
     assert not ours[gone].allclose(theirs[gone])
@@ -238,7 +242,9 @@ def test_who_left_would_be_back_with_new_tokens_of_the_whole_grid(pool):
     stvit = vit("stvit_tiny_patch16_224", semantic_tokens=(2, 2, 2), base_depth=1, pool=pool)
     pooled = vit("pool_vit_tiny_patch16_224", semantic_tokens=(2, 2, 2), base_depth=1)
     drawn = vit("random_vit_tiny_patch16_224", semantic_tokens=(2, 2, 2), base_depth=1)
-    for model, rest in ((stvit, "[3, 4, 5]"), (pooled, "[2, 3, 4, 5]"), (drawn, "[2, 3, 4, 5]")):
+    late = vit("stvit_tiny_patch16_224", semantic_tokens=(2, 2, 2), base_depth=3, pool=pool)
+    cases = (stvit, "[3, 4, 5]"), (pooled, "[2, 3, 4, 5]"), (drawn, "[2, 3, 4, 5]"), (late, "[5]")
+    for model, rest in cases:
         rule = f"^exits=[1, 4]: tokens may leave after each of the layers {rest}$"
         with pytest.raises(ValueError, match=rule.replace("[", r"\[").replace("]", r"\]")):
             exits_of("linear", layers=(1, 4))(model, half_even())

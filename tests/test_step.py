@@ -189,6 +189,15 @@ def test_sizes_that_do_not_fit(sizes, rule):
         segmenter(**sizes)
 
 
+def test_exits_at_wrong_places_are_refused_before_a_demo_set_is_rendered(tmp_path):
+    args = ["--task=segmentation", "--model.name=stvit_tiny_patch16_224", "--model.exits=[2]"]
+    args += ["--data.preset=demo", f"--data.train={tmp_path}/demo_scenes/train.txt"]
+    config = resolve(parse(make_parser(""), [*args, "--data.num_frames=1", "--data.image_size=64"])[0])
+    with pytest.raises(build.ConfigError, match=r"exits=\[2\]: tokens may leave after each of the layers"):
+        build.build_job(config, torch.device("cpu"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_atm_on_windows_has_one_level():
     swin = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "image_size": 64}
     swin |= {"num_classes": 3, "num_frames": 1} | ATM
@@ -465,21 +474,21 @@ def test_batch_norms_of_the_policy_need_more_than_one_value():
 
 def test_figures_of_the_policy_are_those_of_a_walk_over_all_groups():
     from stvit_video.data.masks import IGNORED
-    from stvit_video.tasks.policy import count, shares
+    from stvit_video.tasks.policy import count_groups, rates
 
     said = torch.tensor([True, True, False, False, True, False])
     true = torch.tensor([1, 0, 1, 0, IGNORED, IGNORED])
-    counts = count(said, true)
+    counts = count_groups(said, true)
     assert counts.tolist() == [1, 2, 2, 4]
-    assert shares(counts.tolist()) == {
+    assert rates(counts.tolist()) == {
         "precision": 0.5,
         "recall": 0.5,
         "f1": 0.5,
         "share": 0.5,
         "said": 0.5,
     }
-    assert shares([0, 0, 3, 9])["precision"] == 1
-    assert shares([0, 0, 3, 9])["f1"] == 0
+    assert rates([0, 0, 3, 9])["precision"] == 1
+    assert rates([0, 0, 3, 9])["f1"] == 0
 
 
 # ---- the benchmark

@@ -165,12 +165,10 @@ def _check_predict(parser: ArgumentParser, options: Namespace) -> None:
         parser.error("--actions needs --proposals FILE.csv or --detector FILE, one of them")
     if not options.actions and (options.proposals or options.detector):
         parser.error("--proposals and --detector need --actions FOLDER")
-    for name in ("json", "features", "maps", "timeline"):
-        if options.actions and getattr(options, name):
-            parser.error(f"--{name} is not written with --actions FOLDER: two commands")
-    for name in ("json", "features", "maps"):
-        if options.timeline and getattr(options, name):
-            parser.error(f"--{name} is not written with --timeline FOLDER: two commands")
+    for mode, others in (("actions", ("timeline",)), ("timeline", ())):
+        for name in ("json", "features", "maps", *others):
+            if getattr(options, mode) and getattr(options, name):
+                parser.error(f"--{name} is not written with --{mode} FOLDER: two commands")
 
 
 @command("cli.pictures.curves")

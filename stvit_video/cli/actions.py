@@ -1,24 +1,22 @@
 """What `stvit-predict --actions` writes of each video: who does what, as AVA's csv and a drawn video."""
 
-import contextlib
 import csv
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .. import build
 from ..config import Config
 from ..data import ava
 from ..data.dataset import TestSampler, VideoDataset, make_loader
-from ..data.guard import GivenUp, Guard, guarded_in_order
+from ..data.guard import GivenUp, Guard
 from ..data.key_frames import KeyFrame, KeyFrameViews
 from ..data.rows import Row
 from ..data.stream import DrawnCopy, seconds_of
@@ -29,6 +27,7 @@ from ..errors import DecodeError, InputError
 from ..files import read_torch, written_whole
 from ..tasks import TASKS
 from .common import output_names
+from .drawing import write_copy
 
 PERSON, CLASSES = 1, 91  # of COCO, as torchvision's detectors count
 
@@ -171,12 +170,4 @@ class Drawn:
 def _write_drawn(path: Path, target: Path, task, records: list, timeout: float) -> None:
     times = sorted(row.target.second for row, _ in records)
     reach = min((b - a for a, b in itertools.pairwise(times)), default=1.0) / 2
-    copy = DrawnCopy(path, target, Drawn(task, records, reach))
-    steps: Iterator = guarded_in_order(copy, itertools.repeat(None), workers=1, timeout=timeout)
-    with contextlib.closing(steps), tqdm(desc=target.name, unit="s", disable=None) as bar:
-        for _, time in steps:
-            if time is None:
-                break
-            if isinstance(time, Exception):
-                raise DecodeError(f"{path}: not drawn: {time}")
-            bar.update(time - bar.n)
+    write_copy(DrawnCopy(path, target, Drawn(task, records, reach)), target.name, timeout)

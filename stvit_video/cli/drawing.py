@@ -5,14 +5,16 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
+from ..data.guard import guarded_in_order
 from ..data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from ..data.stream import VideoWriter, open_stream
+from ..data.stream import DrawnCopy, VideoWriter, open_stream
 from ..errors import DecodeError, InputError
 from ..files import written_whole
 from ..predictor import Predictor
@@ -81,3 +83,15 @@ def _of_video(predict: Predictor, path: Path, picture: Path | None) -> Iterator[
             damage = error
     if damage is not None:
         raise damage
+
+
+def write_copy(copy: DrawnCopy, title: str, timeout: float | None) -> None:
+    """All of a copy, by a process that can be given up. Raises DecodeError."""
+    steps = guarded_in_order(copy, itertools.repeat(None), workers=1, timeout=timeout)
+    with closing(steps), tqdm(desc=title, unit="s", disable=None) as bar:
+        for _, time in steps:
+            if time is None:
+                break
+            if isinstance(time, Exception):
+                raise DecodeError(f"{copy.source}: not drawn: {time}")
+            bar.update(time - bar.n)

@@ -34,7 +34,7 @@ def export(flags: Namespace) -> None:
         raise InputError(f"--clips {flags.clips}: must be 1 or more")
     config, class_names, model = build.load_model(flags.checkpoint)
     task = build.build_task(config, class_names)
-    if TASKS[config.task].heads != (None,):
+    if TASKS[config.task].has_head:
         raise InputError(
             f"{flags.checkpoint}: task={config.task}; only models that name classes are exported"
         )

@@ -23,16 +23,20 @@ def predict(options: Namespace) -> None:
     if options.actions:
         make_folder(Path(options.actions))
         paths = [path for name in options.videos for path in videos_of(Path(name), VIDEO_SUFFIXES)]
-        if write_actions(list(dict.fromkeys(paths)), Path(options.actions), options):
-            sys.exit(1)
-        return
-    if has_head(options.checkpoint):
+        failed = write_actions(list(dict.fromkeys(paths)), Path(options.actions), options)
+    elif has_head(options.checkpoint):
         for name in ("timeline", "features", "maps"):
             if getattr(options, name):
                 raise InputError(f"--{name}: {options.checkpoint} names no classes of videos")
-        if predict_each(options):
-            sys.exit(1)
-        return
+        failed = predict_each(options)
+    else:
+        failed = _recognize(options)
+    if failed:
+        sys.exit(1)
+
+
+def _recognize(options: Namespace) -> int:
+    """Classes of each video, or its timeline; -> how many could not be read."""
     if options.draw and not options.timeline:
         raise InputError(
             f"--draw FOLDER: {options.checkpoint} names classes; --timeline FOLDER --draw draws them"
@@ -47,15 +51,12 @@ def predict(options: Namespace) -> None:
         settings = {
             key: getattr(options, key) for key in ("checkpoint", "every", "window", "enter", "leave")
         }
-        if write_timelines(recognize, paths, Path(options.timeline), settings, options.draw):
-            sys.exit(1)
-        return
-    names = output_names(list(dict.fromkeys(paths)))
-    maps = [Path(options.maps, f"{name}.png") for name in names] if options.maps else [None] * len(names)
-    inputs = {path.resolve() for path in paths}
-    if overwritten := [path for path in filter(None, maps) if path.resolve() in inputs]:
+        return write_timelines(recognize, paths, Path(options.timeline), settings, options.draw)
+    each, inputs = list(dict.fromkeys(paths)), {path.resolve() for path in paths}
+    names = zip(each, output_names(each), strict=True)
+    pictures = {path: Path(options.maps, f"{name}.png") for path, name in names if options.maps}
+    if overwritten := [path for path in pictures.values() if path.resolve() in inputs]:
         raise InputError(f"{overwritten[0]}: is to be recognised; --maps needs another folder")
-    pictures = dict(zip(dict.fromkeys(paths), maps, strict=True))
     features, failed = {}, 0
     results = recognize.many(paths, options.workers)
     for path, guesses in tqdm(results, total=len(paths), unit="video", disable=len(paths) < 10):
@@ -81,5 +82,4 @@ def predict(options: Namespace) -> None:
                 print(f"  {guess.score:7.2%}  {guess.name}")
     if options.features:
         np.savez(options.features, **features)
-    if failed:
-        sys.exit(1)
+    return failed

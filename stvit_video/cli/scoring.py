@@ -35,8 +35,8 @@ def test(config: Config, flags: Namespace) -> None:
     if flags.checkpoint is not None:
         rows, _ = build.read_split(config, "test", class_names)
     else:
+        config = build.with_checked_model(config)
         rows, class_names = build.read_split(config, "test")
-        config = build.with_model(config)
         model = build.build_model(config, len(class_names))
         weights = build.load_pretrained(config, model, class_names, scoring=True)
         config = build.with_pixels(config, weights)
@@ -128,7 +128,7 @@ def _with_checkpoint(config: Config, own: Config, asked: Collection[str]) -> Con
         data = replace(data, ignore_label=own.data.ignore_label)  # else what was ignored would be a class
     settings = {k: v for k, v in task_settings(own).items() if f"train.{k}" not in asked}
     train = replace(config.train, **settings)  # a longest side is one
-    if config.task != own.task and TASKS[own.task].heads != (None,):  # whose preset has one view
+    if config.task != own.task and TASKS[own.task].has_head:  # whose preset has one view
         views = {key: 1 for key in ("clips", "crops") if f"eval.{key}" not in asked}
         config = replace(config, eval=replace(config.eval, **views))
     config = replace(config, task=own.task, model=own.model, data=data, train=train)

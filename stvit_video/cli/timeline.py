@@ -4,7 +4,6 @@ import contextlib
 import csv
 import hashlib
 import html
-import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..data.guard import GivenUp, Guard, guarded_in_order
+from ..data.guard import GivenUp, Guard
 from ..data.stream import LabelledCopy, pictures_at, seconds_of
 from ..errors import DecodeError, InputError
 from ..figures import draw_timeline
@@ -22,6 +21,7 @@ from ..files import written_whole
 from ..recognizer import Recognizer
 from ..timeline import Moment, Segment, segments
 from .common import output_names
+from .drawing import write_copy
 
 PICTURES = 12  # below the scores
 HEADER = ("from", "to", "class", "score")  # of NAME.csv
@@ -218,15 +218,7 @@ class Files:
     def _draw(self) -> None:
         with written_whole(self._file(".mp4")) as part:
             copy = LabelledCopy(self.path, part, [tuple(segment) for segment in self._segments()])
-            timeout = self.recognize.timeout
-            steps = guarded_in_order(copy, itertools.repeat(None), workers=1, timeout=timeout)
-            with closing(steps), tqdm(desc=f"{self.base.name}.mp4", unit="s", disable=None) as bar:
-                for _, time in steps:
-                    if time is None:
-                        break
-                    if isinstance(time, Exception):
-                        raise DecodeError(f"{self.path}: not drawn: {time}")
-                    bar.update(time - bar.n)
+            write_copy(copy, f"{self.base.name}.mp4", self.recognize.timeout)
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ def _next_steps(job: Job, config: Config, output: Path, best: Path) -> str:
     )
     inputs = "IMAGE..." if config.data.num_frames == 1 else "VIDEO..."
     lines = [f"recognise:   {predict} --checkpoint {best} {inputs}"]
-    if TASKS[config.task].heads == (None,):  # the page shows scores of classes
+    if not TASKS[config.task].has_head:  # the page shows scores of classes
         lines.append(f"look:        {page} --checkpoint {best}")
     if job.val_loader is not None:
         lines.insert(0, f"score:       {test} --cfg {output / 'config.yaml'} --checkpoint {best}")

@@ -43,7 +43,6 @@ OTHER_SIDE |= {right: left for left, right in OTHER_SIDE.items()}
 SIDE = re.compile(rf"(?<![^\W_])({'|'.join(OTHER_SIDE)})(?![^\W_]|[ _]out(?![^\W_]))")
 
 StrPath = str | os.PathLike[str]
-Entry = tuple[str, str, str]  # where it stands (for errors), the path, the class name or ""
 
 
 @dataclass(frozen=True)
@@ -259,11 +258,14 @@ def _check_id(where: str, label: int, names: Sequence[str] | None) -> None:
 
 
 def _by_name(
-    entries: Sequence[Entry],
+    entries: Sequence[tuple[str, str, str]],
     names: list[str] | None,
     places: Iterable[Place | None] = itertools.repeat(None),
 ) -> Rows:
-    """Rows with ids by class name, or without labels where no entry has a name."""
+    """Rows with ids by class name, or without labels where no entry has a name.
+
+    entries: where each stands (for errors), its path, its class name or "".
+    """
     named = sorted({name for _, _, name in entries if name})
     names = named if names is None else names
     ids = _ids(names)

@@ -105,15 +105,9 @@ class VideoDataset(Dataset):
         row = self.rows[index]
         try:
             # a video is kept once, whatever a list says of it and however often
-            opened = (
-                open_kept(replace(row, target=None), self.decoder)
-                if self.keep
-                else _open(row, self.decoder)
-            )
-            with (
-                torch.random.fork_rng(devices=[]),
-                opened as video,
-            ):
+            once = replace(row, target=None)
+            opened = open_kept(once, self.decoder) if self.keep else _open(row, self.decoder)
+            with torch.random.fork_rng(devices=[]), opened as video:
                 if cause := row.missing_frames(video.num_frames):
                     raise DecodeError(cause)
                 # not torch.manual_seed: for devices that are not used it takes 2 ms to format a traceback

@@ -77,10 +77,7 @@ def render(rng: np.random.Generator) -> tuple[np.ndarray, list[int], np.ndarray]
     for _ in range(rng.integers(NUMBER[0], NUMBER[1] + 1)):
         shape = int(rng.integers(len(SHAPES)))
         radius = RADII[0] * (RADII[1] / RADII[0]) ** rng.uniform()
-        x, y = (
-            rng.uniform(0.5 * radius, WIDTH - 0.5 * radius),
-            rng.uniform(0.5 * radius, HEIGHT - 0.5 * radius),
-        )
+        x, y = (rng.uniform(0.5 * radius, side - 0.5 * radius) for side in (WIDTH, HEIGHT))
         turn, stretch = rng.uniform(-TURN, TURN), rng.uniform(0.9, 1.1)
         dx, dy = columns - x, rows - y
         along = (np.cos(turn) * dx + np.sin(turn) * dy) * stretch

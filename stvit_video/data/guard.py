@@ -4,9 +4,11 @@ Python cannot interrupt a native call (a decoder on a bad file), but the kernel 
 is a fork, made when it is first needed; results come back through shared memory.
 """
 
+import contextlib
 import ctypes
 import functools
 import gc
+import itertools
 import math
 import mmap
 import os
@@ -27,7 +29,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from ..errors import InputError
+from ..errors import DecodeError, InputError
 
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
@@ -135,6 +137,21 @@ def guarded_in_order(
     finally:
         for child, _ in calls:
             child.end()
+
+
+def read_ahead(reader: Callable, path: Any, timeout: float | None) -> Iterator[Any]:
+    """What `reader` gives call by call, up to None, in a process that works ahead.
+
+    Raises what it raises, and DecodeError, of this path, where it took too long or died.
+    """
+    calls = guarded_in_order(reader, itertools.repeat(None), workers=1, timeout=timeout)
+    with contextlib.closing(calls):
+        for _, result in calls:
+            if result is None:
+                return
+            if isinstance(result, Exception):
+                raise DecodeError(f"{path}: {result}") if isinstance(result, GivenUp) else result
+            yield result
 
 
 class Raised(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..errors import InputError
+from ..errors import DecodeError, InputError
 from .batch import empty
 from .views import Make, Sampling, read_once, stack_frames
 
@@ -91,8 +91,6 @@ class KeyFrameViews:
             raise InputError(f"{key.video}: images have no times; data.target_fps: frames a second")
         at, end = round((key.second - self.first_second) * fps), video.num_frames / fps
         if not 0 <= at < video.num_frames:
-            from ..errors import DecodeError
-
             raise DecodeError(
                 f"{key.video}: second {key.second:g} is outside the video, which has seconds "
                 f"{self.first_second:g} to {self.first_second + end:g} (data.first_second)"

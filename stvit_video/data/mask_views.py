@@ -15,9 +15,6 @@ from .masks import IGNORED, Masks
 from .views import Make, Sampling, read_once, stack_frames
 
 if TYPE_CHECKING:
-    from .decode import Video
-
-if TYPE_CHECKING:
     from .decode import Video  # a machine that only computes may have no decoder
 
 TRIES = 10  # at a crop that no class fills, as in mmsegmentation
@@ -94,11 +91,8 @@ class MaskTrainViews:
             frames = DISTORT(frames)
         short = [0, self.size - frames.shape[-1], 0, self.size - frames.shape[-2]]
         if any(short):
-            padded = (
-                torch.tensor(self.fill, dtype=torch.uint8)
-                .view(3, 1, 1)
-                .repeat(len(frames), 1, *[self.size] * 2)
-            )
+            fill = torch.tensor(self.fill, dtype=torch.uint8).view(3, 1, 1)
+            padded = fill.repeat(len(frames), 1, *[self.size] * 2)
             padded[..., : frames.shape[-2], : frames.shape[-1]] = frames
             frames, masks = padded, F.pad(masks, short, value=IGNORED)
         return frames, masks

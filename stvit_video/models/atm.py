@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .tokens import Tokens, in_float32
 
 
-class Masks(NamedTuple):
+class MaskLogits(NamedTuple):
     """What a head says of K classes and P patches (or N tokens), as logits.
 
     classes: (B, K, K + 1), what each class's query finds, the last: nothing; binary: (B, K, 2), whether
@@ -74,9 +74,9 @@ class ATMHead(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, levels: Sequence[Tokens]) -> list[Masks]:
-        """Tokens (B, N, in_dim) after some layers, the shallowest first -> `Masks` over the P patches for
-        each level, the deepest first: the last is the prediction, the others help training.
+    def forward(self, levels: Sequence[Tokens]) -> list[MaskLogits]:
+        """Tokens (B, N, in_dim) after some layers, the shallowest first -> `MaskLogits` over the P patches
+        for each level, the deepest first: the last is the prediction, the others help training.
 
         Queries go from level to level, and masks add up. Any tokens are taken: a superpatch's mask is that
         of its patches, padding is not asked. A patch that has left has what it had at deeper levels, or 0.
@@ -88,13 +88,13 @@ class ATMHead(nn.Module):
         for i, tokens in enumerate(reversed(levels)):
             query, of_tokens = self._level(i, query, tokens)
             masks = masks + spread(of_tokens, tokens)
-            outputs.append(Masks(self.class_embed(query), masks))
+            outputs.append(MaskLogits(self.class_embed(query), masks))
         return outputs
 
-    def of_tokens(self, tokens: Tokens) -> Masks:
-        """Tokens (B, N, in_dim) -> `Masks` over these N tokens, of a head with one level."""
+    def of_tokens(self, tokens: Tokens) -> MaskLogits:
+        """Tokens (B, N, in_dim) -> `MaskLogits` over these N tokens, of a head with one level."""
         query, masks = self._level(0, self._queries(tokens), tokens)
-        return Masks(self.class_embed(query), masks)
+        return MaskLogits(self.class_embed(query), masks)
 
     def _queries(self, tokens: Tokens) -> Tensor:
         return self.q.weight.expand(tokens.x.shape[0], -1, -1)
@@ -158,7 +158,7 @@ def spread(of_tokens: Tensor, tokens: Tokens) -> Tensor:
 
 
 def resize(masks: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, K, t, h, w) -> (B, K, T, H, W), linear along each axis; for one frame bilinear."""
+    """(B, K, t, h, w) -> (B, K, T, H, W), linear along each axis; where t is T, each frame bilinear."""
     if masks.shape[2] == size[0]:
         images = masks.transpose(1, 2).flatten(0, 1)
         images = F.interpolate(images, list(size[1:]), mode="bilinear", align_corners=False)
@@ -167,7 +167,7 @@ def resize(masks: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def atm_losses(
-    outputs: Sequence[Masks],
+    outputs: Sequence[MaskLogits],
     labels: Tensor,
     grid: Sequence[int],
     *,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .atm import ATMHead, Masks, spread
+from .atm import ATMHead, MaskLogits, spread
 from .tokens import Tokens
 from .vit import VideoViT
 
@@ -108,7 +108,7 @@ class EarlyExits(nn.Module):
         masks, scores = spread(said.masks, tokens), spread(scores, tokens)
         if before is not None:
             masks = torch.where(active[:, None], masks, before.masks)
-            stands = Masks(said.classes, masks).scores() if self.final_factor else before.scores
+            stands = MaskLogits(said.classes, masks).scores() if self.final_factor else before.scores
             scores = torch.where(active[:, None], scores, stands)
         left = active & gone.gather(1, places.clamp(min=0))
         by_class = best.new_zeros(scores.shape[:2]).scatter_add(1, best, gone.long())
@@ -125,9 +125,9 @@ class LinearExit(nn.Module):
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
-    def of_tokens(self, tokens: Tokens) -> Masks:
+    def of_tokens(self, tokens: Tokens) -> MaskLogits:
         """Tokens (B, N, in_dim) -> logits (B, K, N)."""
-        return Masks(None, self.linear(self.norm(tokens.x)).transpose(1, 2))
+        return MaskLogits(None, self.linear(self.norm(tokens.x)).transpose(1, 2))
 
 
 def leaving(scores: Tensor, real: Tensor, threshold: float, keep: int) -> Tensor:

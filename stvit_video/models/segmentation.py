@@ -10,17 +10,17 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import Conv2dNormActivation
+from torchvision.ops import Conv2dNormActivation as ConvNormRelu
 
 from ..errors import InputError
-from .atm import ATMHead, Masks, atm_losses
+from .atm import ATMHead, MaskLogits, atm_losses, resize
 from .embed import Size3, as_clip
 from .exits import EarlyExits, Exit
 from .heads import WithHead
 from .tokens import Tokens
 
 IGNORED = 255  # in targets: pixels that count nowhere
-Logits = Tensor | dict[str, Tensor] | list[Masks]
+Logits = Tensor | dict[str, Tensor] | list[MaskLogits]
 
 
 class Passed(NamedTuple):
@@ -245,8 +245,8 @@ class ATMSegmenter(Segmenter):
         levels = 1 if self.prunes else head_levels
         super().__init__(backbone, levels, head, make if exits else None)
 
-    def decode(self, levels: list[Tokens], exits: list[Exit], left: Tensor) -> list[Masks]:
-        """Tokens -> `Masks` of each level on the grid (B, K, t, h, w), the deepest level first.
+    def decode(self, levels: list[Tokens], exits: list[Exit], left: Tensor) -> list[MaskLogits]:
+        """Tokens -> `MaskLogits` of each level on the grid (B, K, t, h, w), the deepest level first.
 
         Of patches that have `left` (B, P), what stands is the mask: the losses see no hole.
         """
@@ -256,7 +256,7 @@ class ATMSegmenter(Segmenter):
             stands = exits[-1].scores.detach().logit(eps=1e-6).to(masks[0].dtype)
             masks = [torch.where(left[:, None], stands, mask) for mask in masks]
         return [
-            Masks(one.classes, mask.unflatten(2, levels[-1].grid))
+            MaskLogits(one.classes, mask.unflatten(2, levels[-1].grid))
             for one, mask in zip(said, masks, strict=True)
         ]
 
@@ -265,7 +265,7 @@ class ATMSegmenter(Segmenter):
         if not isinstance(outputs, Passed):
             classes, masks = outputs[-1]
             masks = self.resized(masks.float(), size)
-            return Masks(classes, masks.flatten(2)).scores().unflatten(2, size)
+            return MaskLogits(classes, masks.flatten(2)).scores().unflatten(2, size)
         stands = outputs.exits and outputs.exits[-1].scores.unflatten(2, outputs.grid)
         if self.prunes:
             return self.resized(stands, size)
@@ -281,16 +281,16 @@ class ATMSegmenter(Segmenter):
             exits = outputs.exits[:-1] if self.prunes else outputs.exits
             return super().loss(outputs._replace(exits=exits), targets)
         grid = outputs[-1].masks.shape[2:]
-        flat = [Masks(classes, masks.flatten(2)) for classes, masks in outputs]
+        flat = [MaskLogits(classes, masks.flatten(2)) for classes, masks in outputs]
         losses = self._atm_losses(flat, grid, targets)
         return {"loss": sum(losses.values())} | {name: loss.detach() for name, loss in losses.items()}
 
     def exit_loss(self, exit: Exit, grid: Size3, targets: Tensor) -> Tensor:
         if exit.classes is None:
             return super().exit_loss(exit, grid, targets)
-        return sum(self._atm_losses([Masks(exit.classes, exit.masks)], grid, targets).values())
+        return sum(self._atm_losses([MaskLogits(exit.classes, exit.masks)], grid, targets).values())
 
-    def _atm_losses(self, outputs: list[Masks], grid: Size3, targets: Tensor) -> dict[str, Tensor]:
+    def _atm_losses(self, outputs: list[MaskLogits], grid: Size3, targets: Tensor) -> dict[str, Tensor]:
         """Normalised by the masks of all processes, as SegViT's are. Clips were padded: ignored there."""
         strides = zip(reversed(targets.shape[1:]), (*reversed(self.strides), self.tubelet), strict=True)
         targets = F.pad(targets, [n for length, s in strides for n in (0, -length % s)], value=IGNORED)
@@ -321,14 +321,14 @@ class UPerHead(nn.Module):
         super().__init__()
         norm = nn.Identity if normed else nn.LayerNorm
         self.norms = nn.ModuleList(norm(width) for width in dims)
-        self.pooled = nn.ModuleList(_conv(dims[-1], dim, 1) for _ in self.pools)
-        self.bottleneck = _conv(dims[-1] + len(self.pools) * dim, dim, 3)
-        self.lateral = nn.ModuleList(_conv(width, dim, 1) for width in dims[:-1])
-        self.smooth = nn.ModuleList(_conv(dim, dim, 3) for _ in dims[:-1])
-        self.join = _conv(len(dims) * dim, dim, 3)
+        self.pooled = nn.ModuleList(ConvNormRelu(dims[-1], dim, 1) for _ in self.pools)
+        self.bottleneck = ConvNormRelu(dims[-1] + len(self.pools) * dim, dim, 3)
+        self.lateral = nn.ModuleList(ConvNormRelu(width, dim, 1) for width in dims[:-1])
+        self.smooth = nn.ModuleList(ConvNormRelu(dim, dim, 3) for _ in dims[:-1])
+        self.join = ConvNormRelu(len(dims) * dim, dim, 3)
         self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(dim, num_classes, 1))
         self.auxiliary = nn.Sequential(
-            _conv(dims[-2], dim // 2, 3), nn.Dropout2d(0.1), nn.Conv2d(dim // 2, num_classes, 1)
+            ConvNormRelu(dims[-2], dim // 2, 3), nn.Dropout2d(0.1), nn.Conv2d(dim // 2, num_classes, 1)
         )
 
     def forward(self, levels: list[Tensor]) -> Outputs:
@@ -363,13 +363,6 @@ def pixel_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Logits (B, K, ...), targets (B, ...) -> mean cross entropy of what is not ignored; 0 where all is."""
     total = F.cross_entropy(logits, targets.long(), ignore_index=IGNORED, reduction="sum")
     return total / (targets != IGNORED).sum().clamp(min=1)
-
-
-def resize(x: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """(B, K, t, h, w) -> (B, K, T, H, W), linear along each axis; where t is T, each frame bilinear."""
-    if x.shape[2] == size[0]:
-        return _clips(_resize(x.transpose(1, 2).flatten(0, 1), size[1:]), len(x))
-    return F.interpolate(x, size, mode="trilinear", align_corners=False)
 
 
 def on_grid(exit: Exit, logits: Tensor) -> Tensor:
@@ -436,10 +429,6 @@ def unused_norms(backbone: nn.Module, layers: list[int]) -> list[nn.Module]:
 def _clips(x: Tensor, count: int) -> Tensor:
     """Frames (B t, K, h, w) -> (B, K, t, h, w)."""
     return x.unflatten(0, (count, -1)).transpose(1, 2)
-
-
-def _conv(width: int, dim: int, kernel: int) -> nn.Module:
-    return Conv2dNormActivation(width, dim, kernel)
 
 
 def _resize(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:

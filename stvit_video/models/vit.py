@@ -72,10 +72,8 @@ class VideoViT(nn.Module):
             table = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
             self.register_parameter(name, table)
 
-        self.semantic, self._plan = (
-            None,
-            [(None, 0, 0)],
-        )  # reducer's name, its first layer, the next after it
+        self.semantic = None
+        self._plan = [(None, 0, 0)]  # reducer's name, its first layer, the next after it
         for first, make in sorted((reducers or {}).items()):
             self._add_reducer(first, make(grid, embed_dim), depth)
         self.chunk_embed = None
@@ -217,9 +215,8 @@ class VideoViT(nn.Module):
     def exit_layers(self) -> list[int]:
         """The layers after which tokens may leave: those that leave before a reducer which makes new tokens
         of the whole grid would be back."""
-        makes_new = (
-            first for name, first, _ in self._plan[1:] if not getattr(getattr(self, name), "merges", False)
-        )
+        plan = self._plan[1:]
+        makes_new = [first for name, first, _ in plan if not getattr(getattr(self, name), "merges", False)]
         return [layer for layer in self.grid_widths if layer > max(makes_new, default=0)]
 
     def semantic_maps(self, x: Tensor) -> Tensor:

@@ -99,6 +99,11 @@ class Entry(NamedTuple):
     settings: type = NoSettings
     scoring: type | None = None
 
+    @property
+    def has_head(self) -> bool:
+        """Whether its models say more than what class a clip is of."""
+        return self.heads != (None,)
+
 
 TASKS = {
     "classification": Entry("classification.Classification", settings=ClassificationSettings),

@@ -14,45 +14,30 @@ from torch import Tensor, nn
 
 from ..data import ava
 from ..data.key_frames import KeyFrame, KeyFrameViews, Resized
-from ..data.transforms import Normalise, TrainTransform
 from ..data.views import Sampling
 from ..errors import DecodeError, InputError
 from ..figures import draw_boxes
 from . import ActionScoring, NoSettings
+from .base import Base, lines_of, mean, write_table
 from .frame_map import Detections, average_precision, average_precisions, detections, hits
 
 PICTURED = 3  # key frames of each kind
 
 
-class ActionDetection:
+class ActionDetection(Base):
     """Clips (B, V, 3, T, H, W) around key frames and boxes in them to a yes or no for each of K actions.
 
     Training: true boxes; random resized crops (`data.scale`, `data.ratio`) and flips, with which they move.
     Scoring: one view with all of the frame, true boxes or proposals, and AVA's frame mAP: see `frame_map`.
     A class without a true box has no average precision and is left out of the mean.
 
-    class_names: by id, which is AVA's less one. twins: class id -> that of its mirror image.
-    on_failure: a key frame that cannot be read counts as "wrong" (nothing is detected), or is left out.
+    Arguments are `Base`'s. class_names: by id, which is AVA's less one.
+    on_failure: in a key frame that cannot be read nothing is detected, or it is left out.
     """
 
+    defaults = NoSettings, ActionScoring
     watched = ("mAP",)
     items = "key frames"
-
-    def __init__(
-        self,
-        class_names: Sequence[str],
-        *,
-        normalise: Normalise,
-        settings: NoSettings | None = None,
-        scoring: ActionScoring | None = None,
-        view_batch: int = 16,
-        on_failure: str = "wrong",
-        twins: Sequence[int] | None = None,
-        dump_views: bool = False,
-    ):
-        self.class_names, self.outputs = list(class_names), len(class_names)
-        self.normalise, self.scoring = normalise, scoring or ActionScoring()
-        self.view_batch, self.on_failure, self.twins = view_batch, on_failure, twins
 
     @cached_property
     def proposals(self) -> dict[ava.At, tuple[np.ndarray, np.ndarray]] | None:
@@ -76,10 +61,6 @@ class ActionDetection:
             )
         return sorted(ids)
 
-    def to(self, device: torch.device) -> "ActionDetection":
-        self.normalise.to(device)
-        return self
-
     def check(self, rows: Sequence, source: str) -> None:
         for row in rows:
             if not isinstance(row.target, KeyFrame):
@@ -90,18 +71,10 @@ class ActionDetection:
         _ = self.proposals, self.excluded, self.counted
 
     def train_views(self, sampling: Sampling, data: Any) -> KeyFrameViews:
-        transform = TrainTransform(
-            data.image_size,
-            scale=data.scale,
-            ratio=data.ratio,
-            rand_augment=data.rand_augment,
-            interpolation=data.interpolation,
-            flip=data.flip != "none",
-            mirror=self.mirror,
-        )
         if data.augment_on == "device":
             raise InputError("data.augment_on=device: boxes move with the pixels, in the worker")
-        return KeyFrameViews(sampling, transform, self._truth, data.first_second, data.repeats)
+        transform, start = self.train_transform(data), data.first_second
+        return KeyFrameViews(sampling, transform, self._truth, start, data.repeats)
 
     def test_views(
         self, sampling: Sampling, data: Any, *, clips: int, crops: int, crop_ratio: float
@@ -167,9 +140,7 @@ class ActionDetection:
         ]
 
     def figures(self, outcome) -> dict[str, float | None]:
-        precisions, _ = self.by_class(outcome)
-        known = [value for value in precisions if value is not None]
-        return {"mAP": float(np.mean(known)) if known else None}
+        return {"mAP": mean(self.by_class(outcome)[0])}
 
     def by_class(self, outcome) -> tuple[list[float | None], list[int]]:
         """Average precision and number of true boxes of each class; None where it does not count."""
@@ -212,14 +183,11 @@ class ActionDetection:
         with open(written[0], "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             for _, row, detected in self._counting(outcome):
                 csv.writer(file).writerows(self.lines(row.target, detected))
-        with open(written[1], "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["id", "class", "boxes", "average_precision"])
-            for i, (name, count, value) in enumerate(zip(self.class_names, boxes, precisions, strict=True)):
-                writer.writerow([i + 1, name, count, "" if value is None else f"{value:.6f}"])
+        columns = zip(range(1, self.outputs + 1), self.class_names, boxes, precisions, strict=True)
+        write_table(written[1], ["id", "class", "boxes", "average_precision"], columns)
         if self._draw_key_frames(output / "key_frames.png", outcome):
             written.append(output / "key_frames.png")
-        return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
+        return lines + lines_of(written)
 
     def lines(self, key: KeyFrame, detected: Detections) -> Iterator[list]:
         """Lines `video,second,x1,y1,x2,y2,action,score`, best first."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .classification import Classification
-from .policy import Policy, count
+from .policy import Policy, count_groups
 from .token_counts import TokenCounts
 
 
@@ -20,11 +20,6 @@ class Agreement(Policy):
     items, alike, labelled = "videos", "whose patches agree", False
     teacher: nn.Module | None = None  # in evaluation mode
     train_views, test_views = Classification.train_views, Classification.test_views
-
-    def to(self, device: torch.device) -> "Agreement":
-        if self.teacher is not None:
-            self.teacher.to(device)
-        return super().to(device)
 
     def check(self, rows: Sequence, source: str) -> None:
         """Any row will do."""
@@ -53,7 +48,7 @@ class Agreement(Policy):
             logits = model(pixels)
             targets = model.agreement(self.teacher, pixels, self.settings.agreement)
             pairs = zip(model.chosen(logits), targets, strict=True)
-            counts = counts + torch.stack([count(*pair) for pair in pairs]).cpu()
+            counts = counts + torch.stack([count_groups(*pair) for pair in pairs]).cpu()
             said = model.tokens(logits)
             tokens.add(said, [(0, 0)] * len(said.tokens), model.size, model.size)
         return {"groups": model.groups, "counts": counts, "tokens_of": tokens.record()}

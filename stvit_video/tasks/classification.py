@@ -1,6 +1,5 @@
 """Classification: one class a video. Softmax, averaged over the views of a video."""
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,55 +12,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.rows import class_ids
-from ..data.transforms import Mix, Normalise, TestTransform, TrainTransform
+from ..data.transforms import Mix, TestTransform
 from ..data.views import Sampling, TestViews, TrainViews
 from ..errors import InputError, cause_of
 from ..figures import draw_confusion
 from ..reports.page import write_report_page
-from . import ClassificationSettings, token_counts
+from . import ClassificationSettings, NoSettings, token_counts
+from .base import Base, lines_of, write_table
 
 
-class Classification:
-    """Clips (B, V, 3, T, H, W) to one of K classes.
+class Classification(Base):
+    """Clips (B, V, 3, T, H, W) to one of K classes. Arguments are `Base`'s.
 
-    class_names: by id. normalise: from uint8 to what the model takes.
-    view_batch: views that go through the model at a time when scoring.
-    on_failure: a video that cannot be read counts as "wrong", or is left out ("exclude").
-    twins: class id -> class id of its mirror image; None: mirroring changes no class.
     dump_views: keep the scores of every view, and write them to `views.npz`.
     """
 
+    defaults = ClassificationSettings, NoSettings
     watched = ("top1", "top5")
     items = "videos"
+    teacher: nn.Module | None = None  # in evaluation mode
 
-    def __init__(
-        self,
-        class_names: Sequence[str],
-        *,
-        normalise: Normalise,
-        settings: ClassificationSettings | None = None,
-        view_batch: int = 16,
-        on_failure: str = "wrong",
-        twins: Sequence[int] | None = None,
-        dump_views: bool = False,
-    ):
-        self.class_names, self.outputs = list(class_names), len(class_names)
-        self.normalise, self.settings = normalise, settings or ClassificationSettings()
-        self.view_batch, self.on_failure, self.dump_views = view_batch, on_failure, dump_views
-        self.twins = twins
-        self.teacher: nn.Module | None = None  # in evaluation mode
+    def __init__(self, class_names: Sequence[str], **options):
+        super().__init__(class_names, **options)
         self.mix = Mix(
             self.outputs,
             erasing=self.settings.erasing,
             mixup=self.settings.mixup,
             cutmix=self.settings.cutmix,
         )
-
-    def to(self, device: torch.device) -> "Classification":
-        self.normalise.to(device)
-        if self.teacher is not None:
-            self.teacher.to(device)
-        return self
 
     def check(self, rows: Sequence, source: str) -> None:
         for row in rows:
@@ -70,16 +48,8 @@ class Classification:
                 raise InputError(f"{source}: {row.path} {cause}, one class a video is to be learnt")
 
     def train_views(self, sampling: Sampling, data) -> TrainViews:
-        transform = TrainTransform(
-            data.image_size,
-            scale=data.scale,
-            ratio=data.ratio,
-            rand_augment=data.rand_augment,
-            interpolation=data.interpolation,
-            flip=data.flip != "none",
-            mirror=self.mirror,
-        )
-        return TrainViews(sampling, transform, data.repeats, data.augment_on == "device")
+        on_device = data.augment_on == "device"
+        return TrainViews(sampling, self.train_transform(data), data.repeats, on_device)
 
     def test_views(
         self, sampling: Sampling, data, *, clips: int, crops: int, crop_ratio: float
@@ -173,7 +143,10 @@ class Classification:
         lines = [f"  {title:<24} {value:7.2%}" for title, value in headlines]
         if "tokens" in report:
             lines.append(token_counts.line(report, "tokens a view"))
-        written = [self._write_predictions(output / "predictions.csv", scores, outcome)]
+        names, labels = dict(enumerate(self.class_names)), [row.target for row in outcome.rows]
+        said = {"label": labels, "label_name": map(names.get, labels)}
+        said |= {"prediction": scores.predictions, "prediction_name": map(names.get, scores.predictions)}
+        written = [self._write_predictions(output / "predictions.csv", outcome, scores.scores, said)]
         if (scores.labels >= 0).any():
             written.append(output / "confusion.png")
             draw_confusion(scores.labels, scores.predictions, self.class_names, written[-1])
@@ -182,7 +155,7 @@ class Classification:
         by_class = list(zip(self.class_names, *scores.by_class(), strict=True))
         page = report, headlines, "accuracy", by_class
         written.append(self._write_page(output, outcome, scores.scores, *page))
-        return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
+        return lines + lines_of(written)
 
     def _write_page(
         self, output: Path, outcome, scores: np.ndarray, report, headlines, measure: str, by_class
@@ -202,19 +175,17 @@ class Classification:
             confusion=measure == "accuracy",
         )
 
-    def _write_predictions(self, path: Path, scores: "Scores", outcome) -> Path:
-        best_five, names = scores.top(5), self.class_names
-        header = ["path", "label", "label_name", "prediction", "prediction_name"]
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow([*header, *top_columns(best_five), "failure"])
-            for i, (row, best) in enumerate(zip(outcome.rows, scores.predictions, strict=True)):
-                label = row.target
-                line = [row.path, *(("", "") if label is None else (label, names[label]))]
-                line += [best, "" if best < 0 else names[best]]
-                line += top_cells(best_five[i], scores.scores[i], names, readable=best >= 0)
-                writer.writerow([*line, cause_of(outcome.failures.get(i, ""), row.path)])
-        return path
+    def _write_predictions(self, path: Path, outcome, scores: np.ndarray, said: Mapping[str, Any]) -> Path:
+        """scores: (N, K). said: by the name of its column, what list and model say of each video."""
+        best = top(scores, 5)
+        columns = [f"top{i}_{kind}" for i in range(1, best.shape[1] + 1) for kind in ("name", "score")]
+        rows = []
+        for i, (row, *cells) in enumerate(zip(outcome.rows, *said.values(), strict=True)):
+            for c in best[i]:
+                readable = i not in outcome.failures
+                cells += (self.class_names[c], float(scores[i, c])) if readable else (None, None)
+            rows.append([row.path, *cells, cause_of(outcome.failures.get(i, ""), row.path)])
+        return write_table(path, ["path", *said, *columns, "failure"], rows)
 
 
 @dataclass
@@ -293,15 +264,6 @@ def mean_scores(records: Sequence, num_classes: int) -> np.ndarray:
 def top(scores: np.ndarray, k: int) -> np.ndarray:
     """(N, K) -> (N, min(k, K)) class ids, best first, the lower one on a tie."""
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
-
-
-def top_columns(best: np.ndarray) -> list[str]:
-    return [f"top{place}_{kind}" for place in range(1, best.shape[1] + 1) for kind in ("name", "score")]
-
-
-def top_cells(best: np.ndarray, scores: np.ndarray, names: Sequence[str], *, readable: bool) -> list[str]:
-    """One video's cells under `top_columns`, empty where it could not be read."""
-    return [cell for c in best for cell in ((names[c], f"{scores[c]:.6f}") if readable else ("", ""))]
 
 
 def write_views(path: Path, outcome, labels: np.ndarray, class_names: Sequence[str]) -> Path:

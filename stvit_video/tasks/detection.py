@@ -16,10 +16,10 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import TVTensor
 
 from ..data.objects import Objects, decode_mask, encode_masks
-from ..data.transforms import Normalise
 from ..data.views import Sampling, WholeView
 from ..errors import DecodeError, InputError
-from . import DetectionSettings, coco
+from . import DetectionSettings, NoSettings, coco
+from .base import Base, lines_of
 
 LONGEST = 5 / 3  # of an image's sides, over data.image_size: as 1333 over 800
 SHOWN = 0.5  # score of objects that are drawn
@@ -89,34 +89,16 @@ def _kept(target: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: part.as_subclass(Tensor)[kept] for key, part in (target | {"boxes": boxes}).items()}
 
 
-class Detection:
-    """Images to objects of K classes, scored by COCO's average precision. Parameters as `Classification`'s.
+class Detection(Base):
+    """Images to objects of K classes, scored by COCO's average precision. Arguments are `Base`'s.
 
     A record holds, best first, labels, scores, boxes (x, y, width, height) in the image's pixels and, by a
     model with masks, masks as COCO's compressed run lengths; and the image's size.
     """
 
+    defaults = DetectionSettings, NoSettings
     watched = ("AP", "AP50", "mask_AP")
     items = "images"
-
-    def __init__(
-        self,
-        class_names: Sequence[str],
-        *,
-        normalise: Normalise,
-        settings: DetectionSettings | None = None,
-        view_batch: int = 16,
-        on_failure: str = "wrong",
-        twins: Sequence[int] | None = None,
-        dump_views: bool = False,
-    ):
-        self.class_names, self.outputs = list(class_names), len(class_names)
-        self.normalise, self.settings = normalise, settings or DetectionSettings()
-        self.on_failure, self.twins = on_failure, twins
-
-    def to(self, device: torch.device) -> "Detection":
-        self.normalise.to(device)
-        return self
 
     def check(self, rows: Sequence, source: str) -> None:
         for row in rows:
@@ -144,13 +126,6 @@ class Detection:
 
     def _longest(self, data) -> int:
         return self.settings.longest_side or int(LONGEST * data.image_size)
-
-    def encode(self, target: Objects | None) -> Objects | None:
-        return target
-
-    def mirror(self, target: Any) -> Any:
-        """The views do it."""
-        return target
 
     def _images(self, batch) -> list[Tensor]:
         """Normalised, (3, H, W)."""
@@ -218,7 +193,7 @@ class Detection:
         ]
         if not self._draw_images(written[1], rows, records):
             del written[1]
-        return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
+        return lines + lines_of(written)
 
     def instances(self, record: Mapping[str, Any]) -> list[Instance]:
         """The objects of a record, best first."""

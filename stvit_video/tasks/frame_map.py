@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torchvision.ops import box_iou
 
 DETECTIONS = 50  # of a key frame
 OVERLAP = 0.5
@@ -34,14 +36,7 @@ def detections(boxes: np.ndarray, scores: np.ndarray, counted: Sequence[int]) ->
 
 def overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Boxes (n, 4) and (m, 4) -> intersection over union (n, m); 0 for boxes without area."""
-    low, high = (
-        np.maximum(one[:, None, :2], other[None, :, :2]),
-        np.minimum(one[:, None, 2:], other[None, :, 2:]),
-    )
-    shared = (high - low).clip(0).prod(-1)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (one, other)]
-    union = areas[0][:, None] + areas[1][None] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    return box_iou(torch.from_numpy(one), torch.from_numpy(other)).nan_to_num(0).numpy()
 
 
 def hits(detected: Detections, boxes: np.ndarray, actions: Sequence[Sequence[int]]) -> np.ndarray:

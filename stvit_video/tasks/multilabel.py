@@ -1,6 +1,5 @@
 """Multi-label classification: any number of classes a video (Charades). Sigmoid, mean average precision."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.rows import class_ids
-from ..errors import InputError, cause_of
+from ..errors import InputError
 from . import token_counts
-from .classification import Classification, mean_scores, top, top_cells, top_columns, write_views
+from .base import lines_of, mean, write_table
+from .classification import Classification, mean_scores, write_views
 
 
 class MultiLabel(Classification):
@@ -53,10 +53,8 @@ class MultiLabel(Classification):
 
     def figures(self, outcome) -> dict[str, Any]:
         """mAP; and "tokens": see `token_counts.summary`, of views."""
-        precisions = self.average_precisions(outcome)
-        counted = [value for value in precisions if value is not None]
         tokens = token_counts.summary(outcome.records, self.class_names, "views")
-        return {"mAP": float(np.mean(counted)) if counted else None} | tokens
+        return {"mAP": mean(self.average_precisions(outcome))} | tokens
 
     def average_precisions(self, outcome) -> list[float | None]:
         """Of each class, over the labelled videos; None for a class without a positive one."""
@@ -96,29 +94,16 @@ class MultiLabel(Classification):
         written = [output / "predictions.csv", output / "classes.csv", output / "scores.npz"]
         chosen, scores = self._chosen(outcome), mean_scores(outcome.records, self.outputs)
         videos = chosen[self._counted(outcome)].sum(0).astype(int).tolist()
-        self._write_predictions(written[0], scores, outcome)
-        with open(written[1], "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["class", "videos", "average_precision"])
-            for name, count, value in zip(self.class_names, videos, precisions, strict=True):
-                writer.writerow([name, count, "" if value is None else f"{value:.6f}"])
+        ids = [class_ids(row.target) for row in outcome.rows]
+        said = {"labels": [",".join(map(str, labels)) for labels in ids]}
+        said["label_names"] = [",".join(self.class_names[c] for c in labels) for labels in ids]
+        self._write_predictions(written[0], outcome, scores, said)
+        by_class = list(zip(self.class_names, videos, precisions, strict=True))
+        write_table(written[1], ["class", "videos", "average_precision"], by_class)
         chosen[[row.target is None for row in outcome.rows]] = -1  # not known
         np.savez_compressed(written[2], scores=scores, labels=chosen.astype(np.int8))
         if self.dump_views:
             written.append(write_views(output / "views.npz", outcome, chosen, self.class_names))
-        by_class = list(zip(self.class_names, videos, precisions, strict=True))
         page = report, headlines, "average precision", by_class
         written.append(self._write_page(output, outcome, scores, *page))
-        return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
-
-    def _write_predictions(self, path: Path, scores: np.ndarray, outcome) -> Path:
-        best_five, names = top(scores, 5), self.class_names
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(["path", "labels", "label_names", *top_columns(best_five), "failure"])
-            for i, row in enumerate(outcome.rows):
-                labels = class_ids(row.target)
-                line = [row.path, ",".join(map(str, labels)), ",".join(names[c] for c in labels)]
-                line += top_cells(best_five[i], scores[i], names, readable=i not in outcome.failures)
-                writer.writerow([*line, cause_of(outcome.failures.get(i, ""), row.path)])
-        return path
+        return lines + lines_of(written)

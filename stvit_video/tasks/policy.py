@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..data.mask_views import Truth
 from ..data.masks import IGNORED
 from ..figures import draw_tokens, show_tokens
-from . import PolicySettings, token_counts
+from . import PolicySettings, SegmentationScoring, token_counts
+from .base import lines_of
 from .segmentation import WORST, Segmentation, as_png, read_png, starts
 from .token_counts import TokenCounts
 
@@ -24,7 +25,7 @@ class Policy(Segmentation):
     in windows.
     """
 
-    defaults = PolicySettings
+    defaults = PolicySettings, SegmentationScoring
     watched = ("f1", "precision", "recall")
     alike = "of one class"
     learnt = "which patches are of one class is to be learnt; without masks, train.teacher says which agree"
@@ -37,7 +38,7 @@ class Policy(Segmentation):
     def _record(
         self, model: nn.Module, clips: Tensor, truths: Sequence[Truth], preview: bytes | None
     ) -> dict[str, Any]:
-        """groups: names of the shapes; counts: int64 (shapes, 4), see `count`, over all windows;
+        """groups: names of the shapes; counts: int64 (shapes, 4), see `count_groups`, over all windows;
         tokens_of: see `TokenCounts.record`; truth: the mask as PNG, of what is shown."""
         known = any((truth.masks != IGNORED).any() for truth in truths)
         tokens = TokenCounts(
@@ -66,7 +67,7 @@ class Policy(Segmentation):
                 passed = model.tokens(logits)
                 tokens.add(passed, [(y, x)] * len(passed.place), (height, width), size)  # of each chunk
                 pairs = zip(model.chosen(logits), targets, strict=True)
-                counts = counts + torch.stack([count(*pair) for pair in pairs]).cpu()
+                counts = counts + torch.stack([count_groups(*pair) for pair in pairs]).cpu()
         return counts
 
     def figures(self, outcome) -> dict[str, Any]:
@@ -76,9 +77,7 @@ class Policy(Segmentation):
         if not records:
             return dict.fromkeys((*self.watched, "groups"))
         counts = np.sum([record["counts"].numpy() for record in records], axis=0)
-        groups = {
-            name: shares(row) for name, row in zip(records[0]["groups"], counts.tolist(), strict=True)
-        }
+        groups = {name: rates(row) for name, row in zip(records[0]["groups"], counts.tolist(), strict=True)}
         means = {key: float(np.mean([group[key] for group in groups.values()])) for key in self.watched}
         return means | {"groups": groups} | token_counts.summary(records, self.class_names)
 
@@ -103,7 +102,7 @@ class Policy(Segmentation):
             for row, r in shown[:WORST]
         ]
         draw_tokens(pictures, [], output / "tokens.png")
-        return [*lines, f"{'tokens.png:':<16} {output / 'tokens.png'}"]
+        return lines + lines_of([output / "tokens.png"])
 
     def draw(self, frame: np.ndarray, record: Mapping[str, Any]) -> np.ndarray:
         """uint8 (H, W, 3) -> the same with the borders of its tokens."""
@@ -118,16 +117,16 @@ class Policy(Segmentation):
         """Nothing beside what is drawn."""
 
 
-def count(said: Tensor, target: Tensor) -> Tensor:
+def count_groups(said: Tensor, target: Tensor) -> Tensor:
     """What is said of groups (bool) and what is true (1, 0, `IGNORED`) -> int64 (4): how many are of one
     class and said to be, are said to be, are, and all of them."""
     known, true = target != IGNORED, target == 1
     return torch.stack([(said & true).sum(), (said & known).sum(), true.sum(), known.sum()])
 
 
-def shares(counts: Sequence[int]) -> dict[str, float]:
-    """Of `count` -> precision (1 where nothing is said), recall (1 where there is nothing), f1; the share
-    of groups that are of one class, and of those that are said to be."""
+def rates(counts: Sequence[int]) -> dict[str, float]:
+    """Of `count_groups` -> precision (1 where nothing is said), recall (1 where there is nothing), f1; the
+    share of groups that are of one class, and of those that are said to be."""
     right, said, true, every = counts
     return {
         "precision": right / said if said else 1.0,

@@ -1,6 +1,5 @@
 """Segmentation: the class of every pixel of an image, or of every frame of a video. Mean IoU."""
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,50 +13,30 @@ from torch import Tensor, nn
 
 from ..data.mask_views import MaskReader, MaskTestViews, MaskTrainViews, Truth, resize
 from ..data.masks import IGNORED, Masks
-from ..data.transforms import Normalise
 from ..data.views import Sampling
 from ..errors import InputError, cause_of
 from ..figures import BORDER, draw_scenes, draw_tokens, overlay, palette, show_tokens
 from . import SegmentationScoring, SegmentationSettings, token_counts
+from .base import Base, lines_of, mean, write_table
 from .token_counts import TokenCounts
 
 
-class Segmentation:
+class Segmentation(Base):
     """Clips (B, V, 3, T, H, W) to one of K classes a pixel; the whole frame, or windows of it.
 
-    Its model is a `Segmenter`. Arguments are `Classification`'s. A file that cannot be read has no pixels
-    that could count as wrong: it is left out of the figures, and counted beside them.
+    Its model is a `Segmenter`. Arguments are `Base`'s. A file that cannot be read has no pixels that could
+    count as wrong: it is left out of the figures (whatever `on_failure` says), and counted beside them.
     dump_views: keep the predicted masks, and write them to the folder `masks`; of what has no truth they
         are kept in any case.
     """
 
-    defaults = SegmentationSettings
+    defaults = SegmentationSettings, SegmentationScoring
     watched = ("mIoU", "accuracy")
     items = "images"
-    on_failure = "exclude"
     learnt = "the class of each pixel is to be learnt"
 
-    def __init__(
-        self,
-        class_names: Sequence[str],
-        *,
-        normalise: Normalise,
-        settings: SegmentationSettings | None = None,
-        scoring: SegmentationScoring | None = None,
-        view_batch: int = 16,
-        on_failure: str = "exclude",  # the only one here
-        twins: Sequence[int] | None = None,
-        dump_views: bool = False,
-    ):
-        self.class_names, self.outputs = list(class_names), len(class_names)
-        self.normalise, self.view_batch, self.twins = normalise, view_batch, twins
-        self.settings = settings or self.defaults()
-        self.scoring = scoring or SegmentationScoring()
-        self.keep_masks = dump_views
-
-    def to(self, device: torch.device) -> "Segmentation":
-        self.normalise.to(device)
-        return self
+    def __init__(self, class_names: Sequence[str], **options):
+        super().__init__(class_names, **options | {"on_failure": "exclude"})
 
     def check(self, rows: Sequence, source: str) -> None:
         for row in rows:
@@ -98,9 +77,6 @@ class Segmentation:
     def _reader(self, data) -> MaskReader:
         return MaskReader(self.outputs, data.ignore_label)
 
-    def encode(self, target: Masks | None) -> Masks | None:
-        return target
-
     def mirror(self, target: Tensor) -> Tensor:
         if self.twins is None:
             return target
@@ -138,7 +114,7 @@ class Segmentation:
         record, middle = {"counts": counts}, sorted(masks)[len(masks) // 2]
         if of_tokens := tokens.record():
             record["tokens_of"] = of_tokens
-        if keep_all := self.keep_masks or not counts.any():
+        if keep_all := self.dump_views or not counts.any():
             record["masks"] = {frame: as_png(mask) for frame, (mask, _) in sorted(masks.items())}
         if preview is not None and counts.any():
             mask, truth = map(as_png, masks[middle])
@@ -203,18 +179,16 @@ class Segmentation:
 
         Classes that are neither there nor predicted are left out of the means, as in mmsegmentation.
         """
-        counts, tokens = (
-            self.counts(outcome.records),
-            token_counts.summary(outcome.records, self.class_names),
-        )
+        counts = self.counts(outcome.records)
+        tokens = token_counts.summary(outcome.records, self.class_names)
         if not counts.any():
             return dict.fromkeys(("mIoU", "accuracy", "mean_class_accuracy", "classes")) | tokens
         right, _, there = counts
         ious, accuracies = shares(counts)
         return {
-            "mIoU": _mean(ious),
+            "mIoU": mean(ious),
             "accuracy": int(right.sum()) / int(there.sum()),
-            "mean_class_accuracy": _mean(accuracies),
+            "mean_class_accuracy": mean(accuracies),
             "classes": dict(zip(self.class_names, ious, strict=True)),
         } | tokens
 
@@ -239,15 +213,15 @@ class Segmentation:
         written = [output / "classes.csv", output / "predictions.csv"]
         counts = self.counts(outcome.records)
         columns = zip(self.class_names, counts[2].tolist(), *shares(counts), strict=True)
-        _write(written[0], ["class", "pixels", "iou", "accuracy"], columns)
+        write_table(written[0], ["class", "pixels", "iou", "accuracy"], columns)
         images = []
         for i, (row, record) in enumerate(zip(outcome.rows, outcome.records, strict=True)):
             counts = self.counts([record])
             pixels, (ious, _) = int(counts[2].sum()), shares(counts)
             accuracy = int(counts[0].sum()) / pixels if pixels else None
             failure = cause_of(outcome.failures.get(i, ""), row.path)
-            images.append((row.path, pixels, accuracy, _mean(ious), failure))
-        _write(written[1], ["path", "pixels", "accuracy", "mIoU", "failure"], images)
+            images.append((row.path, pixels, accuracy, mean(ious), failure))
+        write_table(written[1], ["path", "pixels", "accuracy", "mIoU", "failure"], images)
         shown = [i for i, record in enumerate(outcome.records) if record is not None and "truth" in record]
         if worst := sorted(shown, key=lambda i: images[i][3])[:WORST]:
             written.append(output / "worst.png")
@@ -262,10 +236,10 @@ class Segmentation:
                 written.append(output / "tokens.png")
                 leave = [f"left after layer {layer}" for layer in report.get("exits", ())]
                 draw_tokens(pictures, leave, written[-1])
-        if self.keep_masks:
+        if self.dump_views:
             written.append(output / "masks")
             self._write_masks(written[-1], outcome)
-        return [*lines, *(f"{path.name + ':':<16} {path}" for path in written)]
+        return lines + lines_of(written)
 
     def _write_masks(self, folder: Path, outcome) -> None:
         """NUMBER_NAME_mask.png of each row, by its place in the list."""
@@ -358,16 +332,3 @@ def _scene(row, record: Mapping[str, Any], value: float) -> tuple[str, np.ndarra
 def read_png(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
-def _write(path: Path, header: Sequence[str], rows) -> None:
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        for row in rows:
-            writer.writerow([f"{value:.6f}" if isinstance(value, float) else value for value in row])
