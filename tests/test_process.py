@@ -111,6 +111,33 @@ def test_alone_a_command_raises_and_exits_as_ever(capsys):
         cli.command("never.called")(lambda args: work(ZeroDivisionError()))([])
 
 
+def print_to_nobody(args):
+    reader, writer = os.pipe()
+    os.close(reader)
+    sys.stdout = os.fdopen(writer, "w")
+    command("cli.common.output_names")(lambda _: print("a line", flush=True))([])
+
+
+def test_what_the_system_says_of_a_file_is_one_line(tmp_path, capsys):
+    assert run(command("engine.logs.append_rows")(lambda _: (tmp_path, [], []))) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+    assert run(command("engine.logs.append_rows")(lambda _: (Path("/dev/full"), [], [[1]]))) == 2
+    assert capsys.readouterr().err == "error: No space left on device\n"
+    with pytest.raises(OSError, match="a bug"):
+        command("never.called")(lambda _: (_ for _ in ()).throw(OSError("a bug")))([])
+
+
+def test_where_nobody_reads_on_a_command_ends_in_silence(tmp_path):
+    assert finish(launch(print_to_nobody, log=tmp_path / "log")) == [141]
+    assert (tmp_path / "log").read_text() == ""
+
+
+@pytest.mark.parametrize("size", [1, 100_000])  # what fits into the buffer fails as the file is closed
+def test_a_full_disk_is_one_line_whenever_it_is_noticed(size):
+    with pytest.raises(FileError, match=r"full: cannot be written \(No space left on device\)"):
+        write_torch(Path("/dev/full"), {"a": torch.zeros(size)})
+
+
 def slow_validation(rank):
     view_scores = Classification.view_scores
     Classification.view_scores = lambda *args: time.sleep(0.5) or view_scores(*args)
