@@ -181,6 +181,7 @@ def test_unreadable_files(write, tmp_path):
     check_error(["none.txt: found no such file or folder", "expected a list"], tmp_path / "none.txt")
     parts = ["list.txt:3: found byte 0xe9, expected UTF-8"]
     check_error(parts, write(b"a.mp4 0\nb.mp4 1\ncaf\xe9.mp4 2\n"))
+    check_error(["list.txt:2: found byte 0x00, expected UTF-8"], write(b"a.mp4 0\nb\0.mp4 1\n"))
 
 
 # Paths stay inside root
@@ -356,6 +357,7 @@ def test_class_names_stand_in_for_the_labels_of_something(write):
     [
         ('[{"id": "1"},\n {"id": ]', ["s.json:2: found Expecting value, expected valid json"]),
         ("a.mp4 3\n", ["s.json:1: found", "expected valid json"]),
+        ("[" * 100_000, ["s.json: found brackets too deep", "expected valid json"]),
         ({"Closing something": "0"}, ["s.json: found a json dict", "expected a list of Something"]),
         ([], ["s.json: found a json list of '[]'", "expected a list of Something"]),
         (7, ["s.json: found a json int of '7'", "expected a list of Something"]),

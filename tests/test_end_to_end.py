@@ -344,12 +344,19 @@ def test_overwrite_discards_the_former_run(tmp_path, demo_root):
     assert not (tmp_path / "run" / "best.pt").exists()
 
 
-def test_a_log_cut_off_by_a_kill_can_be_resumed(tmp_path):
+@pytest.mark.parametrize("end", [b'{"step": 6, "ki', b"\0" * 9, b"\xff\x80"])
+def test_a_log_cut_off_by_a_kill_can_be_resumed(tmp_path, end):
     from stvit_video.engine.logs import RunLog, read_log
 
-    (tmp_path / "log.jsonl").write_text('{"epoch": 1, "kind": "epoch"}\n{"step": 6, "ki')
+    (tmp_path / "log.jsonl").write_bytes(b'{"epoch": 1, "kind": "epoch"}\n' + end)
     RunLog(tmp_path, epoch=1, update=7).close()
     assert read_log(tmp_path / "log.jsonl") == [{"epoch": 1, "kind": "epoch"}]
+
+
+@pytest.mark.parametrize("name", ["x", "x.foo"])
+def test_curves_are_a_png(tmp_path, capsys, name):
+    assert run(cli.curves, tmp_path, f"--picture={tmp_path}/{name}") == 2
+    assert f"{name}: must end in .png" in capsys.readouterr().err
 
 
 def test_trouble_with_any_name_is_cut_by_its_number(tmp_path):

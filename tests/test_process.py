@@ -217,6 +217,12 @@ def test_auto_does_not_take_an_unusable_gpu_for_none(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("name", ["meta", "xla", "hpu"])
+def test_a_device_that_cannot_compute_is_one_line(name):
+    with pytest.raises(InputError, match=f"device={name}: nothing that torch can compute on here"):
+        device.pick_device(name)
+
+
 def test_precision(monkeypatch):
     gpu = torch.device("cuda", 0)
     for native, best in ((True, "bf16"), (False, "fp16")):
