@@ -10,6 +10,7 @@ import torch
 from test_end_to_end import run, settings, trained  # noqa: F401
 
 from stvit_video import build, cli, create_model
+from stvit_video.cli import prediction
 from stvit_video.cli.common import videos_of
 from stvit_video.cli.training import _next_steps
 from stvit_video.config import Config, ConfigError, DataConfig, ModelConfig, make_parser, parse, resolve
@@ -136,6 +137,18 @@ def test_features_go_where_they_are_told(trained, demo_root, tmp_path, capsys): 
     args = ["--checkpoint", trained[0] / "best.pt", "x.mp4", f"--features={tmp_path}/g.txt"]
     assert run(cli.predict, *args) == 2
     assert "g.txt: must end in .npz" in capsys.readouterr().err
+
+
+def test_features_are_written_whole(trained, demo_root, tmp_path, monkeypatch):  # noqa: F811
+    def break_off(file, **features):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    clip, features = next(demo_root.glob("test/*/*.mp4")), tmp_path / "f.npz"
+    features.write_bytes(b"before")
+    monkeypatch.setattr(prediction.np, "savez", break_off)
+    assert run(cli.predict, "--checkpoint", trained[0] / "best.pt", clip, f"--features={features}") == 130
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
 
 
 def test_bars_in_files_are_lines(capsys):
