@@ -483,6 +483,17 @@ def test_what_is_no_video_leaves_nothing(tmp_path, checkpoint, capsys):  # noqa:
     assert "x.moments: cannot be written (Is a directory)" in capsys.readouterr().err
 
 
+def test_a_recording_that_begins_midway_begins_at_its_first_key_frame(tmp_path):
+    recording = render(tmp_path / "a.ts", size=(64, 64))
+    midway = tmp_path / "b.ts"
+    midway.write_bytes(recording.read_bytes()[len(recording.read_bytes()) // 3 :])
+    with open_stream(midway) as video:
+        clip = [torch.from_numpy(video.pixels(shown.frame).copy()) for shown in video]
+    shown = numbers(torch.stack(clip).permute(0, 3, 1, 2))
+    assert shown == list(range(shown[0], 40))
+    assert 0 < shown[0] <= 20
+
+
 def test_a_damaged_video_keeps_its_timeline_and_is_tried_again(tmp_path, checkpoint, capsys):  # noqa: F811
     whole = render(tmp_path / "whole.mp4", n=100)
     broken = spoil(whole, tmp_path / "broken.mp4", 60)
