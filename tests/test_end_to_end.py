@@ -12,6 +12,7 @@ from launch import finish, launch
 import stvit_video
 from stvit_video import cli
 from stvit_video.engine import checkpoint
+from stvit_video.resume import discard_run
 
 TRAIN_NET = str(Path(__file__).parents[1] / "tools" / "train_net.py")
 SMALL = """
@@ -340,8 +341,13 @@ def test_overwrite_discards_the_former_run(tmp_path, demo_root):
     args = [*settings(tmp_path, demo_root), f"--output={tmp_path}/run", "--train.epochs=1"]
     assert run(cli.train, *args) == 0
     assert (tmp_path / "run" / "best.pt").exists()
+    (tmp_path / "run" / "report.json").write_text("{}")  # of that best.pt
     assert run(cli.train, *args, "--overwrite", "--data.val=null") == 0
     assert not (tmp_path / "run" / "best.pt").exists()
+    assert not (tmp_path / "run" / "report.json").exists()
+    (tmp_path / "report.json").write_text("{}")
+    discard_run(tmp_path)
+    assert (tmp_path / "report.json").exists()  # there was no run beside it
 
 
 @pytest.mark.parametrize("end", [b'{"step": 6, "ki', b"\0" * 9, b"\xff\x80"])

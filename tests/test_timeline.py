@@ -250,7 +250,9 @@ def test_many_gives_the_same_in_order_with_errors_as_values(tmp_path, demo_root,
     assert [g for _, g in recognize.many(paths[:2], top=1)] == [recognize(p, top=1) for p in paths[:2]]
 
 
-def test_many_needs_a_worker(checkpoint):  # noqa: F811
+def test_many_needs_a_worker_and_views_a_crop(checkpoint):  # noqa: F811
+    with pytest.raises(ValueError, match="crops=0: must be 1 or more"):
+        Recognizer(checkpoint, device="cpu", crops=0)
     with pytest.raises(ValueError, match="workers=0: must be 1 or more"):
         Recognizer(checkpoint, device="cpu").many(["a.mp4"], workers=0)
 
