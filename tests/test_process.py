@@ -16,10 +16,11 @@ from test_end_to_end import SMALL, TRAIN_NET, run
 from test_ranks import ended, torchrun
 from test_runs import wait_for
 from torch import nn
+from torch.utils.data import DataLoader
 
 from stvit_video import cli, create_model
 from stvit_video.cli.common import command
-from stvit_video.engine import checkpoint, device, distributed, parallel
+from stvit_video.engine import checkpoint, device, distributed, logs, parallel
 from stvit_video.engine.optim import make_optimizer
 from stvit_video.engine.preemption import Preemption
 from stvit_video.errors import InputError
@@ -125,6 +126,20 @@ def test_what_the_system_says_of_a_file_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == "error: No space left on device\n"
     with pytest.raises(OSError, match="a bug"):
         command("never.called")(lambda _: (_ for _ in ()).throw(OSError("a bug")))([])
+
+
+def test_a_loader_process_that_was_killed_is_one_line(monkeypatch, capsys):
+    iterator = iter(DataLoader(range(9), num_workers=1))
+
+    def die(*_):
+        os.kill(iterator._workers[0].pid, signal.SIGKILL)
+        time.sleep(60)
+
+    monkeypatch.setattr(logs, "append_rows", die)
+    assert run(command("engine.logs.append_rows")(lambda _: ())) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: DataLoader worker (pid ")
+    assert error.count("\n") == 1
 
 
 def test_where_nobody_reads_on_a_command_ends_in_silence(tmp_path):

@@ -70,6 +70,13 @@ def _do(work: str, flags: Callable[[Sequence[str]], tuple], args: Sequence[str])
             raise
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         raise InputError(f"{where}{error.strerror}") from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        cause = " ".join(str(error).split())
+        raise InputError(
+            f"{cause} Where memory ran out: fewer data.workers, or a smaller train.batch_size, need less"
+        ) from error
 
 
 def _recorded(function: Callable) -> Callable:
