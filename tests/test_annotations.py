@@ -430,6 +430,10 @@ def test_class_folders_may_hold_folders_of_videos(write, tmp_path):
     os.symlink(tmp_path / "d", tmp_path / "d" / "b" / "upwards")
     names = [path for path, _ in tails(read_rows(tmp_path / "d"), tmp_path / "d")]
     assert names == ["a/day_1/x.mp4", "a/day_2/cam/y.webm", "a/z.mp4", "b/only.mp4"]
+    write.touch("d/a/day_10/v.mp4")
+    os.symlink(tmp_path / "d" / "a" / "day_1", tmp_path / "d" / "a" / "day_10" / "more")  # not upwards
+    names = [path for path, _ in tails(read_rows(tmp_path / "d"), tmp_path / "d")]
+    assert names[1:3] == ["a/day_10/more/x.mp4", "a/day_10/v.mp4"]
 
 
 def test_images_of_class_folders_are_samples_only_where_nothing_moves(write, tmp_path):

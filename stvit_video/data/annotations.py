@@ -456,8 +456,13 @@ def _samples(folder: os.DirEntry[str]) -> Iterator[os.DirEntry[str]]:
         framed = any(name.endswith(IMAGES) for name in names)
         if framed and not any(name.endswith(VIDEOS) for name in names):
             yield entry
-        elif not os.path.realpath(folder.path).startswith(os.path.realpath(entry.path)):  # a link upwards
+        elif not _within(folder.path, entry.path):  # else a link upwards
             yield from _samples(entry)
+
+
+def _within(path: str, folder: str) -> bool:
+    path, folder = (os.path.join(os.path.realpath(name), "") for name in (path, folder))
+    return path.startswith(folder)
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
