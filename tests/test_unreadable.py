@@ -189,3 +189,19 @@ def test_shares_are_of_the_same_files_not_names(tmp_path, demo_root, checkpoint,
     score(tmp_path, demo_root, checkpoint, [clips[0]])
     with pytest.raises(TypeError, match="NoneType"):
         score(tmp_path, demo_root, checkpoint, [tmp_path / "copy" / clips[0].name])
+
+
+def test_scores_that_are_not_finite_are_wrong_and_told(tmp_path, demo_root, checkpoint, monkeypatch):
+    clips, view_scores = sorted(demo_root.glob("test/*/*.mp4"))[:3], Classification.view_scores
+    whole = score(tmp_path, demo_root, checkpoint, clips)[1]
+
+    def overflow(*args):
+        scores = view_scores(*args)
+        scores[0, 1] = float("nan")
+        return scores
+
+    monkeypatch.setattr(Classification, "view_scores", overflow)
+    report, rows = score(tmp_path, demo_root, checkpoint, clips, "--eval.batch_size=3")
+    assert (report["num_failed"], rows[0]["prediction"]) == (1, "-1")
+    assert rows[0]["failure"] == "scores that are not finite, in fp32"
+    assert rows[1:] == whole[1:]
