@@ -91,10 +91,10 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
             head=head,
             **config.model.sizes(),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's, of sizes beyond memory
         size = re.search(r"takes no size '(\w+)'", str(error))
         hint = f": model.{size[1]}=auto leaves it out" if size else ""
-        raise ConfigError(f"model: {error}{hint}") from None
+        raise ConfigError(f"model: {str(error).partition(chr(10))[0]}{hint}") from None
 
 
 def with_checked_model(config: Config) -> Config:

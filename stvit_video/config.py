@@ -357,12 +357,24 @@ def _recipe(name: str) -> str:
     return recipes[name.removesuffix(".yaml")]
 
 
+class _Plain(yaml.SafeLoader):
+    """Plain values only: a tag that names code is an error. So is a key that stands there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice[0]} stands there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def _check_file(path: str) -> None:
     parser = make_parser("")  # without a command's own flags, which are no settings
     try:
         with open(path) as file:
-            values = yaml.safe_load(file)  # plain values only: a tag that names code is an error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            values = yaml.load(file, _Plain)
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, no day of a month
         raise ConfigError(f"{path}: not a readable YAML file: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: {values!r} is not a mapping of keys to values")

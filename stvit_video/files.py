@@ -50,7 +50,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def write_torch(path: Path, values: Any) -> None:
@@ -64,7 +64,8 @@ def write_torch(path: Path, values: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # torch's writer stumbles after the file's own error
+        # the file's own error, which torch's writer stumbles over, or which comes when the file is closed
+        cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise FileError(f"{path}: cannot be written ({cause.strerror})") from None

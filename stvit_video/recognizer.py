@@ -46,6 +46,7 @@ class Recognizer:
     clips, crops: other views than the checkpoint's.
     device: "cpu", "cuda", ...; by default CUDA where there is one.
     timeout: seconds after which a video is given up, read in a child process; None: read here, unguarded.
+    Raises InputError for a checkpoint of another kind, ValueError for less than one clip or crop.
     """
 
     def __init__(
@@ -72,6 +73,9 @@ class Recognizer:
                 f"{self.path}: was trained for task={self.config.task}, which names no classes: "
                 "stvit-predict or a Predictor takes it"
             )
+        for name, count in (("clips", clips), ("crops", crops)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count}: must be 1 or more")
         settings = self.config.eval
         self.views = self._test_views(clips or settings.clips, crops or settings.crops)
         self._timeline_views = self._test_views(1, crops or 1)

@@ -53,7 +53,16 @@ def find_run(output: Path, *, resume: bool, overwrite: bool) -> tuple[dict | Non
 
 def discard_run(output: Path) -> None:
     """What a former run left in `output` must not pass for this one's."""
-    left = (*checkpoint.NAMES, checkpoint.DAMAGED, "weights.json", "unreadable.csv", "nonfinite.csv")
+    held = any((output / name).exists() for name in checkpoint.NAMES)  # else they are another scoring's
+    reports = ("report.json", "report.html", "predictions.csv") if held else ()
+    left = (
+        *reports,
+        *checkpoint.NAMES,
+        checkpoint.DAMAGED,
+        "weights.json",
+        "unreadable.csv",
+        "nonfinite.csv",
+    )
     kept = (path.name for path in output.glob(checkpoint.KEPT.replace("{:04}", "[0-9]*")))
     for name in (*left, *kept, "curves.png"):
         (output / name).unlink(missing_ok=True)

@@ -181,6 +181,7 @@ def test_unreadable_files(write, tmp_path):
     check_error(["none.txt: found no such file or folder", "expected a list"], tmp_path / "none.txt")
     parts = ["list.txt:3: found byte 0xe9, expected UTF-8"]
     check_error(parts, write(b"a.mp4 0\nb.mp4 1\ncaf\xe9.mp4 2\n"))
+    check_error(["list.txt:2: found byte 0x00, expected UTF-8"], write(b"a.mp4 0\nb\0.mp4 1\n"))
 
 
 # Paths stay inside root
@@ -356,6 +357,7 @@ def test_class_names_stand_in_for_the_labels_of_something(write):
     [
         ('[{"id": "1"},\n {"id": ]', ["s.json:2: found Expecting value, expected valid json"]),
         ("a.mp4 3\n", ["s.json:1: found", "expected valid json"]),
+        ("[" * 100_000, ["s.json: found brackets too deep", "expected valid json"]),
         ({"Closing something": "0"}, ["s.json: found a json dict", "expected a list of Something"]),
         ([], ["s.json: found a json list of '[]'", "expected a list of Something"]),
         (7, ["s.json: found a json int of '7'", "expected a list of Something"]),
@@ -428,6 +430,10 @@ def test_class_folders_may_hold_folders_of_videos(write, tmp_path):
     os.symlink(tmp_path / "d", tmp_path / "d" / "b" / "upwards")
     names = [path for path, _ in tails(read_rows(tmp_path / "d"), tmp_path / "d")]
     assert names == ["a/day_1/x.mp4", "a/day_2/cam/y.webm", "a/z.mp4", "b/only.mp4"]
+    write.touch("d/a/day_10/v.mp4")
+    os.symlink(tmp_path / "d" / "a" / "day_1", tmp_path / "d" / "a" / "day_10" / "more")  # not upwards
+    names = [path for path, _ in tails(read_rows(tmp_path / "d"), tmp_path / "d")]
+    assert names[1:3] == ["a/day_10/more/x.mp4", "a/day_10/v.mp4"]
 
 
 def test_images_of_class_folders_are_samples_only_where_nothing_moves(write, tmp_path):

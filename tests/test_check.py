@@ -194,11 +194,13 @@ def test_a_clean_list_has_what_nothing_is_wrong_with(tmp_path, clips, capsys):
     (tmp_path / "text.mp4").write_text("no video")
     rows = [(clip, i % 4) for i, clip in enumerate(clips[:8])]
     extra = [(tmp_path / "text.mp4", 1), (tmp_path / "gone.mp4", 2), rows[0], (clips[1], 3)]
-    code, _ = check(tmp_path, f"--write-clean={tmp_path}/clean.txt", train=[*rows, *extra])
+    code, _ = check(tmp_path, f"--write-clean={tmp_path}/the clean.txt", train=[*rows, *extra])
     assert code == 1
+    shutil.move(tmp_path / "the clean.txt", tmp_path / "clean.txt")
+    shutil.move(tmp_path / "the clean.txt.classes", tmp_path / "clean.txt.classes")
     printed = capsys.readouterr().out
     assert f"{clips[1]}: stands in train already, with label 1, here 3" in printed
-    assert f"7 of 12 videos: --data.train {tmp_path}/clean.txt" in printed
+    assert f"7 of 12 videos: --data.train '{tmp_path}/the clean.txt'" in printed
     expected = [(str(clip), label) for clip, label in rows if clip != clips[1]]
     assert [(row.path, row.target) for row in read_rows(tmp_path / "clean.txt")] == expected
     flags = [f"--data.train={tmp_path}/clean.txt", f"--data.class_names={tmp_path}/clean.txt.classes"]

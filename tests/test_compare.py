@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -214,7 +215,15 @@ def test_wrong_runs_end_in_one_line(tmp_path, capsys):
     made(tmp_path / "zip", multilabel(), [(0,)] * 4, np.eye(4))
     arrays = (tmp_path / "zip" / "scores.npz").read_bytes()
     (tmp_path / "zip" / "scores.npz").write_bytes(arrays[:-30])
+    shutil.copytree(tmp_path / "zip", tmp_path / "hole")
+    damaged = arrays[:100] + bytes(byte ^ 255 for byte in arrays[100:140]) + arrays[140:]
+    (tmp_path / "hole" / "scores.npz").write_bytes(damaged)
+    shutil.copytree(tmp_path / "zip", tmp_path / "npy")
+    with open(tmp_path / "npy" / "scores.npz", "wb") as file:
+        np.save(file, np.eye(4))
     for args, cause in (
+        (["a", "hole"], "not a scoring that can be read"),
+        (["a", "npy"], "not a scoring that can be read"),
         (["a"], "to compare takes two or more"),
         (["a", "empty"], "holds no scoring (no report.json)"),
         (["a", "missing"], "holds no scoring (no report.json)"),
@@ -232,6 +241,19 @@ def test_wrong_runs_end_in_one_line(tmp_path, capsys):
         assert (code, error.count("\n")) == (2, 0)
         assert error.startswith("error: ")
         assert cause in error
+
+
+def test_folders_may_have_an_equals_sign(tmp_path, capsys):
+    for name in ("lr=0.1", "lr=0.2"):
+        scored(tmp_path / name, [True] * 4)
+    page = tmp_path / "page.html"
+    runs = [tmp_path / "lr=0.1", f"rate=0.2={tmp_path}/lr=0.2"]
+    code, out, _ = compared(capsys, *runs, "--to", page)
+    assert code == 0
+    assert out[0].startswith("top-1: lr=0.1 100.00%")
+    assert ", rate=0.2 100.00%" in out[0]
+    code, _, error = compared(capsys, *runs, "--seed=-1", "--to", page)
+    assert (code, error) == (2, "error: --seed -1: must be 0 or more")
 
 
 def test_several_labels_by_classes_in_another_order(tmp_path, capsys):

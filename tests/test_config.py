@@ -68,6 +68,12 @@ def test_the_command_line_overrides_the_file(settings):
         ("output: !!python/module:os", ["settings.yaml", "YAML", "python/module"]),
         ("output: ${HOME}/runs", ["settings.yaml", "output=${HOME}/runs", "plain values"]),
         ("train: {lr: '${oc.env:LR}'}", ["settings.yaml", "train.lr", "plain values"]),
+        (
+            "train: {lr: 1}\ndata: {stride: 2}\ntrain: {ema: 0.9}",
+            ["settings.yaml", "train stands there twice"],
+        ),
+        ("data: {stride: 2, mean: auto, stride: 4}", ["settings.yaml", "stride stands there twice"]),
+        ("output: 2026-02-30", ["settings.yaml", "YAML", "day is out of range"]),
         ("cfg: other.yaml", ["unknown key cfg"]),
         ("model: &a {x: *a}", ["settings.yaml", "holds itself"]),
     ],

@@ -502,6 +502,19 @@ def _two_sizes(path):
     return path
 
 
+def _bad_exif(path):
+    """A text in the place of the width."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "hello"
+    Image.new("RGB", (8, 8)).save(path, exif=exif)
+    return _write(path, path.read_bytes().replace(b"\0\x02\x01\x0e", b"\0\x02\x01\0"))
+
+
+def _of_floats(path):
+    Image.new("F", (8, 8)).save(path)
+    return path
+
+
 UNREADABLE = {
     "missing.mp4": (lambda path: path, "no such file"),
     "empty.mp4": (_write, "empty file"),
@@ -512,6 +525,8 @@ UNREADABLE = {
     "pipe.mp4": (lambda path: os.mkfifo(path) or path, "not a regular file"),
     "empty": (_folder, "without images"),
     "holes": (lambda path: _folder(path, "img_01.png", "img_02.png", "img_04.png"), "frame 3 is"),
+    "exif.jpg": (_bad_exif, "required argument is not an integer"),
+    "floats.tif": (_of_floats, "one number of 32 bits a pixel"),
     "text.jpg": (lambda path: _write(path, b"to be an image\n"), "cannot identify"),
     "sizes": (_two_sizes, "frame 1 of 2: its size is 9x5, that of others 8x8"),
 }
@@ -586,6 +601,24 @@ def test_an_image_is_a_video_of_one_frame(tmp_path):
         assert video.num_frames == 1
         assert video.read([0, 0]).shape == (2, 3, SIZE[1], SIZE[0])
         assert numbers(video.read([0])) == [0b00001111]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_of_16_bits_the_higher_byte_is_taken(tmp_path, suffix):
+    grey = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16) + 17
+    Image.fromarray(grey).save(tmp_path / f"a.{suffix}")
+    clip = open_video(tmp_path / f"a.{suffix}").read([0])
+    assert torch.equal(clip[0], torch.arange(256, dtype=torch.uint8).view(16, 16).expand(3, -1, -1))
+
+
+def test_a_folder_that_may_not_be_looked_into_is_unreadable(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DecodeError, match="Permission denied") as error:
+        open_video(tmp_path)
+    assert_one_line(error, tmp_path)
 
 
 def test_names_with_colons_and_percents(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from launch import finish, launch
 import stvit_video
 from stvit_video import cli
 from stvit_video.engine import checkpoint
+from stvit_video.resume import discard_run
 
 TRAIN_NET = str(Path(__file__).parents[1] / "tools" / "train_net.py")
 SMALL = """
@@ -340,16 +341,28 @@ def test_overwrite_discards_the_former_run(tmp_path, demo_root):
     args = [*settings(tmp_path, demo_root), f"--output={tmp_path}/run", "--train.epochs=1"]
     assert run(cli.train, *args) == 0
     assert (tmp_path / "run" / "best.pt").exists()
+    (tmp_path / "run" / "report.json").write_text("{}")  # of that best.pt
     assert run(cli.train, *args, "--overwrite", "--data.val=null") == 0
     assert not (tmp_path / "run" / "best.pt").exists()
+    assert not (tmp_path / "run" / "report.json").exists()
+    (tmp_path / "report.json").write_text("{}")
+    discard_run(tmp_path)
+    assert (tmp_path / "report.json").exists()  # there was no run beside it
 
 
-def test_a_log_cut_off_by_a_kill_can_be_resumed(tmp_path):
+@pytest.mark.parametrize("end", [b'{"step": 6, "ki', b"\0" * 9, b"\xff\x80"])
+def test_a_log_cut_off_by_a_kill_can_be_resumed(tmp_path, end):
     from stvit_video.engine.logs import RunLog, read_log
 
-    (tmp_path / "log.jsonl").write_text('{"epoch": 1, "kind": "epoch"}\n{"step": 6, "ki')
+    (tmp_path / "log.jsonl").write_bytes(b'{"epoch": 1, "kind": "epoch"}\n' + end)
     RunLog(tmp_path, epoch=1, update=7).close()
     assert read_log(tmp_path / "log.jsonl") == [{"epoch": 1, "kind": "epoch"}]
+
+
+@pytest.mark.parametrize("name", ["x", "x.foo"])
+def test_curves_are_a_png(tmp_path, capsys, name):
+    assert run(cli.curves, tmp_path, f"--picture={tmp_path}/{name}") == 2
+    assert f"{name}: must end in .png" in capsys.readouterr().err
 
 
 def test_trouble_with_any_name_is_cut_by_its_number(tmp_path):

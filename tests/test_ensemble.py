@@ -67,7 +67,12 @@ def test_dumps_of_other_videos_or_classes_are_refused(scorings, tmp_path, capsys
 
 def test_what_is_no_dump_is_one_line(scorings, tmp_path, capsys):
     (tmp_path / "text.npz").write_text("scores")
-    for path in (tmp_path / "text.npz", tmp_path / "none", tmp_path):
+    (tmp_path / "empty.npz").write_text("")
+    np.save(tmp_path / "array.npy", np.eye(2))
+    whole = (scorings / "ends" / "views.npz").read_bytes()
+    damaged = whole[:60] + bytes([whole[60] ^ 255]) + whole[61:]  # within the deflated scores
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    for path in (*tmp_path.iterdir(), tmp_path / "none", tmp_path):
         assert run(cli.ensemble, path, f"--output={tmp_path}/out") == 2
         assert "no scores of views (stvit-test --eval.dump_views" in capsys.readouterr().err
     assert run(cli.ensemble, scorings / "ends", f"--output={scorings}/ends") == 2

@@ -237,6 +237,7 @@ def test_lower_precision_is_smaller_and_near(precision, deployed, tmp_path, caps
     ("flags", "cause"),
     [
         (("--to", "x.pt2", "--precision", "int8"), "of .onnx files only"),
+        (("--to", "x.pt2", "--time", "-1"), "--time -1: must be 0 or more"),
         (("--to", "x.bin"), "must end in .onnx or .pt2"),
         (("--to", "x.pt2", "--videos", "nowhere.mp4"), "none of them can be read"),
     ],

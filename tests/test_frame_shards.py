@@ -30,10 +30,14 @@ from torchvision.transforms.v2.functional import resize
 
 from stvit_video import build, cli
 from stvit_video.data.annotations import ListError, read_rows
+from stvit_video.data.dataset import VideoDataset
 from stvit_video.data.decode import open_video
 from stvit_video.data.encode import H264, Jpeg
 from stvit_video.data.frames import FrameVideo, Index
 from stvit_video.data.rows import Row
+from stvit_video.data.transforms import TestTransform as CropTransform
+from stvit_video.data.views import Sampling
+from stvit_video.data.views import TestViews as SpreadViews
 from stvit_video.data.write_shards import write_shards
 from stvit_video.errors import DecodeError, InputError
 
@@ -165,6 +169,17 @@ def test_frames_may_come_smaller_but_not_below_a_short_side(source, tmp_path):
             assert numbers(clip) == [5, 20, 5]
             mean = torch.nn.functional.adaptive_avg_pool2d(full.float(), size)
             assert (clip - mean).abs().mean() < 3
+
+
+def test_kept_or_not_the_pixels_are_the_same(source, tmp_path):
+    """JPEGs may be decoded smaller, which the pixels of a resize depend on."""
+    write_shards(rows_of(source, ["b_frames.mp4", "folder"]), tmp_path / "a", encode=Jpeg(None))
+    views = SpreadViews(Sampling("dense", 4, 2), CropTransform(16), clips=2)
+    for rows in (read_rows(tmp_path / "a"), rows_of(source, ["b_frames.mp4", "folder"])):
+        plain, keeping = (VideoDataset(rows, views, keep=keep) for keep in (False, True))
+        for index in range(2):
+            assert torch.equal(keeping[0, index].clips, plain[0, index].clips)
+            assert torch.equal(keeping[0, index].clips, plain[0, index].clips)
 
 
 def test_a_read_takes_the_bytes_of_its_frames_and_no_more(shards, monkeypatch):

@@ -1,14 +1,19 @@
 """First contact: what is wrong, and what most likely helps, in one line."""
 
 import json
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_end_to_end import run, settings, trained  # noqa: F401
 
 from stvit_video import build, cli, create_model
+from stvit_video.cli import prediction
 from stvit_video.cli.common import videos_of
-from stvit_video.config import Config, ConfigError, DataConfig, make_parser, parse, resolve
+from stvit_video.cli.training import _next_steps
+from stvit_video.config import Config, ConfigError, DataConfig, ModelConfig, make_parser, parse, resolve
 from stvit_video.data.media import VIDEO_SUFFIXES
 from stvit_video.data.rows import Row
 from stvit_video.engine.evaluate import write_report
@@ -134,6 +139,18 @@ def test_features_go_where_they_are_told(trained, demo_root, tmp_path, capsys): 
     assert "g.txt: must end in .npz" in capsys.readouterr().err
 
 
+def test_features_are_written_whole(trained, demo_root, tmp_path, monkeypatch):  # noqa: F811
+    def break_off(file, **features):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    clip, features = next(demo_root.glob("test/*/*.mp4")), tmp_path / "f.npz"
+    features.write_bytes(b"before")
+    monkeypatch.setattr(prediction.np, "savez", break_off)
+    assert run(cli.predict, "--checkpoint", trained[0] / "best.pt", clip, f"--features={features}") == 130
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
+
+
 def test_bars_in_files_are_lines(capsys):
     for _ in progress(range(3), desc="epoch 1/2", unit="batch"):
         pass
@@ -141,3 +158,16 @@ def test_bars_in_files_are_lines(capsys):
     lines = [line.strip() for line in capsys.readouterr().err.split("\n") if line.strip()]
     assert lines
     assert all(line.startswith("epoch 1/2: ") and line.count("epoch") == 1 for line in lines)
+
+
+def test_the_commands_to_go_on_with_can_be_pasted():
+    job = SimpleNamespace(val_loader=None)
+    for word in _next_steps(job, Path("my run"), Path("my run/best.pt")).splitlines():
+        assert shlex.split(word)[3] == "my run/best.pt"
+
+
+@pytest.mark.parametrize("width", [10**9, 10**20])
+def test_a_size_beyond_memory_is_one_line(width):
+    with pytest.raises(ConfigError) as raised:
+        build.build_model(resolve(Config(model=ModelConfig(embed_dim=width, num_heads=1))), 2)
+    assert "\n" not in str(raised.value)

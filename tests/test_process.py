@@ -16,10 +16,11 @@ from test_end_to_end import SMALL, TRAIN_NET, run
 from test_ranks import ended, torchrun
 from test_runs import wait_for
 from torch import nn
+from torch.utils.data import DataLoader
 
 from stvit_video import cli, create_model
 from stvit_video.cli.common import command
-from stvit_video.engine import checkpoint, device, distributed, parallel
+from stvit_video.engine import checkpoint, device, distributed, logs, parallel
 from stvit_video.engine.optim import make_optimizer
 from stvit_video.engine.preemption import Preemption
 from stvit_video.errors import InputError
@@ -111,6 +112,47 @@ def test_alone_a_command_raises_and_exits_as_ever(capsys):
         cli.command("never.called")(lambda args: work(ZeroDivisionError()))([])
 
 
+def print_to_nobody(args):
+    reader, writer = os.pipe()
+    os.close(reader)
+    sys.stdout = os.fdopen(writer, "w")
+    command("cli.common.output_names")(lambda _: print("a line", flush=True))([])
+
+
+def test_what_the_system_says_of_a_file_is_one_line(tmp_path, capsys):
+    assert run(command("engine.logs.append_rows")(lambda _: (tmp_path, [], []))) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+    assert run(command("engine.logs.append_rows")(lambda _: (Path("/dev/full"), [], [[1]]))) == 2
+    assert capsys.readouterr().err == "error: No space left on device\n"
+    with pytest.raises(OSError, match="a bug"):
+        command("never.called")(lambda _: (_ for _ in ()).throw(OSError("a bug")))([])
+
+
+def test_a_loader_process_that_was_killed_is_one_line(monkeypatch, capsys):
+    iterator = iter(DataLoader(range(9), num_workers=1))
+
+    def die(*_):
+        os.kill(iterator._workers[0].pid, signal.SIGKILL)
+        time.sleep(60)
+
+    monkeypatch.setattr(logs, "append_rows", die)
+    assert run(command("engine.logs.append_rows")(lambda _: ())) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: DataLoader worker (pid ")
+    assert error.count("\n") == 1
+
+
+def test_where_nobody_reads_on_a_command_ends_in_silence(tmp_path):
+    assert finish(launch(print_to_nobody, log=tmp_path / "log")) == [141]
+    assert (tmp_path / "log").read_text() == ""
+
+
+@pytest.mark.parametrize("size", [1, 100_000])  # what fits into the buffer fails as the file is closed
+def test_a_full_disk_is_one_line_whenever_it_is_noticed(size):
+    with pytest.raises(FileError, match=r"full: cannot be written \(No space left on device\)"):
+        write_torch(Path("/dev/full"), {"a": torch.zeros(size)})
+
+
 def slow_validation(rank):
     view_scores = Classification.view_scores
     Classification.view_scores = lambda *args: time.sleep(0.5) or view_scores(*args)
@@ -188,6 +230,12 @@ def test_auto_does_not_take_an_unusable_gpu_for_none(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert device.pick_device() == CPU
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["meta", "xla", "hpu"])
+def test_a_device_that_cannot_compute_is_one_line(name):
+    with pytest.raises(InputError, match=f"device={name}: nothing that torch can compute on here"):
+        device.pick_device(name)
 
 
 def test_precision(monkeypatch):

@@ -250,7 +250,9 @@ def test_many_gives_the_same_in_order_with_errors_as_values(tmp_path, demo_root,
     assert [g for _, g in recognize.many(paths[:2], top=1)] == [recognize(p, top=1) for p in paths[:2]]
 
 
-def test_many_needs_a_worker(checkpoint):  # noqa: F811
+def test_many_needs_a_worker_and_views_a_crop(checkpoint):  # noqa: F811
+    with pytest.raises(ValueError, match="crops=0: must be 1 or more"):
+        Recognizer(checkpoint, device="cpu", crops=0)
     with pytest.raises(ValueError, match="workers=0: must be 1 or more"):
         Recognizer(checkpoint, device="cpu").many(["a.mp4"], workers=0)
 
@@ -481,6 +483,17 @@ def test_what_is_no_video_leaves_nothing(tmp_path, checkpoint, capsys):  # noqa:
     (tmp_path / "out/x.moments").mkdir()  # as good as a full disk
     assert predict(checkpoint, tmp_path / "out", tmp_path / "x.mp4") == 2
     assert "x.moments: cannot be written (Is a directory)" in capsys.readouterr().err
+
+
+def test_a_recording_that_begins_midway_begins_at_its_first_key_frame(tmp_path):
+    recording = render(tmp_path / "a.ts", size=(64, 64))
+    midway = tmp_path / "b.ts"
+    midway.write_bytes(recording.read_bytes()[len(recording.read_bytes()) // 3 :])
+    with open_stream(midway) as video:
+        clip = [torch.from_numpy(video.pixels(shown.frame).copy()) for shown in video]
+    shown = numbers(torch.stack(clip).permute(0, 3, 1, 2))
+    assert shown == list(range(shown[0], 40))
+    assert 0 < shown[0] <= 20
 
 
 def test_a_damaged_video_keeps_its_timeline_and_is_tried_again(tmp_path, checkpoint, capsys):  # noqa: F811

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ import pytest
 from test_end_to_end import TRAIN_NET, run, settings
 
 from stvit_video import cli
-from stvit_video.tasks.classification import Scores
+from stvit_video.engine.evaluate import Shares
+from stvit_video.tasks.classification import Classification, Scores
 
 PLAIN = ("--data.flip=none", "--data.repeats=1", "--train.epochs=1", "--train.accumulate=1")
 
@@ -174,3 +176,32 @@ def test_predict_gives_up_what_hangs(tmp_path, demo_root, checkpoint, capsys, mo
     assert found[0]["error"] == f"{names[0]}: took longer than 1 s (data.timeout)"
     assert found[1]["error"] == f"{names[1]}: not a regular file"
     assert found[2]["predictions"] == found[3]["predictions"]
+
+
+def test_shares_are_of_the_same_files_not_names(tmp_path, demo_root, checkpoint, monkeypatch):
+    clips = sorted(demo_root.glob("test/*/*.mp4"))
+    shutil.copytree(clips[0].parent, tmp_path / "copy")
+    write = Shares.write
+    monkeypatch.setattr(Shares, "write", lambda *args: write(*args, now=True))
+    monkeypatch.setattr(Shares, "discard", lambda shares: None)
+    score(tmp_path, demo_root, checkpoint, [clips[0]])
+    monkeypatch.setattr(Classification, "records", None)  # which the same list does not need
+    score(tmp_path, demo_root, checkpoint, [clips[0]])
+    with pytest.raises(TypeError, match="NoneType"):
+        score(tmp_path, demo_root, checkpoint, [tmp_path / "copy" / clips[0].name])
+
+
+def test_scores_that_are_not_finite_are_wrong_and_told(tmp_path, demo_root, checkpoint, monkeypatch):
+    clips, view_scores = sorted(demo_root.glob("test/*/*.mp4"))[:3], Classification.view_scores
+    whole = score(tmp_path, demo_root, checkpoint, clips)[1]
+
+    def overflow(*args):
+        scores = view_scores(*args)
+        scores[0, 1] = float("nan")
+        return scores
+
+    monkeypatch.setattr(Classification, "view_scores", overflow)
+    report, rows = score(tmp_path, demo_root, checkpoint, clips, "--eval.batch_size=3")
+    assert (report["num_failed"], rows[0]["prediction"]) == (1, "-1")
+    assert rows[0]["failure"] == "scores that are not finite, in fp32"
+    assert rows[1:] == whole[1:]

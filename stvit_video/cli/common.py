@@ -1,9 +1,11 @@
 """What commands share: how they end, what they read, where they write."""
 
+import errno
 import functools
 import hashlib
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections import Counter
@@ -14,6 +16,7 @@ from typing import NoReturn
 from ..data.media import IMAGE_SUFFIXES
 from ..errors import InputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LISTS = (".txt", ".csv", ".json")
 DISTRIBUTED = "stvit_video.engine.distributed"  # slow to import: asked once the work has imported it
 
@@ -22,8 +25,9 @@ def command(work: str) -> Callable[[Callable[[Sequence[str]], tuple]], Callable[
     """A command, of a function that reads its flags: `work` is called with what that returns.
 
     work: MODULE.FUNCTION of this package, imported once the flags are right.
-    What its user got wrong is told in one line, and the exit code is 2. A failure in a group of processes
-    is printed, and ends this process at once. Names of files that are not UTF-8 are printed as they are.
+    What its user got wrong is told in one line, also what the system says of a file, and the exit code is
+    2. A failure in a group of processes is printed, and ends this process at once. Where nobody reads what
+    it prints (`| head`) it ends in silence. Names of files that are not UTF-8 are printed as they are.
     """
 
     def decorator(flags: Callable[[Sequence[str]], tuple]) -> Callable[..., None]:
@@ -36,6 +40,9 @@ def command(work: str) -> Callable[[Callable[[Sequence[str]], tuple]], Callable[
             except InputError as error:
                 print(f"error: {error}", file=sys.stderr)
                 _leave(2)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it is flushed once more
+                _leave(128 + signal.SIGPIPE)
             except KeyboardInterrupt:
                 _leave(130)
             except SystemExit as stop:
@@ -56,7 +63,20 @@ def command(work: str) -> Callable[[Callable[[Sequence[str]], tuple]], Callable[
 def _do(work: str, flags: Callable[[Sequence[str]], tuple], args: Sequence[str]) -> None:
     options = flags(args)
     module, _, function = work.rpartition(".")
-    getattr(importlib.import_module(f"stvit_video.{module}"), function)(*options)
+    try:
+        getattr(importlib.import_module(f"stvit_video.{module}"), function)(*options)
+    except OSError as error:  # no room, no right to write, a folder in a file's place: not a bug
+        if error.filename is None and error.errno not in FULL:
+            raise
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        raise InputError(f"{where}{error.strerror}") from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        cause = " ".join(str(error).split())
+        raise InputError(
+            f"{cause} Where memory ran out: fewer data.workers, or a smaller train.batch_size, need less"
+        ) from error
 
 
 def _recorded(function: Callable) -> Callable:

@@ -1,5 +1,6 @@
 """What the command ensemble does: several scorings of the same videos as one."""
 
+import zlib
 from argparse import Namespace
 from pathlib import Path
 from zipfile import BadZipFile
@@ -48,7 +49,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as file:
             dump = {key: file[key] for key in KEYS}
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
+    except (OSError, EOFError, TypeError, ValueError, KeyError, BadZipFile, zlib.error) as error:
         raise InputError(
             f"{path}: no scores of views (stvit-test --eval.dump_views true writes them): {error}"
         ) from None

@@ -30,8 +30,9 @@ def export(flags: Namespace) -> None:
     path = Path(flags.to)
     if path.suffix not in FORMATS:
         raise InputError(f"--to {path}: must end in {' or '.join(FORMATS)}")
-    if flags.clips < 1:
-        raise InputError(f"--clips {flags.clips}: must be 1 or more")
+    for name, least in (("clips", 1), ("time", 0)):
+        if getattr(flags, name) < least:
+            raise InputError(f"--{name} {getattr(flags, name)}: must be {least} or more")
     config, class_names, model = build.load_model(flags.checkpoint)
     task = build.build_task(config, class_names)
     if TASKS[config.task].has_head:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import random
 import re
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -63,8 +64,8 @@ def check(config: Config, flags: Namespace) -> None:
         for file, content in ((flags.write_clean, lines), (names, class_names)):
             Path(file).write_text("".join(f"{line}\n" for line in content), "utf-8", "surrogateescape")
         print(
-            f"{len(lines)} of {len(rows)} videos: --data.{split} {flags.write_clean} "
-            f"--data.class_names {names} --data.root null"
+            f"{len(lines)} of {len(rows)} videos: --data.{split} {shlex.quote(flags.write_clean)} "
+            f"--data.class_names {shlex.quote(names)} --data.root null"
         )
     if findings:
         print(f"{len(findings)} findings, all in {path}")
@@ -121,7 +122,7 @@ def shards(config: Config, flags: Namespace) -> None:
     frames = f", {written.frames} frames" if written.frames else ""
     print(
         f"{written.videos} videos in {written.shards} shards{frames}, {written.bytes} bytes, "
-        f"{size / 1e6 / (time.monotonic() - start):.1f} MB/s: --data.{flags.split} {flags.to}"
+        f"{size / 1e6 / (time.monotonic() - start):.1f} MB/s: --data.{flags.split} {shlex.quote(flags.to)}"
     )
     if written.unreadable:
         print(f"{len(written.unreadable)} videos could not be read: {flags.to}/{UNREADABLE}")

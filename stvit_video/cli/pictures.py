@@ -13,6 +13,8 @@ from .common import make_folder
 
 def curves(options: Namespace) -> None:
     """Logs, as one picture."""
+    if Path(options.picture).suffix != ".png":
+        raise InputError(f"--picture {options.picture}: must end in .png")
     runs = {}
     for name, folder in map(_named, options.runs):
         log = folder / "log.jsonl"
@@ -31,6 +33,8 @@ def compare(options: Namespace) -> None:
         raise InputError(f"{options.runs[0]}: one run; to compare takes two or more")
     if options.resamples < 1000:
         raise InputError(f"--resamples {options.resamples}: must be 1000 or more for a 95% interval")
+    if options.seed < 0:
+        raise InputError(f"--seed {options.seed}: must be 0 or more")
     for i, (name, folder) in enumerate(named):
         if name in [other for other, _ in named[:i]]:
             raise InputError(f"{folder}: another run is named {name}, too; NAME=FOLDER names it otherwise")
@@ -41,6 +45,7 @@ def compare(options: Namespace) -> None:
 
 
 def _named(word: str) -> tuple[str, Path]:
-    """NAME=FOLDER, or FOLDER, whose last part is the name."""
-    name, _, folder = word.rpartition("=")
+    """NAME=FOLDER, or FOLDER, whose last part is the name; both may have more "=" in them."""
+    splits = [("", word), *((word[:i], word[i + 1 :]) for i, letter in enumerate(word) if letter == "=")]
+    name, folder = next((split for split in splits if Path(split[1]).is_dir()), splits[-1])
     return name or Path(folder).absolute().name, Path(folder)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from ..errors import DecodeError, InputError
+from ..files import written_whole
 from ..predictor import has_head
 from ..recognizer import Recognizer
 from .actions import write_actions
@@ -81,5 +82,6 @@ def _recognize(options: Namespace) -> int:
             for guess in guesses:
                 print(f"  {guess.score:7.2%}  {guess.name}")
     if options.features:
-        np.savez(options.features, **features)
+        with written_whole(Path(options.features)) as part, open(part, "wb") as file:
+            np.savez(file, **features)
     return failed

@@ -61,6 +61,7 @@ def test(config: Config, flags: Namespace) -> None:
         _state_of(config, source),
         class_names,
         build.digest(rows),
+        [row.path for row in rows],  # a list may say other folders than before
         precision,
         *(settings[key] for key in ("task", "model", "data", "eval")),
         task_settings(config),

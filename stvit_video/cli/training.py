@@ -1,5 +1,6 @@
 """What the command train does; and how a run begins, which scoring shares."""
 
+import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..engine import distributed
 from ..engine.device import pick_precision, set_up
 from ..engine.job import Job, Task
 from ..engine.train import fit
+from ..files import written_whole
 from ..models.zoo import changed_sizes, multiply_adds
 from ..resume import check_resume, discard_run, find_run, model_of_run
 from ..tasks import TASKS
@@ -70,7 +72,8 @@ def train(config: Config, flags: Namespace) -> None:
     if distributed.is_main():
         if state is None:
             discard_run(output)
-        (output / "config.yaml").write_text(yaml.safe_dump(job.details["config"], sort_keys=False))
+        with written_whole(output / "config.yaml") as part:  # it may be the only copy of what was asked for
+            part.write_text(yaml.safe_dump(job.details["config"], sort_keys=False))
         introduce(config, job.model, job.task, device, weights)
         print(_plan(job, config))
     distributed.barrier()  # every rank has read its checkpoint
@@ -109,10 +112,11 @@ def _next_steps(job: Job, config: Config, output: Path, best: Path) -> str:
         f"python tools/{tool}.py" if tools else f"stvit-{name}"
         for tool, name in (("test_net", "test"), ("predict", "predict"), ("open_page", "page"))
     )
+    best, settings = shlex.quote(str(best)), shlex.quote(str(output / "config.yaml"))
     inputs = "IMAGE..." if config.data.num_frames == 1 else "VIDEO..."
     lines = [f"recognise:   {predict} --checkpoint {best} {inputs}"]
     if not TASKS[config.task].has_head:  # the page shows scores of classes
         lines.append(f"look:        {page} --checkpoint {best}")
     if job.val_loader is not None:
-        lines.insert(0, f"score:       {test} --cfg {output / 'config.yaml'} --checkpoint {best}")
+        lines.insert(0, f"score:       {test} --cfg {settings} --checkpoint {best}")
     return "\n".join(lines)

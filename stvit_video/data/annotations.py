@@ -458,8 +458,13 @@ def _samples(folder: os.DirEntry[str]) -> Iterator[os.DirEntry[str]]:
         framed = any(name.endswith(IMAGES) for name in names)
         if framed and not any(name.endswith(VIDEOS) for name in names):
             yield entry
-        elif not os.path.realpath(folder.path).startswith(os.path.realpath(entry.path)):  # a link upwards
+        elif not _within(folder.path, entry.path):  # else a link upwards
             yield from _samples(entry)
+
+
+def _within(path: str, folder: str) -> bool:
+    path, folder = (os.path.join(os.path.realpath(name), "") for name in (path, folder))
+    return path.startswith(folder)
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
@@ -530,11 +535,17 @@ def _parse_json(path: StrPath, text: str) -> object:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ListError(f"{path}:{error.lineno}: found {error.msg}, expected valid json") from error
+    except RecursionError as error:
+        raise ListError(f"{path}: found brackets too deep in each other, expected valid json") from error
 
 
 def _read_text(path: StrPath) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if "\0" in text:  # of UTF-16 without its mark, or after the machine went down; no path has it
+            number = text.count("\n", 0, text.index("\0")) + 1
+            raise ListError(f"{path}:{number}: found byte 0x00, expected UTF-8 text")
+        return text
     except OSError as error:
         raise ListError(f"{path}: found {error.strerror}, expected a readable file") from error
     except UnicodeDecodeError as error:

@@ -129,8 +129,7 @@ def _open(row: Row, decoder: str) -> Video:
 @functools.cache
 def open_kept(row: Row, decoder: str) -> Video:
     """The row's video, all its frames in memory for as long as this process lives. Raises DecodeError."""
-    with _open(row, decoder) as video:
-        return KeptVideo(video, Path(row.path))
+    return KeptVideo(Path(row.path), functools.partial(_open, row, decoder))
 
 
 class TrainSampler(Sampler):

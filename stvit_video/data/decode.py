@@ -89,7 +89,11 @@ def open_video(
         return open_video(path, decoder, threads, find_member(str(path)))
     start = beginning(path) if contents is None else contents
     if start is None:
-        return FrameFolder(path, sorted(filter(_is_image, path.iterdir()), key=natural))
+        try:
+            files = sorted(filter(_is_image, path.iterdir()), key=natural)
+        except OSError as error:
+            raise DecodeError(f"{path}: {_cause(error)}") from error
+        return FrameFolder(path, files)
     if not start:
         raise DecodeError(f"{path}: empty file")
     if _is_image(path):
@@ -154,6 +158,7 @@ class Frames(Video):
 
     path: Path
     fps = 0.0
+    scales = False  # whether frames come smaller where `read` has a short side
     shortage: str | None = None  # what the header promises and the file does not hold: it was cut off
     # When each frame is shown and, last, when the last one ends, with the unit in s; None: not known.
     clock: tuple[list[int], Fraction] | None = None
@@ -225,10 +230,19 @@ class FrameFolder(Frames):
                 raise self._error(index, f"{file.name}: not a regular file")
             try:
                 with Image.open(file) as image:
-                    pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                    pixels = _rgb(ImageOps.exif_transpose(image))
+            except Exception as error:  # of a damaged file, anything
                 raise self._error(index, f"{self.files[index].name}: {_cause(error)}") from error
             yield index, pixels
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """-> uint8 (H, W, 3). Raises ValueError for pixels whose range is not known."""
+    if image.mode.startswith("I;16"):  # the higher byte, as for 16 bits of each colour; PIL would clip
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("one number of 32 bits a pixel, expected 8 or 16")
+    return np.asarray(image.convert("RGB"))
 
 
 class AvVideo(Frames):
@@ -506,14 +520,29 @@ class _Sound:
 
 
 class KeptVideo(Frames):
-    """Every frame of a video, read once and kept in memory."""
+    """Every frame of a video, read once and kept in memory: at each size asked for, where that matters."""
 
-    def __init__(self, video: Video, path: Path):
-        self.path, self.num_frames, self.fps = path, video.num_frames, video.fps
-        self.frames = video.read(range(video.num_frames)).permute(0, 2, 3, 1).numpy()
+    def __init__(self, path: Path, reopen: Callable[[], Video]):
+        self.path, self._reopen, self._kept = path, reopen, {}
+        with reopen() as video:
+            self.num_frames, self.fps, self.scales = video.num_frames, video.fps, video.scales
+            if not self.scales:
+                self._keep(video, None)
+
+    def read(self, indices: Sequence[int], short_side: int | None = None) -> Tensor:
+        short_side = short_side if self.scales else None
+        if short_side not in self._kept:
+            with self._reopen() as video:
+                self._keep(video, short_side)
+        self._frames = self._kept[short_side]
+        return super().read(indices)
+
+    def _keep(self, video: Video, short_side: int | None) -> None:
+        frames = video.read(range(video.num_frames), short_side)
+        self._kept[short_side] = frames.permute(0, 2, 3, 1).numpy()
 
     def decode(self, wanted: list[int]) -> Generator[tuple[int, np.ndarray], None, None]:
-        yield from ((index, self.frames[index]) for index in wanted)
+        yield from ((index, self._frames[index]) for index in wanted)
 
 
 class DecordVideo(Frames):

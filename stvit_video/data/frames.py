@@ -80,6 +80,8 @@ class FrameVideo(Frames):
     Raises DecodeError, also where the shard is not what it was when it was listed.
     """
 
+    scales = True
+
     def __init__(self, path: str, place: "Place"):
         self.path, self.name, self.place = Path(path), path, place
         try:

@@ -31,6 +31,7 @@ import torch
 
 from ..errors import DecodeError, InputError
 
+LONGEST = 1e6  # seconds that can be waited at a time: the kernel counts milliseconds in 31 bits
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
@@ -168,7 +169,8 @@ def finished(working: Iterable["Child"]) -> list[tuple["Child", Any]]:
     working, results = list(working), []
     while not results:
         left = min(child.deadline for child in working) - time.monotonic()
-        ready = wait([child.link for child in working], None if left == float("inf") else max(left, 0))
+        left = None if left == float("inf") else min(max(left, 0), LONGEST)
+        ready = wait([child.link for child in working], left)
         for child in working:
             if child.link in ready:
                 results.append((child, child.result()))

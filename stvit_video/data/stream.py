@@ -61,10 +61,16 @@ class VideoStream:
         cannot be read.
         """
         unit, start = float(self._stream.time_base or 0), (self._container.start_time or 0) / av.time_base
-        end, begun = 0.0, False
+        end, begun, lost = 0.0, False, None
         try:
             for packet in demux(self._container, self._stream):
-                for frame in packet.decode():
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError as error:
+                    if begun:
+                        raise
+                    frames, lost = [], lost or error  # of a recording or a camera that is joined midway
+                for frame in frames:
                     if frame.is_corrupt and begun:
                         raise DecodeError(f"{self.path}: after {end:.2f} s: a corrupt frame")
                     if frame.is_corrupt:
@@ -75,6 +81,8 @@ class VideoStream:
                     lasts = (frame.duration or 0) * unit or 1 / self.fps
                     yield Shown(time, lasts, frame)
                     end, begun = time + lasts, True
+            if lost is not None and not begun:
+                raise lost
         except av.FFmpegError as error:
             raise DecodeError(f"{self.path}: after {end:.2f} s: {error.strerror or error}") from error
         if not begun:

@@ -34,6 +34,11 @@ def pick_device(name: str = "auto") -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise InputError(f"device={name}: there are {torch.cuda.device_count()} CUDA devices here")
+    elif device.type != "cpu":
+        try:  # known by name and not there, or without values (meta)
+            torch.zeros(1, device=device).item()
+        except Exception:  # each kind has its own
+            raise InputError(f"device={name}: nothing that torch can compute on here") from None
     return device
 
 

@@ -79,7 +79,8 @@ def score(
 ) -> Outcome | None:
     """Score this rank's share of the loader's samples, and bring all to the main process.
 
-    -> the Outcome there, None on other ranks. Raises RuntimeError if some sample came twice or never.
+    -> the Outcome there, None on other ranks. Scores that are not finite are failures, too.
+    Raises RuntimeError if some sample came twice or never.
     shares: where to keep what a rank has done; what earlier, broken-off scorings did is not done again.
     """
     earlier = shares.read() if shares is not None and distributed.is_main() else {}
@@ -110,8 +111,17 @@ def score(
     if not distributed.is_main():
         return None
     outcome = merge([(earlier, {}), *every], loader.dataset.rows)
+    for i, (record, _) in [(i, pair) for i, pair in enumerate(outcome.records) if pair is not None]:
+        if not _finite(record):  # whose best class is no answer
+            outcome.records[i] = None
+            outcome.failures[i] = f"{outcome.rows[i].path}: scores that are not finite, in {precision}"
     pairs = [(None, None) if pair is None else pair for pair in outcome.records]
     return replace(outcome, records=[pair[0] for pair in pairs], previews=[pair[1] for pair in pairs])
+
+
+def _finite(record: Any) -> bool:
+    scores = record.get("scores") if isinstance(record, dict) else None
+    return not isinstance(scores, torch.Tensor) or bool(scores.isfinite().all())
 
 
 def merge(shares: list[tuple[dict, dict]], rows) -> Outcome:

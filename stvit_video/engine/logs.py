@@ -23,9 +23,9 @@ def progress(items=None, **options) -> tqdm:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The entries of `log.jsonl`, up to a line that a killed run left unfinished."""
+    """The entries of `log.jsonl`, up to a line that a killed run or machine left unfinished."""
     entries = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             entries.append(json.loads(line))
         except json.JSONDecodeError:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,7 +104,16 @@ def read_scoring(name: str, folder: Path) -> Scoring:
                 raise InputError(
                     f"{folder}: {len(lines)} videos in {table.name}, {len(scoring.scores)} in scores.npz"
                 )
-    except (OSError, ValueError, KeyError, csv.Error, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        EOFError,
+        TypeError,
+        ValueError,
+        KeyError,
+        csv.Error,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder}: not a scoring that can be read ({error})") from None
