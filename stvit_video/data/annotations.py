@@ -9,7 +9,6 @@ import difflib
 import functools
 import io
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from . import ava
 from .mask_lists import MASK_FORMATS
 from .media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from .objects import is_coco, is_voc, read_coco, read_voc
-from .rows import Row, Rows
+from .rows import Row, Rows, parse_json
 from .shards import Place, find_shards, index_shards, visible
 
 IMAGES, VIDEOS = tuple(IMAGE_SUFFIXES), tuple(VIDEO_SUFFIXES)
@@ -379,7 +378,7 @@ def _is_json(source: Source) -> bool:
 def _read_something(source: Source) -> Rows:
     """Official Something-Something V2 json; a class is a template without its brackets."""
     path, text = source.path, source.text
-    items = _parse_json(path, text)
+    items = parse_json(path, text)
     if not isinstance(items, list) or not items:
         raise ListError(
             f"{path}: found a json {type(items).__name__} of {text.strip()[:60]!r}, "
@@ -417,7 +416,7 @@ def _something_names(path: Path, labels: StrPath | None, needed: bool) -> list[s
             f"{path}: found templates without class ids, expected labels= or, beside the list, "
             f"{' or '.join(SOMETHING_LABELS)}"
         )
-    table = _parse_json(labels, _read_text(labels))
+    table = parse_json(labels, _read_text(labels))
     ids = [str(i) for i in table.values()] if isinstance(table, dict) else []
     missing = [i for i in range(len(ids)) if str(i) not in ids]
     if not ids or missing:
@@ -528,15 +527,6 @@ def _is_media(path: str) -> bool:
 
 def _is_count(text: str) -> bool:
     return re.fullmatch("[0-9]{1,9}", text) is not None
-
-
-def _parse_json(path: StrPath, text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ListError(f"{path}:{error.lineno}: found {error.msg}, expected valid json") from error
-    except RecursionError as error:
-        raise ListError(f"{path}: found brackets too deep in each other, expected valid json") from error
 
 
 def _read_text(path: StrPath) -> str:

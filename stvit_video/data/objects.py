@@ -1,7 +1,6 @@
 """Lists of images with the objects in them: COCO's json, and Pascal VOC's xml files."""
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Collection, Iterable, Sequence
@@ -16,7 +15,7 @@ from torchvision import tv_tensors
 
 from ..errors import ListError, nearest
 from .media import IMAGE_SUFFIXES
-from .rows import Row, Rows
+from .rows import Row, Rows, parse_json
 
 SLACK = 1.0  # pixels that a box may reach beyond its image: rounding, and VOC's counting from 1
 Box = tuple[float, float, float, float]
@@ -88,7 +87,7 @@ def read_coco(source) -> Rows:
     json's name ends (instances_train2017.json: train2017), whichever has the first of them.
     Class ids are those of the categories by rising category id, which the rows keep as `category_ids`.
     """
-    path, values = source.path, _json(source)
+    path, values = source.path, parse_json(source.path, source.text)
     if not isinstance(values, dict) or not {"images", "categories"} <= values.keys():
         has = ", ".join(list(values)[:5]) if isinstance(values, dict) else f"a json {type(values).__name__}"
         raise ListError(f"{path}: found {has}, expected COCO's json: images, annotations, categories")
@@ -140,13 +139,6 @@ def _objects(image: int, size: tuple[int, int], objects: Sequence[tuple], masked
     columns = tuple(zip(*objects, strict=True)) or ((),) * 5
     classes, boxes, masks, crowds, areas = columns
     return Objects(image, size, classes, boxes, masks if masked else None, crowds, areas)
-
-
-def _json(source) -> Any:
-    try:
-        return json.loads(source.text)
-    except json.JSONDecodeError as error:
-        raise ListError(f"{source.path}:{error.lineno}: found {error.msg}, expected valid json") from error
 
 
 def _by_id(items: Any, what: str, **fields: type) -> dict[int, dict]:

@@ -1,11 +1,15 @@
 """What a list of videos says of each: a `Row`; and `Rows`, which cost a forked worker no memory."""
 
+import json
+import os
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..errors import ListError
 
 if TYPE_CHECKING:
     from .frames import FrameVideo
@@ -102,3 +106,13 @@ class Rows(Sequence[Row]):
 
     def __repr__(self) -> str:
         return f"Rows({list(self)!r}, {self.class_names!r})"
+
+
+def parse_json(path: str | os.PathLike, text: str) -> Any:
+    """What a json list says. Raises ListError."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ListError(f"{path}:{error.lineno}: found {error.msg}, expected valid json") from error
+    except RecursionError as error:
+        raise ListError(f"{path}: found brackets too deep in each other, expected valid json") from error
