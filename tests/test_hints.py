@@ -162,7 +162,7 @@ def test_bars_in_files_are_lines(capsys):
 
 def test_the_commands_to_go_on_with_can_be_pasted():
     job = SimpleNamespace(val_loader=None)
-    for word in _next_steps(job, Path("my run"), Path("my run/best.pt")).splitlines():
+    for word in _next_steps(job, Config(), Path("my run"), Path("my run/best.pt")).splitlines():
         assert shlex.split(word)[3] == "my run/best.pt"
 
 
