@@ -49,9 +49,7 @@ class Masks(NamedTuple):
         if path.is_dir():
             from .decode import natural
 
-            every = (
-                p for p in path.iterdir() if not p.name.startswith(".")
-            )  # as the frames: macOS's ._0.png
+            every = (p for p in path.iterdir() if not p.name.startswith("."))  # macOS's ._0.png
             files = sorted((p for p in every if p.suffix.lower() in LOSSLESS), key=natural)
             if len(files) != num_frames:
                 raise DecodeError(f"{path}: {len(files)} masks for a video of {num_frames} frames")

@@ -197,9 +197,8 @@ def _checked_mask(where: str, shape: Any, size: tuple[int, int]) -> str:
         return counts if isinstance(counts, str) else _rle().frPyObjects(shape, *size)["counts"].decode()
     for polygon in shape or [[]] if isinstance(shape, list) else [None]:
         numbers = isinstance(polygon, list) and all(map(_is_number, polygon))
-        far = numbers and max(map(abs, polygon), default=0) > 10 * max(
-            size
-        )  # pycocotools walks all the way
+        # of a corner far away pycocotools walks all the way there
+        far = numbers and max(map(abs, polygon), default=0) > 10 * max(size)
         if not numbers or far or len(polygon) < 6 or len(polygon) % 2:
             what = "an empty polygon" if polygon == [] else f"segmentation {str(polygon)[:60]}"
             raise ListError(f"{where}: found {what}, expected x, y of 3 points or more, or run lengths")
