@@ -230,6 +230,8 @@ def test_the_checkpoint_decides_what_the_model_is(trained, tmp_path, capsys):
     given = [*args, f"--checkpoint={folder}/best.pt", f"--output={tmp_path}"]
     assert run(cli.test, *given, "--data.num_frames=8") == 2
     assert "the checkpoint was made with 4" in capsys.readouterr().err
+    assert run(cli.test, *given, "--seed=5") == 2, "it says which rows are held back"
+    assert capsys.readouterr().err == "error: --seed 5: the checkpoint was made with 0\n"
     text = Path(args[1]).read_text().replace("embed_dim: 24", "embed_dim: 48")
     (tmp_path / "other.yaml").write_text(text)
     args = ["--cfg", str(tmp_path / "other.yaml"), *args[2:]]
@@ -299,7 +301,9 @@ def test_image_mode(tmp_path, demo_root):
     text = text.replace("semantic_tokens: [2, 2, 2]", "semantic_tokens: [1, 2, 2]")
     args = settings(tmp_path, demo_root, text)
     assert run(cli.train, *args, f"--output={tmp_path}/run", "--data.sampling=middle") == 0
-    assert score((tmp_path / "run", args), tmp_path)["num_videos"] == 11
+    report = score((tmp_path / "run", args), tmp_path)  # the settings say dense, and two clips
+    assert report["num_videos"] == 11
+    assert report["views"] == {"clips": 1, "crops": 3}, "all clips would be the middle one"
 
 
 @pytest.mark.parametrize("name", ["ptv_x3d_m", "vit_tiny_patch16_224"])
