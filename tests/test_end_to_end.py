@@ -354,7 +354,11 @@ def test_overwrite_discards_the_former_run(tmp_path, demo_root):
     assert (tmp_path / "report.json").exists()  # there was no run beside it
 
 
-@pytest.mark.parametrize("end", [b'{"step": 6, "ki', b"\0" * 9, b"\xff\x80"])
+@pytest.mark.parametrize(
+    "end",
+    [b'{"step": 6, "ki', b"\0" * 9, b"\xff\x80", b"6\n", b'{"step": 6}\n', b'{"kind": "step"}\n',
+     b'{"kind": "step", "step": "6"}\n', b'{"kind": "x", "x": 6}\n'],
+)  # fmt: skip
 def test_a_log_cut_off_by_a_kill_can_be_resumed(tmp_path, end):
     from stvit_video.engine.logs import RunLog, read_log
 
@@ -367,6 +371,18 @@ def test_a_log_cut_off_by_a_kill_can_be_resumed(tmp_path, end):
 def test_curves_are_a_png(tmp_path, capsys, name):
     assert run(cli.curves, tmp_path, f"--picture={tmp_path}/{name}") == 2
     assert f"{name}: must end in .png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["foo,bar\n1,2\n", "epoch,path\nx,a\n", "epoch,path\n\n", "\n", 'epoch\n"1' + 200_000 * "x" + "\n"],
+)
+def test_of_a_damaged_list_of_trouble_nothing_is_kept(tmp_path, text):
+    from stvit_video.engine.logs import cut_rows
+
+    (tmp_path / "unreadable.csv").write_text(text)
+    cut_rows(tmp_path / "unreadable.csv", "epoch", 3)
+    assert not (tmp_path / "unreadable.csv").exists()
 
 
 def test_trouble_with_any_name_is_cut_by_its_number(tmp_path):
