@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,17 @@ def test_the_checkpoint_decides_what_the_model_is(trained, tmp_path, capsys):
     (tmp_path / "other.yaml").write_text(text)
     args = ["--cfg", str(tmp_path / "other.yaml"), *args[2:]]
     assert score((folder, args), tmp_path)["num_videos"] == 11
+
+
+def test_a_folder_that_cannot_be_written_into_is_refused_before_the_work(
+    trained, tmp_path, monkeypatch, capsys
+):
+    folder, args = trained
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))  # as root
+    monkeypatch.setattr("stvit_video.cli.scoring.score", lambda *args, **options: pytest.fail("scored"))
+    assert run(cli.test, *args, f"--checkpoint={folder}/best.pt", f"--output={tmp_path}") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: no file can be written into this folder\n"
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "text"])
