@@ -239,6 +239,14 @@ def test_the_checkpoint_decides_what_the_model_is(trained, tmp_path, capsys):
     assert score((folder, args), tmp_path)["num_videos"] == 11
 
 
+@pytest.mark.parametrize("command", [cli.train, cli.check])
+def test_a_number_that_is_no_class_id_does_not_take_all_memory(tmp_path, demo_root, capsys, command):
+    (tmp_path / "list.txt").write_text("a.mp4 0\nb.mp4 123456789\n")
+    args = settings(tmp_path, demo_root)
+    assert run(command, *args, f"--data.train={tmp_path}/list.txt", f"--output={tmp_path}/run") == 2
+    assert "list.txt: 123456790 classes by the highest label, expected" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written_into_is_refused_before_the_work(
     trained, tmp_path, monkeypatch, capsys
 ):
