@@ -361,6 +361,11 @@ def test_places_that_cannot_be_written_are_told_before_the_work(trained, tmp_pat
     assert len([line for line in lines if line.startswith("error: ")]) == 4
 
 
+def test_a_run_cannot_both_go_on_and_be_discarded(capsys):
+    assert run(cli.train, "--resume", "--overwrite") == 2
+    assert capsys.readouterr().err.startswith("error: --resume or --overwrite, not both")
+
+
 def test_overwrite_discards_the_former_run(tmp_path, demo_root):
     args = [*settings(tmp_path, demo_root), f"--output={tmp_path}/run", "--train.epochs=1"]
     assert run(cli.train, *args) == 0
