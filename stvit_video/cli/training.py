@@ -63,19 +63,24 @@ def train(config: Config, flags: Namespace) -> None:
     """A run, from its settings to its checkpoints."""
     device = start(config)
     output = Path(config.output)
-    make_folder(output)
-    with _alone(output):
-        _train(config, flags, output, device)
+    with contextlib.ExitStack() as held:
+        _train(config, flags, output, device, held)
 
 
-def _alone(output: Path) -> contextlib.AbstractContextManager:
+def _claim(output: Path) -> contextlib.AbstractContextManager:
     """Two runs in one folder would replace each other's checkpoints. Raises FileError where one trains."""
+    make_folder(output)
     if not distributed.is_main():
         return contextlib.nullcontext()
     return alone(output / LOCK, f"output={output}: another process trains there")
 
 
-def _train(config: Config, flags: Namespace, output: Path, device: torch.device) -> None:
+def _train(
+    config: Config, flags: Namespace, output: Path, device: torch.device, held: contextlib.ExitStack
+) -> None:
+    there = output.exists()
+    if there:  # before its checkpoint is read; a run that is refused makes no folder
+        held.enter_context(_claim(output))
     last = output / checkpoints.LAST
     state, damage = find_run(output, resume=flags.resume, overwrite=flags.overwrite)
 
@@ -84,6 +89,8 @@ def _train(config: Config, flags: Namespace, output: Path, device: torch.device)
     job, weights = build.build_job(config, device, pretrained=state is None)
     if state is not None:
         check_resume(state, config, job, last)
+    if not there:
+        held.enter_context(_claim(output))
     if distributed.is_main():
         if state is None:
             discard_run(output)
