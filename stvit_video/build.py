@@ -74,6 +74,9 @@ RENDERERS = {
 }
 
 
+MOST_CLASSES = 1_000_000  # each costs memory; a list with a higher label means something else by it
+
+
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """The model with random weights. Raises ConfigError where sizes do not fit."""
     config = with_model(config)
@@ -355,7 +358,7 @@ def read_split(
         raise ConfigError(f"data.{split}={path}: no videos in it")
     names = class_names or rows.class_names
     if names is None:
-        names = [str(i) for i in range(data.num_classes or highest_class(rows) + 1)]
+        names = _numbers(rows, path, data.num_classes)
     if data.num_classes not in (None, len(names)):
         raise ConfigError(f"data.num_classes={data.num_classes}, but there are {len(names)} class names")
     for row in rows:
@@ -447,8 +450,7 @@ def read_lists(config: Config) -> tuple[dict[str, list[Row]], list[str], dict[st
                 unknown[split] = error
                 rows = Rows(replace(row, target=None) for row in rows)
         if names is None:
-            count = data.num_classes or highest_class(rows) + 1
-            names = rows.class_names or [str(i) for i in range(count)]
+            names = rows.class_names or _numbers(rows, path, data.num_classes)
         splits[split] = rows
     if not splits:
         raise ConfigError("none of data.train, data.val and data.test is set: nothing to check")
@@ -459,6 +461,15 @@ def read_lists(config: Config) -> tuple[dict[str, list[Row]], list[str], dict[st
 
 def highest_class(rows: Sequence[Row]) -> int:
     return max((max(class_ids(row.target), default=0) for row in rows), default=0)
+
+
+def _numbers(rows: Sequence[Row], path: str, num_classes: int | None) -> list[str]:
+    """The names of classes that have none: 0, 1, ... Raises ConfigError for more than there can be."""
+    count = num_classes or highest_class(rows) + 1
+    if count > MOST_CLASSES:
+        source = "data.num_classes" if num_classes else "the highest label"
+        raise ConfigError(f"{path}: {count} classes by {source}, expected {MOST_CLASSES} at most")
+    return [str(i) for i in range(count)]
 
 
 def _prepare_demo(path: Path) -> None:

@@ -139,7 +139,7 @@ class EvalConfig(*_TASK_SCORING):
     """Scoring: each video once, its scores averaged over clips x crops views."""
 
     clips: Count | None = None
-    """Clips of a video, spread from its first frame to its last; null: the preset's."""
+    """Clips of a video, spread from first frame to last (of sampling=middle one); null: the preset's."""
     crops: Count | None = None
     """Crops of a clip along its longer side; null: the preset's."""
     crop_ratio: Annotated[float, Range(0.01, 1)] | None = None

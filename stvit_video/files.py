@@ -49,6 +49,26 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def alone(path: Path, cause: str) -> Iterator[None]:
+    """Hold a lock on the file `path`; it ends with this process, also where that is killed.
+
+    A record lock: loader processes, which may outlive their parent by seconds, do not inherit it. Where the
+    file system has no locks nothing is held.
+    Raises FileError, with this cause, where another living process holds it.
+    """
+    with open(path, "w") as file:
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise FileError(cause) from None
+        except (ImportError, OSError):
+            pass
+        yield
+
+
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 

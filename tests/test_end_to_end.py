@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -230,10 +231,31 @@ def test_the_checkpoint_decides_what_the_model_is(trained, tmp_path, capsys):
     given = [*args, f"--checkpoint={folder}/best.pt", f"--output={tmp_path}"]
     assert run(cli.test, *given, "--data.num_frames=8") == 2
     assert "the checkpoint was made with 4" in capsys.readouterr().err
+    assert run(cli.test, *given, "--seed=5") == 2, "it says which rows are held back"
+    assert capsys.readouterr().err == "error: --seed 5: the checkpoint was made with 0\n"
     text = Path(args[1]).read_text().replace("embed_dim: 24", "embed_dim: 48")
     (tmp_path / "other.yaml").write_text(text)
     args = ["--cfg", str(tmp_path / "other.yaml"), *args[2:]]
     assert score((folder, args), tmp_path)["num_videos"] == 11
+
+
+@pytest.mark.parametrize("command", [cli.train, cli.check])
+def test_a_number_that_is_no_class_id_does_not_take_all_memory(tmp_path, demo_root, capsys, command):
+    (tmp_path / "list.txt").write_text("a.mp4 0\nb.mp4 123456789\n")
+    args = settings(tmp_path, demo_root)
+    assert run(command, *args, f"--data.train={tmp_path}/list.txt", f"--output={tmp_path}/run") == 2
+    assert "list.txt: 123456790 classes by the highest label, expected" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_into_is_refused_before_the_work(
+    trained, tmp_path, monkeypatch, capsys
+):
+    folder, args = trained
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))  # as root
+    monkeypatch.setattr("stvit_video.cli.scoring.score", lambda *args, **options: pytest.fail("scored"))
+    assert run(cli.test, *args, f"--checkpoint={folder}/best.pt", f"--output={tmp_path}") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: no file can be written into this folder\n"
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "text"])
@@ -299,7 +321,9 @@ def test_image_mode(tmp_path, demo_root):
     text = text.replace("semantic_tokens: [2, 2, 2]", "semantic_tokens: [1, 2, 2]")
     args = settings(tmp_path, demo_root, text)
     assert run(cli.train, *args, f"--output={tmp_path}/run", "--data.sampling=middle") == 0
-    assert score((tmp_path / "run", args), tmp_path)["num_videos"] == 11
+    report = score((tmp_path / "run", args), tmp_path)  # the settings say dense, and two clips
+    assert report["num_videos"] == 11
+    assert report["views"] == {"clips": 1, "crops": 3}, "all clips would be the middle one"
 
 
 @pytest.mark.parametrize("name", ["ptv_x3d_m", "vit_tiny_patch16_224"])
@@ -337,6 +361,11 @@ def test_places_that_cannot_be_written_are_told_before_the_work(trained, tmp_pat
     assert len([line for line in lines if line.startswith("error: ")]) == 4
 
 
+def test_a_run_cannot_both_go_on_and_be_discarded(capsys):
+    assert run(cli.train, "--resume", "--overwrite") == 2
+    assert capsys.readouterr().err.startswith("error: --resume or --overwrite, not both")
+
+
 def test_overwrite_discards_the_former_run(tmp_path, demo_root):
     args = [*settings(tmp_path, demo_root), f"--output={tmp_path}/run", "--train.epochs=1"]
     assert run(cli.train, *args) == 0
@@ -350,7 +379,11 @@ def test_overwrite_discards_the_former_run(tmp_path, demo_root):
     assert (tmp_path / "report.json").exists()  # there was no run beside it
 
 
-@pytest.mark.parametrize("end", [b'{"step": 6, "ki', b"\0" * 9, b"\xff\x80"])
+@pytest.mark.parametrize(
+    "end",
+    [b'{"step": 6, "ki', b"\0" * 9, b"\xff\x80", b"6\n", b'{"step": 6}\n', b'{"kind": "step"}\n',
+     b'{"kind": "step", "step": "6"}\n', b'{"kind": "x", "x": 6}\n'],
+)  # fmt: skip
 def test_a_log_cut_off_by_a_kill_can_be_resumed(tmp_path, end):
     from stvit_video.engine.logs import RunLog, read_log
 
@@ -363,6 +396,18 @@ def test_a_log_cut_off_by_a_kill_can_be_resumed(tmp_path, end):
 def test_curves_are_a_png(tmp_path, capsys, name):
     assert run(cli.curves, tmp_path, f"--picture={tmp_path}/{name}") == 2
     assert f"{name}: must end in .png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["foo,bar\n1,2\n", "epoch,path\nx,a\n", "epoch,path\n\n", "\n", 'epoch\n"1' + 200_000 * "x" + "\n"],
+)
+def test_of_a_damaged_list_of_trouble_nothing_is_kept(tmp_path, text):
+    from stvit_video.engine.logs import cut_rows
+
+    (tmp_path / "unreadable.csv").write_text(text)
+    cut_rows(tmp_path / "unreadable.csv", "epoch", 3)
+    assert not (tmp_path / "unreadable.csv").exists()
 
 
 def test_trouble_with_any_name_is_cut_by_its_number(tmp_path):

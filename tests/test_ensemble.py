@@ -79,6 +79,25 @@ def test_what_is_no_dump_is_one_line(scorings, tmp_path, capsys):
     assert "its report would be replaced" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("scores", lambda scores: scores[:, :0]),
+        ("scores", lambda scores: scores[0]),
+        ("scores", lambda scores: scores.astype(str)),
+        ("labels", lambda labels: labels[1:]),
+        ("labels", lambda labels: labels + 100),
+        ("labels", lambda labels: labels.astype(str)),
+        ("class_names", lambda names: names[1:]),
+    ],
+)
+def test_a_dump_whose_parts_do_not_fit_is_one_line(scorings, tmp_path, capsys, key, change):
+    dump = views_of(scorings / "middle")
+    np.savez(tmp_path / "other.npz", **{**dump, key: change(dump[key])})
+    assert run(cli.ensemble, tmp_path / "other.npz", f"--output={tmp_path}/out") == 2
+    assert "other.npz: scores of shape" in capsys.readouterr().err
+
+
 def test_several_labels_a_video(tmp_path):
     scores = np.random.default_rng(0).random((2, 3, 4, 5), np.float32)  # dumps, videos, views, classes
     labels = np.array([[1, 0, 1, 0, 0], [0, 0, 0, 0, 1], [-1] * 5])

@@ -122,6 +122,20 @@ def test_sigterm_in_a_validation_ends_it_and_the_epoch_is_not_lost(unbroken, arg
     assert_same_to_the_lists(unbroken, output)
 
 
+def test_a_folder_in_which_another_process_trains_is_refused(args, tmp_path, capsys):
+    """Once that is killed the next one may begin: see `kill_until_done`."""
+    output = tmp_path / "run"
+    (process,) = launch(cli.train, *args, f"--output={output}", before=slow_validation)
+    wait_for((output / "last.pt").exists)
+    written = (output / "log.jsonl").read_bytes()
+    for how in ("--resume", "--overwrite"):
+        assert run(cli.train, *args, f"--output={output}", how) == 2
+        assert capsys.readouterr().err == f"error: output={output}: another process trains there\n"
+    process.kill()
+    assert finish([process]) == [-9]
+    assert (output / "log.jsonl").read_bytes().startswith(written)
+
+
 def kill_until_done(given, output, kills):
     """Start, SIGKILL at a random moment, and so on; -> how many kills hit a checkpoint being written."""
     rng, hits = random.Random(kills), 0

@@ -7,6 +7,7 @@ import json
 import shutil
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from stvit_video.config import Config, DataConfig, ModelConfig, resolve
 from stvit_video.data import demo_scenes, sampling
 from stvit_video.data.annotations import read_rows
 from stvit_video.data.decode import open_video
-from stvit_video.data.mask_views import MaskReader, MaskTestViews, MaskTrainViews
+from stvit_video.data.mask_views import MaskReader, MaskTestViews, MaskTrainViews, resize
 from stvit_video.data.masks import IGNORED, Masks
 from stvit_video.data.rows import Row
 from stvit_video.data.transforms import Normalise
@@ -414,6 +415,22 @@ def test_mirrored_scores_of_a_mirrored_image_are_mirrored():
         plain = task().predict(model, clip, (1, 40, 56))
     assert (once == twice).float().mean() > 0.999  # sums in another order
     assert not torch.equal(plain, once)
+
+
+def test_each_zoom_starts_from_what_the_file_holds():
+    """Not from frames that were brought to data.short_side, which is to lose detail and make up some."""
+    frames = torch.randint(0, 256, (1, 3, 32, 40), dtype=torch.uint8)
+    video = SimpleNamespace(num_frames=1, read=lambda indices, short_side=None: frames)
+    scorer = task(scoring=SegmentationScoring(zooms=(1.0, 2.0, 4.0)))
+    data = DataConfig(num_frames=1, short_side=8)
+    views = scorer.test_views(Sampling("middle", 1), data, clips=1, crops=1, crop_ratio=1.0)
+    clip, (truth,) = views(video, None)
+    seen, model = [], Colours()
+    model.forward = lambda x: seen.append(x) or Colours.forward(model, x)
+    scorer._record(model, clip, [truth], None)
+    for x, side in zip(seen, (8, 16, 32), strict=True):
+        once = resize(frames, side).transpose(0, 1)
+        assert torch.equal(x[0], scorer.normalise(once))
 
 
 def brute_force(predictions, truths, classes):

@@ -16,12 +16,14 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.2}  # of `export`: largest di
 @command("cli.training.train")
 def train(args: Sequence[str]) -> tuple:
     """Train a model, and validate it with one view as it goes."""
-    from ..config import make_parser, parse, resolve
+    from ..config import ConfigError, make_parser, parse, resolve
 
     parser = make_parser(train.__doc__)
     parser.add_argument("--resume", action="store_true", help="Continue the run in output, if any.")
     parser.add_argument("--overwrite", action="store_true", help="Start anew although output holds a run.")
     config, flags = parse(parser, args)
+    if flags.resume and flags.overwrite:
+        raise ConfigError("--resume or --overwrite, not both: is the run in output to go on, or to go?")
     return resolve(config), flags
 
 

@@ -99,10 +99,13 @@ def _leave(code: int) -> NoReturn:
 
 
 def make_folder(path: Path) -> None:
+    """Raises InputError, before hours of work are for nothing, where no file can be written into it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: no folder can be made there ({error.strerror})") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: no file can be written into this folder")
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:

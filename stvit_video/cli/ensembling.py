@@ -53,9 +53,17 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise InputError(
             f"{path}: no scores of views (stvit-test --eval.dump_views true writes them): {error}"
         ) from None
-    if dump["scores"].ndim != 3 or len(dump["scores"]) != len(dump["paths"]):
+    scores, labels, paths, names = (dump[key] for key in KEYS)
+    videos, views, classes = scores.shape if scores.ndim == 3 else (0, 0, 0)
+    if (
+        not (videos and views and scores.dtype.kind == "f" and labels.dtype.kind == "i")
+        or (paths.shape, names.shape) != ((videos,), (classes,))
+        or labels.shape not in ((videos,), (videos, classes))
+        or not -1 <= labels.min() <= labels.max() < classes
+    ):
         raise InputError(
-            f"{path}: scores of shape {dump['scores'].shape}, must be (videos, views, classes)"
+            f"{path}: scores of shape {scores.shape}, labels of {labels.shape}, {paths.size} paths and "
+            f"{names.size} class names, expected (videos, views, classes), and the others to fit them"
         )
     return dump
 

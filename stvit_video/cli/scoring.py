@@ -42,6 +42,8 @@ def test(config: Config, flags: Namespace) -> None:
         config = build.with_pixels(config, weights)
         build.settle_superpatches(config, model)
         build.load_policy(config, model)
+    if config.data.sampling == "middle":  # all clips would be the same one
+        config = replace(config, eval=replace(config.eval, clips=1))
     views = {"clips": config.eval.clips, "crops": config.eval.crops}
     task = build.build_task(config, class_names)
     if config.task == "policy":  # whose teacher says what is right
@@ -118,6 +120,8 @@ def _with_checkpoint(config: Config, own: Config, asked: Collection[str]) -> Con
     """
     if config.task != own.task and "task" in asked:
         raise ConfigError(f"--task {config.task}: the checkpoint was made with {own.task}")
+    if config.seed != own.seed and "seed" in asked:
+        raise ConfigError(f"--seed {config.seed}: the checkpoint was made with {own.seed}")
     decided = [("model", field.name) for field in fields(own.model)]
     decided += [("data", key) for key in _DATA_OF_CHECKPOINT]
     for group, key in decided:
@@ -133,7 +137,7 @@ def _with_checkpoint(config: Config, own: Config, asked: Collection[str]) -> Con
         views = {key: 1 for key in ("clips", "crops") if f"eval.{key}" not in asked}
         config = replace(config, eval=replace(config.eval, **views))
     config = replace(config, task=own.task, model=own.model, data=data, train=train)
-    return replace(config, seed=own.seed)  # holds the same back
+    return replace(config, seed=own.seed)  # which rows are held back depends on it
 
 
 def _state_of(config: Config, source: str) -> list[list[int] | None]:

@@ -1,5 +1,6 @@
 """What the command train does; and how a run begins, which scoring shares."""
 
+import contextlib
 import shlex
 import sys
 from argparse import Namespace
@@ -15,12 +16,14 @@ from ..engine import distributed
 from ..engine.device import pick_precision, set_up
 from ..engine.job import Job, Task
 from ..engine.train import fit
-from ..files import written_whole
+from ..files import alone, written_whole
 from ..models.zoo import changed_sizes, multiply_adds
 from ..resume import check_resume, discard_run, find_run, model_of_run
 from ..tasks import TASKS
 from ..weights import LoadReport, pixels_of_toolbox
 from .common import make_folder
+
+LOCK = "training.lock"
 
 
 def start(config: Config) -> torch.device:
@@ -60,6 +63,24 @@ def train(config: Config, flags: Namespace) -> None:
     """A run, from its settings to its checkpoints."""
     device = start(config)
     output = Path(config.output)
+    with contextlib.ExitStack() as held:
+        _train(config, flags, output, device, held)
+
+
+def _claim(output: Path) -> contextlib.AbstractContextManager:
+    """Two runs in one folder would replace each other's checkpoints. Raises FileError where one trains."""
+    make_folder(output)
+    if not distributed.is_main():
+        return contextlib.nullcontext()
+    return alone(output / LOCK, f"output={output}: another process trains there")
+
+
+def _train(
+    config: Config, flags: Namespace, output: Path, device: torch.device, held: contextlib.ExitStack
+) -> None:
+    there = output.exists()
+    if there:  # before its checkpoint is read; a run that is refused makes no folder
+        held.enter_context(_claim(output))
     last = output / checkpoints.LAST
     state, damage = find_run(output, resume=flags.resume, overwrite=flags.overwrite)
 
@@ -68,7 +89,8 @@ def train(config: Config, flags: Namespace) -> None:
     job, weights = build.build_job(config, device, pretrained=state is None)
     if state is not None:
         check_resume(state, config, job, last)
-    make_folder(output)
+    if not there:
+        held.enter_context(_claim(output))
     if distributed.is_main():
         if state is None:
             discard_run(output)

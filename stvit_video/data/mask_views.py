@@ -110,19 +110,27 @@ class MaskTrainViews:
 
 
 class Truth(NamedTuple):
-    """What a clip is scored by: masks uint8 (T, H, W), at their own size, and which frames they are of."""
+    """What a clip is scored by: masks uint8 (T, H, W), at their own size, and which frames they are of.
+
+    short_side: pixels to score the clip at, where it has its own size; None: it was brought to that.
+    """
 
     masks: Tensor
     frames: list[int]
+    short_side: int | None = None
 
 
 @dataclass(frozen=True)
 class MaskTestViews:
-    """Every frame of a video, or an image, in clips of `sampling.num_frames`, `sampling.stride` apart."""
+    """Every frame of a video, or an image, in clips of `sampling.num_frames`, `sampling.stride` apart.
+
+    zoomed: frames keep their own size, to be scaled once: each zoom starts from what the file holds.
+    """
 
     sampling: Sampling
     masks: MaskReader
     short_side: int | None
+    zoomed: bool = False
     preview: Callable[[Tensor], bytes] | None = None
 
     def __call__(self, video: "Video", target: Masks | None, make: Make = empty) -> tuple[Any, ...]:
@@ -130,8 +138,9 @@ class MaskTestViews:
         clips = sampling.every_frame(video.num_frames, self.sampling.num_frames, self.sampling.stride)
         frames, places = read_once(video, clips)
         size = frames.shape[2:]
-        truths = [Truth(self.masks(target, clip, video, size), clip) for clip in clips]
-        scaled = resize(frames, self.short_side or min(size))
+        left = self.short_side if self.zoomed else None
+        truths = [Truth(self.masks(target, clip, video, size), clip, left) for clip in clips]
+        scaled = frames if self.zoomed else resize(frames, self.short_side or min(size))
         extra = () if self.preview is None else (None, self.preview(frames))
         return stack_frames([scaled[place] for place in places], make), truths, *extra
 

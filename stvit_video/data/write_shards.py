@@ -6,7 +6,6 @@ line of LOG in it stands for a finished shard; the first one says what is being 
 
 import contextlib
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -14,7 +13,7 @@ import os
 import shutil
 import stat
 import tarfile
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import InputError, cause_of
-from ..files import written_whole
+from ..files import alone, written_whole
 from .annotations import MEDIA, SHARDS_NAMES
 from .encode import Copy, Encoding, Members
 from .frames import INDEX
@@ -87,7 +86,7 @@ def write_shards(
                 raise InputError(f"{folder}/{len(done):05d}.tar: not there, or not as it was written")
             return sum(done, Written()), 0
         part.mkdir(parents=True, exist_ok=True)
-        with _alone(part):
+        with alone(part / LOCK, f"{part}: another process is writing it, expected one at a time"):
             done = _done(part, job) if (part / LOG).exists() else []
             with written_whole(part / LOG) as log:
                 log.write_text("".join(map(_line, (job, *map(vars, done)))), encoding="utf-8")
@@ -122,19 +121,6 @@ def write_shards(
     except OSError as error:
         raise InputError(f"{error.filename or folder}: {error.strerror}") from error
     return written, written.bytes - old
-
-
-@contextlib.contextmanager
-def _alone(part: Path) -> Iterator[None]:
-    """Raises InputError where another process is writing into the folder: the shards would be of both."""
-    with open(part / LOCK, "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(f"{part}: another process is writing it, expected one at a time") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
 
 
 def _sizes(rows: Sequence[Row], encode: Encoding) -> list[int]:

@@ -1,5 +1,6 @@
 """What can be read while a run goes on: a progress bar, `log.jsonl` and TensorBoard events."""
 
+import contextlib
 import csv
 import io
 import json
@@ -12,6 +13,8 @@ from tqdm import tqdm
 from ..files import written_whole
 from . import distributed
 
+KINDS = "step", "epoch"
+
 
 def progress(items=None, **options) -> tqdm:
     """A progress bar of the main process; where nobody watches (a log file), a line now and then."""
@@ -23,13 +26,16 @@ def progress(items=None, **options) -> tqdm:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The entries of `log.jsonl`, up to a line that a killed run or machine left unfinished."""
+    """The entries of `log.jsonl`, up to a line that is none: a killed run or machine left it unfinished."""
     entries = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+            if entry["kind"] not in KINDS or not isinstance(entry[entry["kind"]], int):
+                break
+        except (ValueError, TypeError, LookupError, RecursionError):
             break
+        entries.append(entry)
     return entries
 
 
@@ -41,18 +47,23 @@ def append_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> 
 
 
 def cut_rows(path: Path, column: str, last: int) -> None:
-    """Drop the rows of a csv file whose number in `column` is above `last`, and an unfinished line."""
+    """Drop a csv file's rows whose number in `column` is none or above `last`, and an unfinished line."""
     if not path.exists():
         return
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         text = file.read()  # a name may have line breaks of any kind in it
-    rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
-    kept = [row for row in rows if int(row[column]) <= last]
+    rows = []
+    with contextlib.suppress(csv.Error):  # a quote that never ends
+        for row in csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
+            rows.append(row)
+    header, *rows = rows or [[]]
+    at = header.index(column) if column in header else len(header)
+    kept = [row for row in rows if at < len(row) and row[at].isdecimal() and int(row[at]) <= last]
     if not kept:
         path.unlink()
         return
     with written_whole(path) as part:
-        append_rows(part, list(kept[0]), [row.values() for row in kept])
+        append_rows(part, header, kept)
 
 
 class RunLog:

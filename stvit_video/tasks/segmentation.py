@@ -72,7 +72,8 @@ class Segmentation(Base):
         self, sampling: Sampling, data, *, clips: int, crops: int, crop_ratio: float
     ) -> MaskTestViews:
         """Every frame with all its pixels, however many views of a video other tasks are asked for."""
-        return MaskTestViews(sampling, self._reader(data), data.short_side)
+        zoomed = set(self.scoring.zooms) != {1.0}
+        return MaskTestViews(sampling, self._reader(data), data.short_side, zoomed)
 
     def _reader(self, data) -> MaskReader:
         return MaskReader(self.outputs, data.ignore_label)
@@ -107,7 +108,8 @@ class Segmentation(Base):
         shown = preview is not None or not any((truth.masks != IGNORED).any() for truth in truths)
         tokens = TokenCounts(keep_map=shown and clips.shape[0] == clips.shape[2] == 1)
         for clip, truth in zip(clips, truths, strict=True):
-            predicted = self.predict(model, clip, truth.masks.shape, tokens).to(torch.uint8).cpu()
+            predicted = self.predict(model, clip, truth.masks.shape, tokens, truth.short_side)
+            predicted = predicted.to(torch.uint8).cpu()
             for frame, pair in zip(truth.frames, zip(predicted, truth.masks, strict=True), strict=True):
                 masks.setdefault(frame, pair)
         counts = torch.stack([count(*pair, self.outputs) for pair in masks.values()]).sum(0)
@@ -122,18 +124,23 @@ class Segmentation(Base):
         return record
 
     def predict(
-        self, model: nn.Module, clip: Tensor, size: Sequence[int], tokens: TokenCounts | None = None
+        self,
+        model: nn.Module,
+        clip: Tensor,
+        size: Sequence[int],
+        tokens: TokenCounts | None = None,
+        short_side: int | None = None,
     ) -> Tensor:
         """uint8 (3, T, H', W') -> the class of each pixel (T, H, W) of a `size`.
 
-        tokens: counts those of all windows.
+        tokens: counts those of all windows. short_side: what zooms are of; None: the clip's.
         """
         mirrored, zooms = self.scoring.mirrored, self.scoring.zooms
         tokens = tokens or TokenCounts()
         total = 0
         for zoom in zooms:
             frames = clip.transpose(0, 1)
-            scaled = resize(frames, min(frames.shape[2:]), zoom).transpose(0, 1)
+            scaled = resize(frames, short_side or min(frames.shape[2:]), zoom).transpose(0, 1)
             for flip in (False, True)[: 1 + mirrored]:
                 pixels = self.normalise(scaled.flip(-1) if flip else scaled)
                 logits = resize_scores(self._windows(model, pixels, tokens), size)
