@@ -399,6 +399,22 @@ def test_one_clip_alone_is_itself_in_a_batch(decider, sizes):
     assert model(clips[order]).allclose(logits[order], atol=1e-6)
 
 
+@pytest.mark.parametrize("class_token", [False, True])
+def test_clips_of_many_tokens_make_no_work_for_those_of_few(class_token):
+    """Layers see clips with about as many tokens together, and each keeps its place in the batch."""
+    model, clips = vit(superpatches="contrast", class_token=class_token), torch.zeros(4, 3, 4, 32, 32)
+    for clip, noisy in zip(clips, (0, 32, 8, 24), strict=True):
+        clip[..., :noisy] = torch.randn_like(clip[..., :noisy])
+    alone = torch.cat([model(clip[None]) for clip in clips])
+    seen = []
+    model.blocks[-1].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    torch.testing.assert_close(model(clips), alone, atol=1e-6, rtol=1e-5)
+    assert model.clip_tokens.tolist() == [4, 32, 14, 28]
+    assert seen == [(1, n + class_token) for n in (4, 14, 28, 32)]
+    model.train()(clips)
+    assert seen[4:] == [(4, 32 + class_token)]
+
+
 @every_decider
 @every_model
 @pytest.mark.parametrize("budget", [{}, {"superpatch_tokens": 13}])
