@@ -17,7 +17,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .config import Config, ConfigError, DataConfig, from_dict, settle_pixels, task_settings, to_dict
+from .config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    from_dict,
+    refuse_idle_scoring,
+    settle_pixels,
+    task_settings,
+    to_dict,
+)
 from .data.annotations import SIDE, ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
@@ -278,6 +287,7 @@ def build_job(
 
     pretrained: False leaves `model.weights` alone, for a run that goes on from its own checkpoint.
     """
+    refuse_idle_scoring(config)
     config = with_checked_model(config)
     rows, class_names = read_split(config, "train")
     if config.task == "classification" and len(class_names) == 1:

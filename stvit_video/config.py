@@ -5,6 +5,7 @@ An unknown key stops with its place and the nearest known one. A preset carries 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,6 +267,15 @@ def task_settings(config: Config) -> dict[str, Any]:
         field.name: getattr(config.train, field.name)
         for field in dataclasses.fields(TASKS[config.task].settings)
     }
+
+
+def refuse_idle_scoring(config: Config) -> None:
+    """Raises ConfigError for a setting of `eval` that is set, and that only other tasks have."""
+    scoring = TASKS[config.task].scoring
+    for setting in itertools.chain(*map(dataclasses.fields, _TASK_SCORING)):
+        name, value = setting.name, getattr(config.eval, setting.name)
+        if value != setting.default and not hasattr(scoring, name):
+            raise ConfigError(f"eval.{name}={value}: task={config.task} is scored without it")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

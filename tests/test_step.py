@@ -388,6 +388,19 @@ def test_the_policy_is_scored_exactly_on_any_number_of_ranks(args, policy, tmp_p
     assert set(model.state_dict()) == {n for n in model.state_dict() if n.startswith("superpatches.")}
 
 
+@pytest.mark.parametrize(
+    ("flag", "rule"),
+    [("zooms=[1.0,1.5]", "eval.zooms=(1.0, 1.5)"), ("mirrored=true", "eval.mirrored=True")],
+)
+def test_scoring_that_the_policy_has_not_is_refused(args, policy, tmp_path, capsys, flag, rule):
+    """In training, and where only the checkpoint says what task it is of."""
+    given = [*args, f"--eval.{flag}", f"--output={tmp_path}/run"]
+    assert run(cli.train, *given, *POLICY, "--task=policy") == 2
+    assert run(cli.test, *given, f"--checkpoint={policy}/last.pt") == 2
+    assert capsys.readouterr().err == f"error: {rule}: task=policy is scored without it\n" * 2
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_segmenter_takes_the_policy_and_leaves_it_alone(args, policy, tmp_path, monkeypatch, capsys):
     """Resumed in the middle of its epochs, it ends as if unbroken."""
     given = [*args, *POLICY, f"--model.policy={policy}/last.pt", "--model.exits=[1]"]

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from .. import build
-from ..config import Config, ConfigError, DataConfig, task_settings, to_dict
+from ..config import Config, ConfigError, DataConfig, refuse_idle_scoring, task_settings, to_dict
 from ..engine import distributed
 from ..engine.device import pick_precision
 from ..engine.evaluate import Shares, score, write_report
@@ -28,6 +28,7 @@ def test(config: Config, flags: Namespace) -> None:
                 f"--data.class_names {config.data.class_names}: names other classes than the checkpoint's, "
                 f"whose first is {class_names[0]!r}"
             )
+    refuse_idle_scoring(config)
     device = start(config)
     output = Path(config.output)
     make_folder(output)

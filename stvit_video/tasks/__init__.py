@@ -47,9 +47,13 @@ class SegmentationSettings:
 
 
 @dataclass
-class SegmentationScoring:
+class WindowScoring:
     window_stride: Annotated[int, Range(1)] | None = None
     """Segmentation: pixels from window to window, of a model that takes one size only; null: 2/3 of one."""
+
+
+@dataclass
+class SegmentationScoring(WindowScoring):
     zooms: Annotated[tuple[float, ...], Range(0.01, 100)] = (1.0,)
     """Segmentation: scales of an image whose scores are averaged."""
     mirrored: bool = False
@@ -111,7 +115,7 @@ TASKS = {
     "segmentation": Entry(
         "segmentation.Segmentation", ("linear", "upernet", "atm"), SegmentationSettings, SegmentationScoring
     ),
-    "policy": Entry("policy.Policy", ("policy",), PolicySettings, SegmentationScoring),
+    "policy": Entry("policy.Policy", ("policy",), PolicySettings, WindowScoring),
     "detection": Entry("detection.Detection", ("mask_rcnn", "faster_rcnn"), DetectionSettings),
     "action_detection": Entry("action_detection.ActionDetection", ("actions",), scoring=ActionScoring),
 }
