@@ -71,6 +71,8 @@ def with_model(config: Config) -> Config:
         head = theirs if theirs in heads else heads[0]
     taken = {"name", *MODELS[sizes["name"]].sizes}  # and not what only their head has, as exits
     taken |= {*inspect.signature(HEADS[head]).parameters} if head in HEADS else set()
+    if not sizes.get("exits"):
+        taken -= {"exits", "exit_head", "exit_threshold"}
     sizes = {key: value for key, value in sizes.items() if key in taken} | chosen | {"head": head}
     return replace(config, model=replace(config.model, **sizes))
 
@@ -107,10 +109,10 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
 
 
 def with_checked_model(config: Config) -> Config:
-    """`with_model`; exits at wrong places are refused here, before any data is touched: only a model knows
-    its places, and one without memory is made in no time. Raises as `with_model` and `build_model`."""
+    """`with_model`; sizes that do not fit are refused here, before any data is touched: only a model knows
+    its rules, and one without memory is made in no time. Raises as `with_model` and `build_model`."""
     config = with_model(config)
-    if config.model.exits not in ("auto", []):
+    if config.model.name != "ptv_mvit_base_16x4":  # which computes as it is made
         with torch.device("meta"):
             build_model(config, num_classes=2)
     return config

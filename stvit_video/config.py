@@ -246,6 +246,11 @@ def resolve(config: Config) -> Config:
             bounds.check(type(values), vars(values), prefix=f"{group}.")
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if config.train.steps and config.train.schedule != "steps":
+        raise ConfigError(
+            f"train.steps={list(config.train.steps)}: train.schedule={config.train.schedule} has none; "
+            "with train.schedule=steps the rate falls there"
+        )
     for key in ("scale", "ratio"):
         low, high = getattr(config.data, key)
         if low > high:
