@@ -7,8 +7,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..data.transforms import Normalise, TrainTransform
+from ..errors import InputError
 from . import NoSettings
 
 
@@ -65,6 +67,12 @@ class Base:
             flip=data.flip != "none",
             mirror=self.mirror,
         )
+
+
+def check_scores(scores: Tensor | np.ndarray) -> None:
+    """Raises InputError for a model's scores that are no numbers: whose best class is no answer."""
+    if not torch.as_tensor(scores).isfinite().all():
+        raise InputError("the model's scores are no numbers: it diverged, or train.precision is too low")
 
 
 def mean(values: Iterable[float | None]) -> float | None:
