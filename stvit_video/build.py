@@ -27,7 +27,7 @@ from .config import (
     task_settings,
     to_dict,
 )
-from .data.annotations import SIDE, ListError, Row, Rows, mirrored_classes, read_rows
+from .data.annotations import SIDE_WORD, ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
 from .data.demo_movers import prepare_movers
@@ -279,7 +279,7 @@ def _twins(class_names: Sequence[str]) -> list[int] | None:
 
 def _sided(class_names: Sequence[str]) -> str | None:
     """The first class whose name says left or right."""
-    return next((name for name in class_names if SIDE.search(name)), None)
+    return next((name for name in class_names if SIDE_WORD.search(name)), None)
 
 
 def build_job(

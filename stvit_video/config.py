@@ -15,8 +15,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from . import bounds
-from .bounds import Range
-from .engine.settings import Count, LoopConfig
+from .bounds import Count, Range
+from .engine.settings import LoopConfig
 from .errors import InputError, nearest
 from .models.sizes import Inflate, Sizes
 from .pixels import IMAGENET, Pixels

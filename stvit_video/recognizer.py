@@ -20,7 +20,7 @@ from .data.stream import Window, WindowReader
 from .data.views import TestViews
 from .engine.device import autocast, pick_device, pick_precision
 from .errors import DecodeError, InputError
-from .export import FORMATS
+from .export import EXPORT_SUFFIXES
 from .export import read as read_exported
 from .figures import draw_maps
 from .tasks import TASKS
@@ -61,7 +61,7 @@ class Recognizer:
         timeout: float | None = None,
     ):
         self.path, self.device = Path(checkpoint), pick_device(device or "auto")
-        self.exported = self.path.suffix in FORMATS
+        self.exported = self.path.suffix in EXPORT_SUFFIXES
         if self.exported:
             self.config, self.class_names, self.model = read_exported(self.path, self.device)
             self.precision = None  # the file's

@@ -11,7 +11,7 @@ from torch import Tensor
 from .embed import Size3
 
 PADDING = -3e4  # added to scores: leaves a share of 0, yet stays finite in float16, times log2(e) too
-GROUPS = 8  # of clips with about as many tokens: one wastes at most an eighth of its layers on padding
+LENGTH_GROUPS = 8  # of clips with about as many tokens: at most an eighth of what is computed is padding
 
 
 class Tokens(NamedTuple):
@@ -62,7 +62,7 @@ class Tokens(NamedTuple):
         if self.asked is None or len(self.asked) == 1 or self.asked.is_meta:
             return []
         number = (self.asked > 0).sum(1).clamp(min=1)
-        level = (number * GROUPS - 1) // self.asked.shape[1]
+        level = (number * LENGTH_GROUPS - 1) // self.asked.shape[1]
         groups = [(level == one).nonzero()[:, 0] for one in level.unique()]
         first = int(self.class_token is not None)
         return [(clips, first + int(number[clips].max())) for clips in groups]

@@ -23,7 +23,7 @@ try:
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from .gate import KEPT, MB, WAITING, Gate
+    from .gate import KEPT_SECONDS, MB, WAITING_UPLOADS, Gate
 except ImportError as error:
     raise InputError(f"the page needs gradio ({error}): pip install stvit_video[page]") from None
 
@@ -86,7 +86,7 @@ def build(
         return answer(examples[number], progress)
 
     suffixes = VIDEO_SUFFIXES | (IMAGE_SUFFIXES if config.data.num_frames == 1 else set())
-    with gr.Blocks(title="stvit_video", analytics_enabled=False, delete_cache=(60, KEPT)) as page:
+    with gr.Blocks(title="stvit_video", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as page:
         kind = f"{config.model.name}, {len(recognizer.class_names)} classes"
         gr.Markdown(f"# What happens in a video?\n{kind}")
         with gr.Row():
@@ -107,7 +107,7 @@ def build(
         how = {"concurrency_limit": 1, "concurrency_id": "model", "scroll_to_output": True}
         drop.upload(uploaded, drop, outputs, preprocess=False, api_visibility="private", **how)
         choice.click(chosen, choice, outputs, api_visibility="private", **how)
-    page.queue(max_size=WAITING)
+    page.queue(max_size=WAITING_UPLOADS)
     page.temporary = temporary
     gate = Middleware(Gate, folder=folder, largest=largest)
     page.launch = functools.partial(

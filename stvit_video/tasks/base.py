@@ -18,7 +18,7 @@ class Base:
     """The parts of an `engine.job.Task` that most tasks have alike.
 
     class_names: by id. normalise: from uint8 to what the model takes.
-    settings, scoring: of its `Entry`; None: `defaults`.
+    settings, scoring: of its `TaskEntry`; None: `defaults`.
     view_batch: views that go through the model at a time when scoring.
     on_failure: what cannot be read counts as "wrong", or is left out ("exclude").
     twins: class id -> class id of its mirror image; None: mirroring changes no class.
