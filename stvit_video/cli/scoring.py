@@ -69,8 +69,8 @@ def test(config: Config, flags: Namespace) -> None:
 
 def _of_checkpoint(config: Config, flags: Namespace) -> tuple[Config, list[str], nn.Module]:
     """The settings as the checkpoint decides them, its class names and its model. Raises ConfigError."""
-    own, class_names, model = build.load_model(flags.checkpoint)
-    config = _with_checkpoint(config, own, flags.asked)
+    trained, class_names, model = build.load_model(flags.checkpoint)
+    config = _with_checkpoint(config, trained, flags.asked)
     if "data.class_names" in flags.asked and build.read_names(config.data.class_names) != class_names:
         raise ConfigError(
             f"--data.class_names {config.data.class_names}: names other classes than the checkpoint's, "
