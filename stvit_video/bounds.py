@@ -13,6 +13,9 @@ class Range(NamedTuple):
     high: float = math.inf
 
 
+Count = Annotated[int, Range(1)]
+
+
 def check(owner: Any, values: Mapping[str, Any], prefix: str = "") -> None:
     """Raise ValueError for the first value whose numbers leave the bounds of its annotation.
 

@@ -17,8 +17,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .config import Config, ConfigError, DataConfig, from_dict, settle_pixels, task_settings, to_dict
-from .data.annotations import SIDE, ListError, Row, Rows, mirrored_classes, read_rows
+from .config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    from_dict,
+    refuse_idle_scoring,
+    settle_pixels,
+    task_settings,
+    to_dict,
+)
+from .data.annotations import SIDE_WORD, ListError, Row, Rows, mirrored_classes, read_rows
 from .data.dataset import TestSampler, TrainSampler, VideoDataset, make_loader, shards_of
 from .data.demo import is_demo, prepare_demo
 from .data.demo_movers import prepare_movers
@@ -62,6 +71,8 @@ def with_model(config: Config) -> Config:
         head = theirs if theirs in heads else heads[0]
     taken = {"name", *MODELS[sizes["name"]].sizes}  # and not what only their head has, as exits
     taken |= {*inspect.signature(HEADS[head]).parameters} if head in HEADS else set()
+    if not sizes.get("exits"):
+        taken -= {"exits", "exit_head", "exit_threshold"}
     sizes = {key: value for key, value in sizes.items() if key in taken} | chosen | {"head": head}
     return replace(config, model=replace(config.model, **sizes))
 
@@ -101,10 +112,10 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
 
 
 def with_checked_model(config: Config) -> Config:
-    """`with_model`; exits at wrong places are refused here, before any data is touched: only a model knows
-    its places, and one without memory is made in no time. Raises as `with_model` and `build_model`."""
+    """`with_model`; sizes that do not fit are refused here, before any data is touched: only a model knows
+    its rules, and one without memory is made in no time. Raises as `with_model` and `build_model`."""
     config = with_model(config)
-    if config.model.exits not in ("auto", []):
+    if config.model.name != "ptv_mvit_base_16x4":  # which computes as it is made
         with torch.device("meta"):
             build_model(config, num_classes=2)
     return config
@@ -271,7 +282,7 @@ def _twins(class_names: Sequence[str]) -> list[int] | None:
 
 def _sided(class_names: Sequence[str]) -> str | None:
     """The first class whose name says left or right."""
-    return next((name for name in class_names if SIDE.search(name)), None)
+    return next((name for name in class_names if SIDE_WORD.search(name)), None)
 
 
 def build_job(
@@ -281,6 +292,7 @@ def build_job(
 
     pretrained: False leaves `model.weights` alone, for a run that goes on from its own checkpoint.
     """
+    refuse_idle_scoring(config)
     config = with_checked_model(config)
     rows, class_names = read_split(config, "train")
     if config.task == "classification" and len(class_names) == 1:

@@ -5,6 +5,7 @@ An unknown key stops with its place and the nearest known one. A preset carries 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from . import bounds
-from .bounds import Range
-from .engine.settings import Count, LoopConfig
+from .bounds import Count, Range
+from .engine.settings import LoopConfig
 from .errors import InputError, nearest
 from .models.sizes import Inflate, Sizes
 from .pixels import IMAGENET, Pixels
@@ -245,6 +246,11 @@ def resolve(config: Config) -> Config:
             bounds.check(type(values), vars(values), prefix=f"{group}.")
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if config.train.steps and config.train.schedule != "steps":
+        raise ConfigError(
+            f"train.steps={list(config.train.steps)}: train.schedule={config.train.schedule} has none; "
+            "with train.schedule=steps the rate falls there"
+        )
     for key in ("scale", "ratio"):
         low, high = getattr(config.data, key)
         if low > high:
@@ -266,6 +272,15 @@ def task_settings(config: Config) -> dict[str, Any]:
         field.name: getattr(config.train, field.name)
         for field in dataclasses.fields(TASKS[config.task].settings)
     }
+
+
+def refuse_idle_scoring(config: Config) -> None:
+    """Raises ConfigError for a setting of `eval` that is set, and that only other tasks have."""
+    scoring = TASKS[config.task].scoring
+    for setting in itertools.chain(*map(dataclasses.fields, _TASK_SCORING)):
+        name, value = setting.name, getattr(config.eval, setting.name)
+        if value != setting.default and not hasattr(scoring, name):
+            raise ConfigError(f"eval.{name}={value}: task={config.task} is scored without it")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

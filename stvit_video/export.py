@@ -23,10 +23,10 @@ from .config import Config, from_dict
 from .engine.job import Task
 from .errors import InputError
 
-Precision = Literal["fp32", "bf16", "int8"]
-Scores = Callable[[Tensor], Tensor]  # uint8 clips (B, 3, T, S, S) -> probabilities (B, K)
-FORMATS = (".onnx", ".pt2")
-FORMAT = "stvit_video export 1"
+ExportPrecision = Literal["fp32", "bf16", "int8"]
+Classifier = Callable[[Tensor], Tensor]  # uint8 clips (B, 3, T, S, S) -> probabilities (B, K)
+EXPORT_SUFFIXES = (".onnx", ".pt2")
+MARK = "stvit_video export 1"
 TRACED = 2  # clips of the batch that is traced: sizes 0 and 1 are special to torch.export
 METADATA = {
     "data": ("num_frames", "stride", "target_fps", "sampling", "image_size", "interpolation"),
@@ -53,10 +53,10 @@ class Deployed(nn.Module):
         return self.activation(self.model(x.to(self.dtype)).float())
 
 
-def metadata(config: Config, class_names: Sequence[str], precision: Precision) -> dict[str, Any]:
+def metadata(config: Config, class_names: Sequence[str], precision: ExportPrecision) -> dict[str, Any]:
     """What `read` needs beside the model, in plain values."""
     values = {key: getattr(getattr(config, group), key) for group in METADATA for key in METADATA[group]}
-    named = {"format": FORMAT, "model": config.model.name, "task": config.task, "precision": precision}
+    named = {"format": MARK, "model": config.model.name, "task": config.task, "precision": precision}
     return named | {"class_names": list(class_names)} | values
 
 
@@ -66,7 +66,7 @@ def write(
     task: Task,
     config: Config,
     *,
-    precision: Precision = "fp32",
+    precision: ExportPrecision = "fp32",
     kind: str | None = None,
 ) -> None:
     """Export `model` to `path`, in the format of its suffix, or of `kind` (".onnx", ".pt2").
@@ -110,7 +110,7 @@ def _trace(deployed: Deployed, num_frames: int, size: int) -> torch.export.Expor
         return torch.export.export(deployed, (clips,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def read(path: str | Path, device: torch.device) -> tuple[Config, list[str], Scores]:
+def read(path: str | Path, device: torch.device) -> tuple[Config, list[str], Classifier]:
     """An exported file's settings, class names, and what turns clips on any device into scores on `device`.
 
     Raises ExportError.
@@ -119,8 +119,8 @@ def read(path: str | Path, device: torch.device) -> tuple[Config, list[str], Sco
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
     scores, details = (_read_pt2 if zipfile.is_zipfile(path) else _read_onnx)(path, device)
-    if details.get("format") != FORMAT:
-        raise ExportError(f"{path}: not written by stvit-export (its metadata has no format {FORMAT!r})")
+    if details.get("format") != MARK:
+        raise ExportError(f"{path}: not written by stvit-export (its metadata has no format {MARK!r})")
     details.setdefault("interpolation", "bilinear")  # files of version 0.4.0 do not say
     values = {group: {key: details[key] for key in keys} for group, keys in METADATA.items()}
     values |= {"task": details["task"], "model": {"name": details["model"]}}
@@ -136,7 +136,7 @@ class Difference(NamedTuple):
 
 
 @torch.no_grad()
-def compare(expected: Scores, actual: Scores, clips: Tensor) -> Difference:
+def compare(expected: Classifier, actual: Classifier, clips: Tensor) -> Difference:
     """Both models' scores of uint8 clips (N, 3, T, S, S): the first clip alone, then three at a time."""
     parts = [part for part in (clips[:1], *clips[1:].split(TRACED + 1)) if len(part)]
     ours, theirs = (torch.cat([scores(part).cpu() for part in parts]) for scores in (expected, actual))
@@ -147,7 +147,7 @@ def compare(expected: Scores, actual: Scores, clips: Tensor) -> Difference:
 # ---- torch.export
 
 
-def _read_pt2(path: Path, device: torch.device) -> tuple[Scores, dict[str, Any]]:
+def _read_pt2(path: Path, device: torch.device) -> tuple[Classifier, dict[str, Any]]:
     extra = {"metadata.json": ""}
     try:
         with _quiet(), open(path, "rb") as file:
@@ -198,7 +198,7 @@ def _store_bfloat16(graph) -> None:
             weight.raw_data = values.view(torch.int16).numpy().tobytes()
 
 
-def _read_onnx(path: Path, device: torch.device) -> tuple[Scores, dict[str, Any]]:
+def _read_onnx(path: Path, device: torch.device) -> tuple[Classifier, dict[str, Any]]:
     _need("onnxruntime")
     import onnxruntime
 
@@ -219,7 +219,7 @@ def _read_onnx(path: Path, device: torch.device) -> tuple[Scores, dict[str, Any]
         (values,) = session.run(None, {"clips": clips.cpu().numpy()})
         return torch.from_numpy(values).to(device)
 
-    if properties.get("format") != json.dumps(FORMAT):
+    if properties.get("format") != json.dumps(MARK):
         return scores, {}
     return scores, {key: json.loads(value) for key, value in properties.items()}
 

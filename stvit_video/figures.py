@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 WATCHED = "val_"  # begins the keys of a validation's figures in the log
-READABLE = 240  # pixels: the short side of a frame with letters in it
+LEGIBLE = 240  # pixels: the short side of a frame with letters in it
 BORDER = 255  # in a map of tokens: between two of them
 COLOURS = ("#ffd54f", "#4fc3f7", "#aed581", "#ff8a65", "#ce93d8", "#80cbc4")
-PLAYED, FRAME = 192, 125  # a clip that plays: its height at least, and milliseconds of a frame
+PLAYED, FRAME_MS = 192, 125  # a clip that plays: its height at least, and milliseconds of a frame
 
 
 def draw_curves(entries: Sequence[dict], picture: Path) -> None:
@@ -319,7 +319,7 @@ def show_groups(
 def _enlarged(frame: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(H, W, 3) and a value for each cell of a grid over it -> the frame, enlarged where lines would hide
     it, and the value at each of its pixels."""
-    times = max(READABLE // min(frame.shape[:2]), 1)
+    times = max(LEGIBLE // min(frame.shape[:2]), 1)
     out = frame.repeat(times, 0).repeat(times, 1)
     rows, columns = (np.arange(n) * m // n for n, m in zip(out.shape[:2], cells.shape, strict=True))
     return out, cells[rows[:, None], columns]
@@ -355,7 +355,7 @@ def play_maps(frames: np.ndarray, maps: np.ndarray | None) -> bytes:
     first, *rest = [Image.fromarray(frame) for frame in frames.reshape(-1, *frames.shape[2:])]
     file = io.BytesIO()
     first.save(
-        file, "WEBP", save_all=True, append_images=rest, duration=FRAME, loop=0, quality=80, method=2
+        file, "WEBP", save_all=True, append_images=rest, duration=FRAME_MS, loop=0, quality=80, method=2
     )
     return file.getvalue()
 
@@ -365,7 +365,7 @@ def draw_boxes(frame: np.ndarray, boxes: np.ndarray, texts: Sequence[str]) -> np
 
     A frame too small for letters comes out enlarged, by a whole number.
     """
-    enlarged = max(READABLE // min(frame.shape[:2]), 1)
+    enlarged = max(LEGIBLE // min(frame.shape[:2]), 1)
     image = Image.fromarray(frame.repeat(enlarged, 0).repeat(enlarged, 1))
     brush, font = ImageDraw.Draw(image), ImageFont.load_default(max(image.height // 24, 10))
     for i, (box, text) in enumerate(zip(boxes, texts, strict=True)):

@@ -10,7 +10,7 @@ from .errors import InputError, nearest
 from .pixels import Pixels
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-SETTINGS = ("config.json", "preprocessor_config.json")  # timm's, with its pretrained_cfg; transformers'
+SETTINGS_FILES = ("config.json", "preprocessor_config.json")  # timm's pretrained_cfg; transformers'
 HASH = re.compile(r"[-_][0-9a-f]{8}$")  # at the end of a published file's name
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
@@ -72,7 +72,7 @@ def published_pixels(source: Any) -> Pixels | None:
 
         config = timm.get_pretrained_cfg(name)
         return config and _pixels(config.to_dict(), "mean", "std")
-    for file in SETTINGS:
+    for file in SETTINGS_FILES:
         try:
             repository = "/".join(name.split("/")[:2])
             values = json.loads(from_hub(f"{repository}/{file}").read_text())

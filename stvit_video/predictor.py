@@ -17,7 +17,7 @@ from .data.stream import FrameReader
 from .engine import checkpoint as checkpoints
 from .engine.device import autocast, pick_device, pick_precision
 from .errors import DecodeError, InputError
-from .export import FORMATS
+from .export import EXPORT_SUFFIXES
 from .tasks import TASKS
 from .tasks.detection import Instance
 
@@ -27,7 +27,7 @@ def has_head(checkpoint: str | Path) -> bool:
 
     Raises CheckpointError.
     """
-    if Path(checkpoint).suffix in FORMATS:
+    if Path(checkpoint).suffix in EXPORT_SUFFIXES:
         return False
     config = checkpoints.load(checkpoint).get("config", {})
     return TASKS.get(config.get("task"), TASKS["classification"]).has_head

@@ -20,10 +20,11 @@ from .data.stream import Window, WindowReader
 from .data.views import TestViews
 from .engine.device import autocast, pick_device, pick_precision
 from .errors import DecodeError, InputError
-from .export import FORMATS
+from .export import EXPORT_SUFFIXES
 from .export import read as read_exported
 from .figures import draw_maps
 from .tasks import TASKS
+from .tasks.base import check_scores
 from .timeline import EVERY, Moment
 
 TIMELINE_BATCH = 16  # views; more are no faster, and a moment waits longer
@@ -46,7 +47,8 @@ class Recognizer:
     clips, crops: other views than the checkpoint's.
     device: "cpu", "cuda", ...; by default CUDA where there is one.
     timeout: seconds after which a video is given up, read in a child process; None: read here, unguarded.
-    Raises InputError for a checkpoint of another kind, ValueError for less than one clip or crop.
+    Raises InputError for a checkpoint of another kind, and for one whose scores are no numbers; ValueError
+    for less than one clip or crop.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Recognizer:
         timeout: float | None = None,
     ):
         self.path, self.device = Path(checkpoint), pick_device(device or "auto")
-        self.exported = self.path.suffix in FORMATS
+        self.exported = self.path.suffix in EXPORT_SUFFIXES
         if self.exported:
             self.config, self.class_names, self.model = read_exported(self.path, self.device)
             self.precision = None  # the file's
@@ -222,15 +224,19 @@ class Recognizer:
     @torch.no_grad()
     def _join(self, chunks: Tensor) -> np.ndarray:
         with autocast(self.device, self.precision):
-            return self.task.activation(self.model.join(chunks).float())[0].cpu().numpy()
+            scores = self.task.activation(self.model.join(chunks).float())[0].cpu().numpy()
+        check_scores(scores)
+        return scores
 
     def _score_windows(self, windows: list[Window]) -> list[Moment]:
         clips = torch.from_numpy(np.stack([window.clips for window in windows]))
         scores = self._scores(clips).double().mean(1).float().cpu().numpy()
+        check_scores(scores)
         return [Moment(w.start, w.end, s, self.class_names) for w, s in zip(windows, scores, strict=True)]
 
     def _guesses(self, clips: Tensor, top: int) -> list[Guess]:
         scores = self._scores(clips)[0].double().mean(0)
+        check_scores(scores)
         order = scores.argsort(descending=True, stable=True)[:top].tolist()
         return [Guess(self.class_names[i], scores[i].item()) for i in order]
 

@@ -16,7 +16,7 @@ from stvit_video.data.annotations import (
     mirrored_classes,
     read_rows,
 )
-from stvit_video.data.mask_lists import MASK_FORMATS, Layout
+from stvit_video.data.mask_lists import MASK_FORMATS, MaskFolders
 from stvit_video.data.shards import Place
 
 HEADER = "label,youtube_id,time_start,time_end,split\n"
@@ -570,7 +570,7 @@ def test_a_format_that_is_named(write, tmp_path):
         "voc": "list.txt: found no xml files",
     }
     for entry in MASK_FORMATS:
-        fault = "found no folder" if isinstance(entry, Layout) else "found 'clip 30 4', expected"
+        fault = "found no folder" if isinstance(entry, MaskFolders) else "found 'clip 30 4', expected"
         faults[entry.name] = fault
     assert set(faults) | {"lines"} == {entry.name for entry in FORMATS}
     for name, fault in faults.items():
@@ -677,4 +677,4 @@ def test_a_json_of_one_long_line_is_told_apart_at_once(tmp_path):
     assert not [
         entry.name for entry in MASK_FORMATS if entry.recognises(annotations.Source(path, None, None, None))
     ]
-    assert max(len(line) for line in path.read_text().splitlines()) > 5 * mask_lists.LONGEST // 2
+    assert max(len(line) for line in path.read_text().splitlines()) > 5 * mask_lists.LONGEST_LINE // 2

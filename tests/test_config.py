@@ -201,6 +201,9 @@ def test_values_that_make_no_sense():
             resolve(read(f"--{key}", value))
     with pytest.raises(ConfigError, match=r"data.scale=.*is empty"):
         resolve(read("--data.scale", "[0.9, 0.2]"))
+    with pytest.raises(ConfigError, match=r"train.steps=\[2\]: train.schedule=cosine has none"):
+        resolve(read("--train.steps", "[2]"))
+    assert resolve(read("--train.steps", "[2]", "--train.schedule", "steps")).train.steps == (2,)
 
 
 def test_a_flag_wins_over_a_file_wherever_it_stands(settings):

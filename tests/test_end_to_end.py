@@ -13,6 +13,7 @@ from launch import finish, launch
 import stvit_video
 from stvit_video import cli
 from stvit_video.engine import checkpoint
+from stvit_video.files import write_torch
 from stvit_video.resume import discard_run
 
 TRAIN_NET = str(Path(__file__).parents[1] / "tools" / "train_net.py")
@@ -305,6 +306,20 @@ def test_predict(trained, tmp_path, demo_root, capsys):
     captured = capsys.readouterr()
     assert "gone.mp4" in captured.err
     assert captured.out.splitlines()[0] == str(videos[0])
+
+
+@pytest.mark.parametrize("flags", [["--json"], [], ["--timeline"]])
+def test_scores_that_are_no_numbers_are_no_prediction(trained, tmp_path, demo_root, capsys, flags):
+    """NaN is no JSON, and its best class is no answer."""
+    values = torch.load(trained[0] / "best.pt", weights_only=True)
+    values["ema"]["head.bias"].fill_(float("nan"))
+    write_torch(tmp_path / "nan.pt", values)
+    flags = [*flags, *[f"{tmp_path}/timeline"] * (flags == ["--timeline"])]
+    video = next(demo_root.glob("test/*/*.mp4"))
+    assert run(cli.predict, f"--checkpoint={tmp_path}/nan.pt", *flags, video) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1].startswith("error: the model's scores are no numbers: it diverged")
 
 
 def test_features_are_what_the_head_sees(trained, demo_root):

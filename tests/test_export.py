@@ -92,7 +92,9 @@ FAST = [
     ("vit_tiny_patch16_224", ".pt2"),
     ("stvit_r_swin_small", ".pt2"),
 ]
-SLOW = [(name, kind) for name in list_models() for kind in export.FORMATS if (name, kind) not in FAST]
+SLOW = [
+    (name, kind) for name in list_models() for kind in export.EXPORT_SUFFIXES if (name, kind) not in FAST
+]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def deployed(demo_root, tmp_path_factory):
     values = {"model": model.state_dict(), "ema": None, "class_names": CLASSES}
     values |= {"config": to_dict(config), "built": model.built}
     checkpoint.save(folder / "best.pt", values)
-    for kind in export.FORMATS:
+    for kind in export.EXPORT_SUFFIXES:
         assert run("--checkpoint", folder / "best.pt", "--to", folder / f"model{kind}", "--clips", 4) == 0
     return folder
 
@@ -190,7 +192,7 @@ def test_without_videos_it_says_so_and_compares_on_noise(tmp_path, capsys):
     assert (scores.sum(1) - 1).abs().min() > 0.01, "sigmoids"
 
 
-@pytest.mark.parametrize("kind", export.FORMATS)
+@pytest.mark.parametrize("kind", export.EXPORT_SUFFIXES)
 @pytest.mark.parametrize("views", [{}, {"clips": 1, "crops": 2}])
 def test_a_recognizer_of_the_file_is_one_of_the_checkpoint(kind, views, deployed, demo_root):
     video = next(iter(sorted(demo_root.glob("test/*/*.mp4"))))
@@ -207,7 +209,7 @@ def test_a_recognizer_of_the_file_is_one_of_the_checkpoint(kind, views, deployed
         recognize.draw_maps(video, "never.png")
 
 
-@pytest.mark.parametrize("kind", export.FORMATS)
+@pytest.mark.parametrize("kind", export.EXPORT_SUFFIXES)
 def test_a_file_that_is_none_of_ours_is_one_line(kind, tmp_path):
     path = tmp_path / f"junk{kind}"
     with pytest.raises(InputError, match="no such file"):

@@ -130,6 +130,18 @@ def test_the_task_and_head_that_are_asked_for_stand(tmp_path, theirs, task, head
     assert any(name.startswith("head.exits.") for name in report.dropped) == (theirs not in (None, ours))
 
 
+def test_weights_without_exits_leave_a_threshold_nothing_to_do(tmp_path):
+    clip = {"num_frames": 1, "image_size": 32}
+    donor = create_model("vit_tiny_patch16_224", num_classes=3, head="linear", depth=2, **clip)
+    values = saved(donor, Config(data=DataConfig(**clip)), ["a", "b", "c"]) | {"built": donor.built}
+    write_torch(tmp_path / "theirs.pt", values)
+    asked = ModelConfig(name="auto", weights=str(tmp_path / "theirs.pt"), exit_threshold=0.5)
+    config = Config(task="segmentation", model=asked, data=DataConfig(**clip))
+    with pytest.raises(ConfigError, match="exit_threshold=0.5: without exits no token leaves"):
+        build.with_checked_model(config)
+    build.with_checked_model(replace(config, model=replace(asked, exits=[1])))
+
+
 # ---- where weights come from
 
 

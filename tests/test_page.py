@@ -319,12 +319,12 @@ def test_an_upload_that_breaks_off_leaves_nothing(site, end):
 def test_uploads_that_nobody_asks_about_are_few_and_removed(site, monkeypatch):
     from stvit_video.page import gate
 
-    monkeypatch.setattr(gate, "WAITING", 2)
+    monkeypatch.setattr(gate, "WAITING_UPLOADS", 2)
     body = PART + b"\r\n--b--\r\n"
     codes = [ask(site, "POST", UPLOAD, body, **FORM, Content_Length=len(body)) for _ in range(3)]
     assert [code for code, _ in codes] == [200, 200, 503]
     assert codes[2][1] == "2 uploads are waiting, try again later"
-    monkeypatch.setattr(gate, "KEPT", -1)
+    monkeypatch.setattr(gate, "KEPT_SECONDS", -1)
     assert ask(site, "POST", UPLOAD, body, **FORM, Content_Length=len(body))[0] == 503
     assert left(site) == []
     monkeypatch.setattr(gate, "SLOWEST", 0.2)

@@ -15,7 +15,7 @@ from stvit_video.cli.scoring import PREVIEWED, _previews
 from stvit_video.config import Config, EvalConfig
 from stvit_video.data.dataset import TestSampler as EverySampler
 from stvit_video.data.dataset import VideoDataset, make_loader
-from stvit_video.data.preview import BOX, BYTES, FRAMES, make_preview
+from stvit_video.data.preview import BOX, BYTES, PREVIEW_FRAMES, make_preview
 from stvit_video.data.rows import Row
 from stvit_video.data.transforms import Normalise
 from stvit_video.data.transforms import TestTransform as CropTransform
@@ -166,7 +166,7 @@ def test_a_preview_is_small_and_moves(shape):
     data = make_preview(frames)
     assert len(data) <= BYTES
     picture = Image.open(BytesIO(data))
-    assert (picture.format, getattr(picture, "n_frames", 1)) == ("WEBP", min(shape[0], FRAMES))
+    assert (picture.format, getattr(picture, "n_frames", 1)) == ("WEBP", min(shape[0], PREVIEW_FRAMES))
     assert picture.width <= min(BOX[0], shape[3])
     assert picture.height <= min(BOX[1], shape[2])
 

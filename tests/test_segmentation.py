@@ -684,7 +684,7 @@ def scenes(tmp_path_factory):
         few = {"train": 8, "test": 5, "clips_train": 1, "clips_test": 2}
         patch.setattr(demo_scenes, "SETTINGS", demo_scenes.SETTINGS | few)
         patch.setattr(demo_scenes, "SIZES", (32, 48))
-        patch.setattr(demo_scenes, "FRAMES", 5)
+        patch.setattr(demo_scenes, "CLIP_FRAMES", 5)
         demo_scenes.prepare_scenes(root, workers=1)
     return root
 

@@ -181,6 +181,7 @@ def test_segvits_checkpoint_by_value():
         (ATM | {"head_levels": [2, 3]}, r"head_levels=\[2, 3\]: must be among the layers .* with the last"),
         (ATM | {"head_levels": []}, r"head_levels=\[\]: must be among the layers .* with the last"),
         (ATM | {"exits": [1], "exit_head": "tree"}, "exit_head=tree: must be one of"),
+        (ATM | {"exit_head": "linear"}, "exit_head=linear: without exits no token leaves"),
         (ATM | {"head_dim": 13}, "dim=13 of an ATM head does not divide into num_heads=2"),
     ],
 )
@@ -189,11 +190,20 @@ def test_sizes_that_do_not_fit(sizes, rule):
         segmenter(**sizes)
 
 
-def test_exits_at_wrong_places_are_refused_before_a_demo_set_is_rendered(tmp_path):
-    args = ["--task=segmentation", "--model.name=stvit_tiny_patch16_224", "--model.exits=[2]"]
+@pytest.mark.parametrize(
+    ("flag", "rule"),
+    [
+        ("exits=[2]", r"exits=\[2\]: tokens may leave after each of the layers"),
+        ("exit_threshold=0.5", "exit_threshold=0.5: without exits no token leaves"),
+        ("base_depth=12", "base_depth=12 and semantic_layers=2, of a reducer, must fit into depth=12"),
+        ("patch_size=[1,48,48]", "48"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_a_demo_set_is_rendered(tmp_path, flag, rule):
+    args = ["--task=segmentation", "--model.name=stvit_tiny_patch16_224", f"--model.{flag}"]
     args += ["--data.preset=demo", f"--data.train={tmp_path}/demo_scenes/train.txt"]
     config = resolve(parse(make_parser(""), [*args, "--data.num_frames=1", "--data.image_size=64"])[0])
-    with pytest.raises(build.ConfigError, match=r"exits=\[2\]: tokens may leave after each of the layers"):
+    with pytest.raises(build.ConfigError, match=rule):
         build.build_job(config, torch.device("cpu"))
     assert not list(tmp_path.iterdir())
 
@@ -386,6 +396,18 @@ def test_the_policy_is_scored_exactly_on_any_number_of_ranks(args, policy, tmp_p
         model.superpatches.policy.heads[0].weight, start.superpatches.policy.heads[0].weight
     )
     assert set(model.state_dict()) == {n for n in model.state_dict() if n.startswith("superpatches.")}
+
+
+@pytest.mark.parametrize(
+    ("flag", "rule"),
+    [("zooms=[1.0,1.5]", "eval.zooms=(1.0, 1.5)"), ("mirrored=true", "eval.mirrored=True")],
+)
+def test_scoring_that_the_policy_has_not_is_refused(args, policy, tmp_path, capsys, flag, rule):
+    """In training, and where only the checkpoint says what task it is of."""
+    given = [*args, f"--eval.{flag}", f"--output={tmp_path}/run"]
+    assert run(cli.train, *given, *POLICY, "--task=policy") == 2
+    assert run(cli.test, *given, f"--checkpoint={policy}/last.pt") == 2
+    assert capsys.readouterr().err == f"error: {rule}: task=policy is scored without it\n" * 2
 
 
 def test_a_segmenter_takes_the_policy_and_leaves_it_alone(args, policy, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Superpatches: by value against CTS; what is merged, what comes back, and that nothing else changes."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -178,6 +179,27 @@ def test_where_there_are_no_labels_patches_that_agree_are_a_group():
     assert large[1].tolist() == [[[1, 1], [1, 0]]]
     assert small[0].tolist() == [[[1, 1], [1, 1]], [[1, 1], [1, 0]]]
     assert agreement_targets(grid, [(1, 2, 2)], threshold=0.999)[0][0, 0].tolist() == [[0, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("name", [NET, "lcnet_050"])
+def test_norms_are_folded_into_convolutions_and_change_no_score(name, monkeypatch):
+    policy, image = PolicyNet((1, 16, 16), [(1, 4, 4), (1, 2, 2)], name), torch.randn(2, 3, 64, 64)
+    norms = [module for module in policy.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        for values in (norm.weight, norm.bias, norm.running_mean):
+            nn.init.uniform_(values, 0.5, 1.5)
+    plain = copy.deepcopy(policy)
+    for module in plain.modules():
+        vars(module).pop("forward", None)
+    for ours, theirs in zip(policy(image), plain(image), strict=True):  # in training, as it was
+        assert ours.equal(theirs)
+    assert all(torch.equal(a, plain.state_dict()[k]) for k, a in policy.state_dict().items())
+    expected = plain.eval()(image)
+    monkeypatch.setattr(nn.functional, "batch_norm", None)
+    for ours, theirs in zip(policy.eval()(image), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    with pytest.raises(TypeError):
+        plain(image)
 
 
 # ---- which groups
@@ -397,6 +419,22 @@ def test_one_clip_alone_is_itself_in_a_batch(decider, sizes):
         assert (model.grids(clips[i : i + 1])[0] - grids[i]).abs().max() <= 1e-5
     order = torch.tensor([2, 0, 1])
     assert model(clips[order]).allclose(logits[order], atol=1e-6)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_clips_of_many_tokens_make_no_work_for_those_of_few(class_token):
+    """Layers see clips with about as many tokens together, and each keeps its place in the batch."""
+    model, clips = vit(superpatches="contrast", class_token=class_token), torch.zeros(4, 3, 4, 32, 32)
+    for clip, noisy in zip(clips, (0, 32, 8, 24), strict=True):
+        clip[..., :noisy] = torch.randn_like(clip[..., :noisy])
+    alone = torch.cat([model(clip[None]) for clip in clips])
+    seen = []
+    model.blocks[-1].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    torch.testing.assert_close(model(clips), alone, atol=1e-6, rtol=1e-5)
+    assert model.clip_tokens.tolist() == [4, 32, 14, 28]
+    assert seen == [(1, n + class_token) for n in (4, 14, 28, 32)]
+    model.train()(clips)
+    assert seen[4:] == [(4, 32 + class_token)]
 
 
 @every_decider

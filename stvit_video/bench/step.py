@@ -19,7 +19,7 @@ from ..models.zoo import create_model
 from .accuracy import setting
 from .model import _timed
 
-CLASSES = 150  # as ADE20K
+ADE20K_CLASSES = 150  # as ADE20K
 
 
 def bench_step(
@@ -39,7 +39,7 @@ def bench_step(
     share: patches over tokens; leave: share of the tokens that leave at the exit. Random weights cannot say
     which: the policy does all its work, then a fixed choice of so many takes its place.
     """
-    sizes |= {"num_frames": 1, "image_size": image_size, "num_classes": CLASSES, "head": head}
+    sizes |= {"num_frames": 1, "image_size": image_size, "num_classes": ADE20K_CLASSES, "head": head}
     first = create_model(name, **sizes)
     depth = first.built["depth"]
     early = {"superpatches": "dcts", "exits": [depth // 2]}

@@ -29,7 +29,7 @@ from ..tasks import TASKS
 from .common import output_names
 from .drawing import write_copy
 
-PERSON, CLASSES = 1, 91  # of COCO, as torchvision's detectors count
+COCO_PERSON, COCO_CLASSES = 1, 91  # of COCO, as torchvision's detectors count
 
 
 def write_actions(paths: Sequence[Path], folder: Path, options: Any) -> int:
@@ -82,7 +82,7 @@ def read_detector(path: Path) -> torch.nn.Module:
     """
     from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-    model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=CLASSES)
+    model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=COCO_CLASSES)
     state = read_torch(path)
     try:
         model.load_state_dict(state)
@@ -111,7 +111,7 @@ def find_people(
             raise DecodeError(cause)
         image = batch.clips[0, 0, :, 0].to(device).float() / 255
         (output,) = finder([image])
-        kept = (output["labels"] == PERSON) & (output["scores"] >= config.eval.proposal_score)
+        kept = (output["labels"] == COCO_PERSON) & (output["scores"] >= config.eval.proposal_score)
         if kept.any():
             sides = output["boxes"].new_tensor([*image.shape[:0:-1]] * 2)
             boxes = (output["boxes"][kept] / sides).clamp(0, 1).double().cpu().numpy()

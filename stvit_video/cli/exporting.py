@@ -16,7 +16,7 @@ from ..config import Config
 from ..data.media import VIDEO_SUFFIXES
 from ..data.rows import Row
 from ..errors import InputError
-from ..export import FORMATS, Scores, compare, read, write
+from ..export import EXPORT_SUFFIXES, Classifier, compare, read, write
 from ..files import written_whole
 from ..tasks import TASKS
 from . import TOLERANCE
@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 def export(flags: Namespace) -> None:
     """A checkpoint as one file, if that scores alike; exits with 1 where it does not."""
     path = Path(flags.to)
-    if path.suffix not in FORMATS:
-        raise InputError(f"--to {path}: must end in {' or '.join(FORMATS)}")
+    if path.suffix not in EXPORT_SUFFIXES:
+        raise InputError(f"--to {path}: must end in {' or '.join(EXPORT_SUFFIXES)}")
     for name, least in (("clips", 1), ("time", 0)):
         if getattr(flags, name) < least:
             raise InputError(f"--{name} {getattr(flags, name)}: must be {least} or more")
@@ -109,7 +109,7 @@ def _read(config: Config, class_names: Sequence[str], rows: Sequence[Row]) -> Te
     return torch.cat(clips) if clips else torch.empty(0)
 
 
-def _latency(expected: Scores, actual: Scores, clips: Tensor, calls: int) -> str:
+def _latency(expected: Classifier, actual: Classifier, clips: Tensor, calls: int) -> str:
     """Both on one clip, in turns; the ratio is of CPU seconds, which other programs disturb least."""
     wall, cpu = ([[], []] for _ in range(2))
     for i in range(calls + 1):

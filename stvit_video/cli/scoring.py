@@ -2,15 +2,19 @@
 
 import time
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from torch import nn
+
 from .. import build
-from ..config import Config, ConfigError, DataConfig, task_settings, to_dict
+from ..config import Config, ConfigError, DataConfig, refuse_idle_scoring, task_settings, to_dict
+from ..data.rows import Row
 from ..engine import distributed
 from ..engine.device import pick_precision
 from ..engine.evaluate import Shares, score, write_report
+from ..engine.job import Outcome, Task
 from ..pixels import Pixels
 from ..tasks import TASKS
 from .common import make_folder
@@ -21,13 +25,8 @@ def test(config: Config, flags: Namespace) -> None:
     """A list's scores and the report on them."""
     started = time.perf_counter()
     if flags.checkpoint is not None:
-        own, class_names, model = build.load_model(flags.checkpoint)
-        config = _with_checkpoint(config, own, flags.asked)
-        if "data.class_names" in flags.asked and build.read_names(config.data.class_names) != class_names:
-            raise ConfigError(
-                f"--data.class_names {config.data.class_names}: names other classes than the checkpoint's, "
-                f"whose first is {class_names[0]!r}"
-            )
+        config, class_names, model = _of_checkpoint(config, flags)
+    refuse_idle_scoring(config)
     device = start(config)
     output = Path(config.output)
     make_folder(output)
@@ -55,10 +54,41 @@ def test(config: Config, flags: Namespace) -> None:
     if distributed.is_main():
         introduce(config, model, task, device, weights)
         print(f"scoring {len(rows)} {task.items} x {views['clips']} clips x {views['crops']} crops")
-    precision, settings = pick_precision(config.train.precision, device), to_dict(config)
+    precision = pick_precision(config.train.precision, device)
+    shares = Shares(output / "shares", _deciding(config, source, class_names, rows, precision))
+    outcome = score(model.to(device), task, loader, device, precision=precision, shares=shares)
+    if outcome is None:  # another rank reports
+        return
+    details = {
+        "on_failure": getattr(task, "on_failure", config.eval.on_failure),
+        "checkpoint": source,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    lines = write_report(output, task, outcome, views=views, details=details)
+    shares.discard()
+    print("\n".join([_summary(task, outcome, views, details["on_failure"]), *lines]))
+
+
+def _of_checkpoint(config: Config, flags: Namespace) -> tuple[Config, list[str], nn.Module]:
+    """The settings as the checkpoint decides them, its class names and its model. Raises ConfigError."""
+    trained, class_names, model = build.load_model(flags.checkpoint)
+    config = _with_checkpoint(config, trained, flags.asked)
+    if "data.class_names" in flags.asked and build.read_names(config.data.class_names) != class_names:
+        raise ConfigError(
+            f"--data.class_names {config.data.class_names}: names other classes than the checkpoint's, "
+            f"whose first is {class_names[0]!r}"
+        )
+    return config, class_names, model
+
+
+def _deciding(
+    config: Config, source: str, class_names: Sequence[str], rows: Sequence[Row], precision: str
+) -> list:
+    """What a scoring's records depend on: one that was broken off goes on where all of it is the same."""
+    settings = to_dict(config)
     for key in ("workers", "prefetch", "timeout", "keep"):  # change no score
         del settings["data"][key]
-    scored = [
+    return [
         source,
         _state_of(config, source),
         class_names,
@@ -68,29 +98,14 @@ def test(config: Config, flags: Namespace) -> None:
         *(settings[key] for key in ("task", "model", "data", "eval")),
         task_settings(config),
     ]
-    shares = Shares(output / "shares", scored)
-    outcome = score(
-        model.to(device),
-        task,
-        loader,
-        device,
-        precision=precision,
-        shares=shares,
-    )
-    if outcome is None:  # another rank reports
-        return
-    on_failure = getattr(task, "on_failure", config.eval.on_failure)
-    details = {
-        "on_failure": on_failure,
-        "checkpoint": source,
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-    lines = write_report(output, task, outcome, views=views, details=details)
-    shares.discard()
+
+
+def _summary(task: Task, outcome: Outcome, views: Mapping[str, int], on_failure: str) -> str:
+    """How many were scored by how many views, and what became of those that could not be read."""
     failed, rule = len(outcome.failures), {"wrong": "counted as wrong", "exclude": "left out"}
     note = f" ({rule[on_failure]})" if failed else ""
-    print(f"{len(rows)} {task.items} x {views['clips']}x{views['crops']} views, {failed} unreadable{note}")
-    print("\n".join(lines))
+    number = f"{len(outcome.rows)} {task.items} x {views['clips']}x{views['crops']} views"
+    return f"{number}, {failed} unreadable{note}"
 
 
 PREVIEWED = 2000  # videos of a list, at most, whose report has previews by itself: 12 MB of them

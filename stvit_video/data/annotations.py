@@ -28,7 +28,7 @@ IMAGES, VIDEOS = tuple(IMAGE_SUFFIXES), tuple(VIDEO_SUFFIXES)
 MEDIA = (*VIDEO_SUFFIXES, *IMAGES)
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
 CHARADES_COLUMNS = ("id", "actions")
-SUFFIXES = (".mp4", ".mkv", ".webm")  # in order of preference
+PREFERRED = (".mp4", ".mkv", ".webm")  # in order of preference
 SHARDS_NAMES = "class_names.txt"  # beside shards: the class names of their ids, one a line
 SOMETHING_LABELS = ("labels.json", "something-something-v2-labels.json")
 
@@ -39,7 +39,7 @@ OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 OTHER_SIDE |= {right: left for left, right in OTHER_SIDE.items()}
 # Whole words, also between underscores. "Left out" and "right out" are no sides: one class of
 # Something-Something V2 ends in "but pulling it right out as you remove your hand".
-SIDE = re.compile(rf"(?<![^\W_])({'|'.join(OTHER_SIDE)})(?![^\W_]|[ _]out(?![^\W_]))")
+SIDE_WORD = re.compile(rf"(?<![^\W_])({'|'.join(OTHER_SIDE)})(?![^\W_]|[ _]out(?![^\W_]))")
 
 StrPath = str | os.PathLike[str]
 
@@ -160,7 +160,7 @@ def mirrored_classes(class_names: Sequence[str]) -> list[int]:
     mirrored clip of it would carry a wrong label.
     """
     names = list(class_names)
-    twins = [SIDE.sub(lambda side: OTHER_SIDE[side[0]], name) for name in names]
+    twins = [SIDE_WORD.sub(lambda side: OTHER_SIDE[side[0]], name) for name in names]
     for i, (name, twin) in enumerate(zip(names, twins, strict=True)):
         if twin != name and names.count(twin) != 1:
             raise ListError(f"class {i}: found {name!r}, expected one mirror twin {twin!r} for it")
@@ -325,7 +325,7 @@ def _read_kinetics(source: Source) -> Rows:
             )
         name = fields.get("label", "")
         stems = (f"{video}_{int(start[1]):06d}_{int(end[1]):06d}", video)
-        files = [stem + suffix for stem in stems for suffix in SUFFIXES]
+        files = [stem + suffix for stem in stems for suffix in PREFERRED]
         folders = dict.fromkeys((name, name.replace(" ", "_"), name.replace("_", " "), ""))
         entries.append((where, source.video(where, files, folders), name))
     return _by_name(entries, source.names)
@@ -344,7 +344,7 @@ def _read_charades(source: Source) -> Rows:
                 f"{where}: found id {fields['id']!r}, actions {fields['actions'][:200]!r}, "
                 "expected an id and actions such as c092 11.90 21.20;c147 0.00 12.60"
             )
-        file = source.video(where, [fields["id"] + suffix for suffix in SUFFIXES])
+        file = source.video(where, [fields["id"] + suffix for suffix in PREFERRED])
         ids = {_class_id(where, action[1:], source) for action in actions}
         rows.append(Row(file, tuple(sorted(ids))))
     return Rows(rows, source.names)
@@ -360,7 +360,7 @@ def _read_ava(source: Source) -> Rows:
         )
     labels = {} if source.labels is None else ava.read_label_map(source.labels)
     names = ava.class_names(labels) if source.names is None else source.names
-    suffixes = (*SUFFIXES, *sorted(VIDEO_SUFFIXES - set(SUFFIXES)), "")  # "": a folder of frames
+    suffixes = (*PREFERRED, *sorted(VIDEO_SUFFIXES - set(PREFERRED)), "")  # "": a folder of frames
     files: dict[str, str] = {}
     rows = []
     for where, key in ava.key_frames(source.lines(), set(labels or range(1, len(names) + 1))):

@@ -21,11 +21,11 @@ from torchvision.transforms.v2.functional._geometry import _get_inverse_affine_m
 
 from .batch import Batch
 
-Frames = Tensor  # uint8 (N, T, 3, H, W): T frames of N clips
-Operation = Callable[[Frames], Frames]
+Clips = Tensor  # uint8 (N, T, 3, H, W): T frames of N clips
+Operation = Callable[[Clips], Clips]
 Size2 = tuple[int, int]  # height, width
 GREY = 128  # what comes in from outside of a frame that is moved
-LEVELS = 10  # the greatest magnitude
+MAX_MAGNITUDE = 10
 APPLIED, NOISE = 0.5, 0.5  # share of the operations that are; standard deviation of the magnitude
 
 
@@ -60,7 +60,7 @@ def draw_operations(count: int, magnitude: float, frame: Size2) -> tuple[tuple[s
     for _ in range(count):
         name = list(OPERATIONS)[torch.randint(len(OPERATIONS), ()).item()]
         if torch.rand(()).item() < APPLIED:
-            level = min(max(magnitude + NOISE * torch.randn(()).item(), 0.0), LEVELS)
+            level = min(max(magnitude + NOISE * torch.randn(()).item(), 0.0), MAX_MAGNITUDE)
             sign = -1 if torch.rand(()).item() < 0.5 else 1
             drawn.append((name, argument(name, level, sign, frame)))
     return tuple(drawn)
@@ -70,16 +70,16 @@ def argument(name: str, level: float, sign: int, frame: Size2) -> float:
     """What an operation takes at a level from 0 to 10: degrees, slope, pixels, bits left, the first value
     inverted, what is added, or the factor of an enhancement. 0 for those that take nothing."""
     if name in ("Color", "Contrast", "Brightness", "Sharpness"):
-        return max(0.1, 1 + sign * 0.9 * level / LEVELS)
+        return max(0.1, 1 + sign * 0.9 * level / MAX_MAGNITUDE)
     if name in ("TranslateX", "TranslateY"):
-        return round(sign * 0.45 * level / LEVELS * frame[name == "TranslateX"])
+        return round(sign * 0.45 * level / MAX_MAGNITUDE * frame[name == "TranslateX"])
     most = {"Rotate": 30.0, "ShearX": 0.3, "ShearY": 0.3}
     if name in most:
-        return sign * most[name] * level / LEVELS
+        return sign * most[name] * level / MAX_MAGNITUDE
     return {
-        "Posterize": 4 - int(level / LEVELS * 4),
-        "Solarize": 256 - int(level / LEVELS * 256),
-        "SolarizeAdd": int(level / LEVELS * 110),
+        "Posterize": 4 - int(level / MAX_MAGNITUDE * 4),
+        "Solarize": 256 - int(level / MAX_MAGNITUDE * 256),
+        "SolarizeAdd": int(level / MAX_MAGNITUDE * 110),
     }.get(name, 0)
 
 
@@ -145,7 +145,7 @@ def split(cuts: Tensor, draws: Sequence[Draw]) -> list[Tensor]:
     ]
 
 
-def together(clips: Sequence[Tensor], draws: Sequence[Draw]) -> Frames:
+def together(clips: Sequence[Tensor], draws: Sequence[Draw]) -> Clips:
     """As `augment`, each operation at once for all clips of one size that drew it in the same round."""
     size, device, clips = draws[0].size, clips[0].device, list(clips)
     for turn in range(max(len(draw.operations) for draw in draws)):
@@ -179,18 +179,18 @@ def _each(values: Sequence, device: torch.device) -> Tensor | float:
     return values[0] if len(values) == 1 else _on(device, values).view(-1, 1, 1, 1, 1)
 
 
-def _uint8(values: Tensor) -> Frames:
+def _uint8(values: Tensor) -> Clips:
     return values.clamp_(0, 255).to(torch.uint8)
 
 
-def _blend(frames: Frames, other: Tensor, ratio: Tensor | float) -> Frames:
+def _blend(frames: Clips, other: Tensor, ratio: Tensor | float) -> Clips:
     """ratio * frames + (1 - ratio) * other."""
     if isinstance(ratio, Tensor):
         return _uint8(torch.addcmul(frames * ratio, other, 1 - ratio))
     return _uint8(frames.mul(ratio).add_(other, alpha=1 - ratio))
 
 
-def _grey(frames: Frames) -> Tensor:
+def _grey(frames: Clips) -> Tensor:
     red, green, blue = frames.unbind(-3)
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_().unsqueeze(-3)
 
@@ -213,7 +213,7 @@ def _contrast(values: Sequence[float], size: Size2, device: torch.device) -> Ope
 def _sharpness(values: Sequence[float], size: Size2, device: torch.device) -> Operation:
     ratio = _each([1 - value for value in values], device)
 
-    def operation(frames: Frames) -> Frames:
+    def operation(frames: Clips) -> Clips:
         if min(size) <= 2:
             return frames
         levels = frames.short()  # the neighbours once and the pixel five times, over 13: exact in integers
@@ -244,7 +244,7 @@ def _solarize(values: Sequence[float], size: Size2, device: torch.device) -> Ope
 def _solarize_add(values: Sequence[float], size: Size2, device: torch.device) -> Operation:
     more = _each(values, device)
 
-    def operation(frames: Frames) -> Frames:
+    def operation(frames: Clips) -> Clips:
         brighter = (frames.short() + more).clamp_(max=255).to(torch.uint8)
         return torch.where(frames < 128, brighter, frames)
 
@@ -256,7 +256,7 @@ def _invert(values: Sequence[float], size: Size2, device: torch.device) -> Opera
 
 
 def _auto_contrast(values: Sequence[float], size: Size2, device: torch.device) -> Operation:
-    def operation(frames: Frames) -> Frames:
+    def operation(frames: Clips) -> Clips:
         low, high = frames.amin((-2, -1), keepdim=True), frames.amax((-2, -1), keepdim=True)
         flat, low = low == high, low.float()
         scale = (high.float() - low).mul_(1 / 255).masked_fill_(flat, 1)
@@ -269,7 +269,7 @@ def _equalize(values: Sequence[float], size: Size2, device: torch.device) -> Ope
     return _equalize_planes if device.type == "cpu" else v2.equalize
 
 
-def _equalize_planes(frames: Frames) -> Frames:
+def _equalize_planes(frames: Clips) -> Clips:
     """torchvision's, in a third of its time: by one table for each plane."""
     out = torch.empty(frames.shape, dtype=torch.uint8)
     for plane, equal in zip(frames.flatten(0, 2), out.flatten(0, 2), strict=True):
@@ -286,7 +286,7 @@ def _equalize_planes(frames: Frames) -> Frames:
 
 
 def _translate(values: Sequence[float], size: Size2, device: torch.device, axis: int) -> Operation:
-    def operation(frames: Frames) -> Frames:
+    def operation(frames: Clips) -> Clips:
         out = torch.full_like(frames, GREY)
         for before, after, shift in zip(frames, out, values, strict=True):
             length = max(size[axis] - abs(shift), 0)
@@ -306,7 +306,7 @@ def _affine(matrices: Sequence[Sequence[float]], size: Size2, device: torch.devi
     turned = _on(device, matrices).view(-1, 2, 3).mT / halves
     grid = places.bmm(turned).view(-1, 1, *size, 2)
 
-    def operation(frames: Frames) -> Frames:
+    def operation(frames: Clips) -> Clips:
         where = grid.expand(-1, frames.shape[1], -1, -1, -1).flatten(0, 1)
         moved = grid_sample(frames.flatten(0, 1).float().sub_(GREY), where, align_corners=False)
         return moved.add_(GREY).round_().to(torch.uint8).view_as(frames)
@@ -325,7 +325,7 @@ def _rotate(values: Sequence[float], size: Size2, device: torch.device) -> Opera
     return _affine(turns, size, device)
 
 
-# Each: what it takes (of N clips), size of the frames, device -> Frames -> Frames.
+# Each: what it takes (of N clips), size of the frames, device -> Clips -> Clips.
 OPERATIONS: dict[str, Callable[..., Operation]] = {
     "AutoContrast": _auto_contrast,
     "Equalize": _equalize,

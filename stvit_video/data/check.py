@@ -15,13 +15,13 @@ from .frames import FrameVideo
 from .guard import GivenUp, guarded_map
 from .rows import Row, class_ids
 
-KINDS = ("missing", "unreadable", "short", "mislabelled", "duplicate")
-HEAD = 1 << 16  # bytes that tell contents apart, with the size
+PROBLEMS = ("missing", "unreadable", "short", "mislabelled", "duplicate")
+HEAD_BYTES = 1 << 16  # bytes that tell contents apart, with the size
 MEMORY = 1 << 28  # bytes of frames decoded at a time
 
 
 class Finding(NamedTuple):
-    """Something wrong with a row of a list; kind is one of KINDS."""
+    """Something wrong with a row of a list; kind is one of PROBLEMS."""
 
     split: str
     path: str
@@ -150,9 +150,9 @@ def clean(rows: Sequence[Row], findings: Iterable[Finding]) -> list[str]:
 def summary(splits: dict[str, Sequence[Row]], findings: Iterable[Finding]) -> str:
     """A table: a line a split, a column a kind."""
     counts = collections.Counter((finding.split, finding.kind) for finding in findings)
-    lines = ["split    videos" + "".join(f"{kind:>13}" for kind in KINDS)]
+    lines = ["split    videos" + "".join(f"{kind:>13}" for kind in PROBLEMS)]
     for split, rows in splits.items():
-        numbers = "".join(f"{counts[split, kind]:>13}" for kind in KINDS)
+        numbers = "".join(f"{counts[split, kind]:>13}" for kind in PROBLEMS)
         lines.append(f"{split:<7}{len(rows):>8}{numbers}")
     return "\n".join(lines)
 
@@ -164,5 +164,5 @@ def _identity(path: Path, contents: bytes | FrameVideo | None) -> str | None:
     if isinstance(contents, FrameVideo):
         return f"frames {hashlib.blake2b(contents.data, digest_size=16).hexdigest()}"
     with open(path, "rb") if contents is None else io.BytesIO(contents) as file:
-        head = hashlib.blake2b(file.read(HEAD), digest_size=16).hexdigest()
+        head = hashlib.blake2b(file.read(HEAD_BYTES), digest_size=16).hexdigest()
         return f"{file.seek(0, os.SEEK_END)} {head}"

@@ -34,7 +34,7 @@ MARKER = "demo.json"  # in a folder that this made
 SETTINGS = {"version": 9, "train": 2400, "test": 320, "seed": 0}
 
 
-Job = tuple[Path, str, int]  # where to, "train" or "test", the number of the sample
+RenderJob = tuple[Path, str, int]  # where to, "train" or "test", the number of the sample
 
 
 def prepare_demo(root: str | Path, *, workers: int = 2) -> Path:
@@ -88,7 +88,7 @@ def is_demo(root: Path) -> bool:
     return (root / MARKER).exists()
 
 
-def _render_job(job: Job) -> None:
+def _render_job(job: RenderJob) -> None:
     folder, split, index = job
     rng = np.random.default_rng((SETTINGS["seed"], ("train", "test").index(split), index))
     name, shape = CLASSES[index % len(CLASSES)], SHAPES[rng.integers(len(SHAPES))]

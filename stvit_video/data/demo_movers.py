@@ -15,7 +15,7 @@ from .demo import CLASSES, SHAPES, contrasting, made_once, noise, outline, rende
 SIDE, FPS, SECONDS = 64, 8, 6  # pixels, frames a second, length: key frames are at seconds 1 to 5
 ROOM = 10  # pixels: the middle of a shape stays within this square of its quarter
 RADII = (7.0, 13.0)  # the smallest and the largest in pixels: where growing starts anew
-KINDS = (
+MOTION_KINDS = (
     ("move_down", "move_left", "move_right", "move_up"),
     ("grow", "shrink"),
     ("turn_left", "turn_right"),
@@ -82,7 +82,7 @@ def render(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[list[
 def _draw_actions(rng: np.random.Generator) -> tuple[str, ...]:
     """One, or in a quarter of the cases two of different kinds."""
     first = CLASSES[rng.integers(len(CLASSES))]
-    others = [name for kind in KINDS if first not in kind for name in kind]
+    others = [name for kind in MOTION_KINDS if first not in kind for name in kind]
     return tuple(sorted({first, *([others[rng.integers(len(others))]] if rng.random() < 0.25 else [])}))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .demo import SHAPES, Job, contrasting, made_once, noise, outline, render_all
+from .demo import SHAPES, RenderJob, contrasting, made_once, noise, outline, render_all
 from .objects import encode_masks
 
 WIDTH, HEIGHT = 128, 96
@@ -36,7 +36,7 @@ def prepare_objects(root: str | Path, *, workers: int = 2) -> Path:
     return made_once(Path(root), SETTINGS, fill)
 
 
-def _render_job(job: Job) -> tuple[str, list[dict]]:
+def _render_job(job: RenderJob) -> tuple[str, list[dict]]:
     """-> the file's name, the annotations without ids."""
     folder, split, index = job
     rng = np.random.default_rng((SETTINGS["seed"], ("train", "test").index(split), index))

@@ -16,7 +16,7 @@ from .demo import made_once, render_all
 CLASSES = ("sky", "grass", "road", "water", "building", "tree", "car", "person")
 SKY, GRASS, ROAD, WATER, BUILDING, TREE, CAR, PERSON = range(8)
 SKIES = (100, 150, 215), (165, 185, 205), (225, 185, 150), (85, 105, 140)
-SIZES, FRAMES = (192, 256, 320), 12  # pixels; `render` makes them up to 512
+SIZES, CLIP_FRAMES = (192, 256, 320), 12  # pixels; `render` makes them up to 512
 SETTINGS = {"scenes": 1, "train": 480, "test": 120, "clips_train": 24, "clips_test": 8, "seed": 0}
 
 
@@ -46,7 +46,7 @@ def _render_job(job: tuple[Path, str, int]) -> str:
     splits = ("train", "test", "clips_train", "clips_test")
     rng = np.random.default_rng((SETTINGS["seed"], splits.index(split), index, 2))
     name, size = f"{split}_{index:04d}", int(rng.choice(SIZES))
-    frames, masks = render(rng, size, FRAMES if split.startswith("clips") else 1)
+    frames, masks = render(rng, size, CLIP_FRAMES if split.startswith("clips") else 1)
     if len(frames) == 1:
         _save(frames[0], folder / "images" / f"{name}.jpg")
         _save(masks[0], folder / "masks" / f"{name}.png")

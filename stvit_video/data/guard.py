@@ -31,7 +31,7 @@ import torch
 
 from ..errors import DecodeError, InputError
 
-LONGEST = 1e6  # seconds that can be waited at a time: the kernel counts milliseconds in 31 bits
+LONGEST_WAIT = 1e6  # seconds that can be waited at a time: the kernel counts milliseconds in 31 bits
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
@@ -169,7 +169,7 @@ def finished(working: Iterable["Child"]) -> list[tuple["Child", Any]]:
     working, results = list(working), []
     while not results:
         left = min(child.deadline for child in working) - time.monotonic()
-        left = None if left == float("inf") else min(max(left, 0), LONGEST)
+        left = None if left == float("inf") else min(max(left, 0), LONGEST_WAIT)
         ready = wait([child.link for child in working], left)
         for child in working:
             if child.link in ready:

@@ -17,7 +17,7 @@ from .views import Make, Sampling, read_once, stack_frames
 if TYPE_CHECKING:
     from .decode import Video
 
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2 as shares of the frame's width and height
+RelativeBox = tuple[float, float, float, float]  # x1, y1, x2, y2 as shares of the frame's width and height
 
 
 class KeyFrame(NamedTuple):
@@ -28,7 +28,7 @@ class KeyFrame(NamedTuple):
 
     video: str
     second: float
-    boxes: tuple[Box, ...] = ()
+    boxes: tuple[RelativeBox, ...] = ()
     actions: tuple[tuple[int, ...], ...] = ()
 
     @property

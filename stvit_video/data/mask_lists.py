@@ -22,7 +22,7 @@ VOC = (
 )
 
 
-class Layout(NamedTuple):
+class MaskFolders(NamedTuple):
     """Folders of images and of their masks, side by side, of one structure.
 
     folders: the part of the path that is an image's, and what a mask's has for it; endings: what the names
@@ -137,7 +137,7 @@ class Pairs:
         if not source.path.is_file():
             return False
         # a json may be one line of many megabytes, where the pattern would take minutes
-        if not all(len(line) < LONGEST and PAIR.fullmatch(line) for _, line in self._lines(source)):
+        if not all(len(line) < LONGEST_LINE and PAIR.fullmatch(line) for _, line in self._lines(source)):
             return False
         return not source.on_disk(next(self._lines(source))[1].strip())  # one file with such a name
 
@@ -162,17 +162,17 @@ class Pairs:
         yield from lines
 
 
-LONGEST = 2 * 4096  # characters of a line: two paths
+LONGEST_LINE = 2 * 4096  # characters of a line: two paths
 MASK_FORMATS = (
-    Layout(
+    MaskFolders(
         *("cityscapes", ("leftImg8bit", "gtFine"), ("_leftImg8bit", "_gtFine_labelIds"), "cityscapes"),
         class_names=tuple(CITYSCAPES.values()),
     ),
-    Layout("ade20k", ("images", "annotations"), values="from_one", splits="training|validation"),
-    Layout("coco_stuff", ("images", "annotations"), ("", "_labelTrainIds")),
-    Layout("coco_stuff_ids", ("images", "annotations"), values="coco", splits=r"(train|val)20\d\d"),
-    Layout("masks", ("images", "masks")),
-    Layout("annotations", ("images", "annotations")),
+    MaskFolders("ade20k", ("images", "annotations"), values="from_one", splits="training|validation"),
+    MaskFolders("coco_stuff", ("images", "annotations"), ("", "_labelTrainIds")),
+    MaskFolders("coco_stuff_ids", ("images", "annotations"), values="coco", splits=r"(train|val)20\d\d"),
+    MaskFolders("masks", ("images", "masks")),
+    MaskFolders("annotations", ("images", "annotations")),
     Split(
         *("voc_masks", r"/ImageSets/Segmentation$", 2, "JPEGImages/{}.jpg", "SegmentationClass/{}.png"),
         class_names=VOC,

@@ -6,16 +6,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-FRAMES, BOX, BYTES = 8, (112, 84), 6000
+PREVIEW_FRAMES, BOX, BYTES = 8, (112, 84), 6000
 MILLISECONDS = 160  # of a frame: not the video's own pace, as its frames are far apart
 
 
 def make_preview(frames: Tensor) -> bytes:
-    """uint8 (N, 3, H, W) -> WebP of at most `FRAMES` frames and `BYTES` bytes, no larger than `BOX`.
+    """uint8 (N, 3, H, W) -> WebP of up to `PREVIEW_FRAMES` frames and `BYTES` bytes, no larger than `BOX`.
 
     The frames are spread over the N from the first to the last. What takes more bytes is made smaller.
     """
-    places = torch.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().long()
+    places = torch.linspace(0, len(frames) - 1, min(PREVIEW_FRAMES, len(frames))).round().long()
     pictures = [Image.fromarray(frames[i].permute(1, 2, 0).contiguous().numpy()) for i in places.tolist()]
     width, height = pictures[0].size
     scale = min(BOX[0] / width, BOX[1] / height, 1.0)

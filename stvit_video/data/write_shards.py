@@ -107,15 +107,7 @@ def write_shards(
                 raise InputError(
                     f"of {len(rows)} videos none can be read, the first: {written.unreadable[0][1]}"
                 )
-            if class_names is not None:
-                names = "".join(f"{name}\n" for name in class_names)
-                (part / SHARDS_NAMES).write_text(names, encoding="utf-8")
-            if written.unreadable:
-                with open(
-                    part / UNREADABLE, "w", newline="", encoding="utf-8", errors="surrogateescape"
-                ) as file:
-                    lines = [(path, cause_of(failure, path)) for path, failure in written.unreadable]
-                    csv.writer(file).writerows([("path", "cause"), *lines])
+            _write_beside(part, class_names, written.unreadable)
             part.rename(folder)
             (folder / LOCK).unlink()
     except OSError as error:
@@ -263,3 +255,16 @@ def _in_order(
 
 def _line(values: dict[str, Any]) -> str:
     return json.dumps(values) + "\n"
+
+
+def _write_beside(
+    folder: Path, class_names: Sequence[str] | None, unreadable: Sequence[tuple[str, str]]
+) -> None:
+    """The class names, and the videos that are left out, with why; where there are some."""
+    if class_names is not None:
+        names = "".join(f"{name}\n" for name in class_names)
+        (folder / SHARDS_NAMES).write_text(names, encoding="utf-8")
+    if unreadable:
+        with open(folder / UNREADABLE, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            lines = [(path, cause_of(failure, path)) for path, failure in unreadable]
+            csv.writer(file).writerows([("path", "cause"), *lines])

@@ -10,7 +10,7 @@ import torch
 from ..errors import InputError
 from .settings import MatmulPrecision, Precision
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from .device import DTYPES, pick_device
+from .device import DTYPE_NAMES, pick_device
 
 # Long enough for one process to render the demo set or to write a checkpoint while the others wait. A
 # process that died is noticed at once, by torchrun and by its closed connections.
@@ -86,7 +86,7 @@ def describe(device: torch.device, precision: str) -> str:
     """One line for the start of a run: "device: NVIDIA H200 (cuda), bfloat16, 8 processes"."""
     name = f"{torch.cuda.get_device_name(device)} (cuda)" if device.type == "cuda" else device.type
     processes = "1 process" if world() == 1 else f"{world()} processes"
-    return f"device: {name}, {DTYPES[precision]}, {processes}"
+    return f"device: {name}, {DTYPE_NAMES[precision]}, {processes}"
 
 
 def rank() -> int:

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ..bounds import Range
+from ..bounds import Count, Range
 
-Count = Annotated[int, Range(1)]
 NotNegative = Annotated[float, Range(0)]
 Schedule = Literal["cosine", "poly", "steps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]

@@ -28,7 +28,7 @@ from .run import EpochSoFar, Run, Update
 from .settings import LoopConfig
 from .uploads import Uploads
 
-UNREADABLE = ("epoch", "path", "cause")  # columns of unreadable.csv
+UNREADABLE_COLUMNS = ("epoch", "path", "cause")  # columns of unreadable.csv
 TIMED = 8  # updates, after the first, that the run's length is told from
 SCALINGS = 16  # halvings until fp16's first scale of the loss, 65536, is 1
 
@@ -353,4 +353,4 @@ class Trainer:
 
     def _append_unreadable(self, failures: Iterable[tuple[str, str]]) -> None:
         rows = [(self.run.epoch + 1, path, cause_of(failure, path)) for path, failure in failures]
-        self.log.append("unreadable.csv", UNREADABLE, rows)
+        self.log.append("unreadable.csv", UNREADABLE_COLUMNS, rows)

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ..bounds import Range
+from ..bounds import Count, Range
 
 Auto = Literal["auto"]
-Count = Annotated[int, Range(1)]
 Three = Annotated[tuple[int, int, int], Range(1)]
 Inflate = Literal["average", "centre"]
 

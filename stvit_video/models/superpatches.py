@@ -9,13 +9,18 @@ the mean of its patches' positions and a learned vector of its shape. What decid
 are embedded: normalised, mixed, erased.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
 from .embed import PatchEmbed, Size3, split_tubelets
@@ -298,6 +303,8 @@ class PolicyNet(nn.Module):
         self.backbone = timm.create_model(backbone, features_only=True).to(
             memory_format=torch.channels_last
         )
+        if isinstance(self.backbone, EfficientNetFeatures | MobileNetV3Features):  # norms follow at once
+            fold_norms(self.backbone)
         info, self.levels = self.backbone.feature_info, []
         self.strides = info.reduction()
         for shape in self.shapes:
@@ -343,6 +350,29 @@ class PolicyNet(nn.Module):
     def _side(self, shape: Size3) -> tuple[int, int]:
         """Height and width of a group in pixels."""
         return shape[1] * self.patch_size[1], shape[2] * self.patch_size[2]
+
+
+def fold_norms(network: nn.Module) -> None:
+    """In evaluation, convolutions do the work of the batch norms right behind them. Weights and their names
+    stay as they are: they are multiplied anew each time, which costs next to nothing."""
+    for module in network.modules():
+        for conv, norm in itertools.pairwise(module.children()):
+            if type(conv) is nn.Conv2d and conv.bias is None and isinstance(norm, nn.BatchNorm2d):
+                conv.forward, norm.forward = partial(_convolved, conv, norm), partial(_activated, norm)
+
+
+def _convolved(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    if norm.training:
+        return nn.Conv2d.forward(conv, x)
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = norm.bias - norm.running_mean * scale
+    return conv._conv_forward(x, conv.weight * scale[:, None, None, None], bias)
+
+
+def _activated(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    if norm.training:
+        return type(norm).forward(norm, x)
+    return norm.act(norm.drop(x)) if isinstance(norm, BatchNormAct2d) else x
 
 
 def group_scores(logits: Sequence[Tensor]) -> list[Tensor]:

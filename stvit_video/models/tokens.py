@@ -11,6 +11,7 @@ from torch import Tensor
 from .embed import Size3
 
 PADDING = -3e4  # added to scores: leaves a share of 0, yet stays finite in float16, times log2(e) too
+LENGTH_GROUPS = 8  # of clips with about as many tokens: at most an eighth of what is computed is padding
 
 
 class Tokens(NamedTuple):
@@ -54,6 +55,17 @@ class Tokens(NamedTuple):
     def count(self) -> Tensor:
         """How many tokens each clip has, without padding: (B)."""
         return (self.sizes() > 0).sum(1)
+
+    def alike(self) -> list[tuple[Tensor, int]]:
+        """Clips with about as many tokens, to be computed together with little padding: of each group which
+        clips these are, and the length of the longest `sequence`. Empty: no clip is padded."""
+        if self.asked is None or len(self.asked) == 1 or self.asked.is_meta:
+            return []
+        number = (self.asked > 0).sum(1).clamp(min=1)
+        level = (number * LENGTH_GROUPS - 1) // self.asked.shape[1]
+        groups = [(level == one).nonzero()[:, 0] for one in level.unique()]
+        first = int(self.class_token is not None)
+        return [(clips, first + int(number[clips].max())) for clips in groups]
 
     def sequence(self) -> Tensor:
         """What attends to itself: the class token, where there is one, then x. (B, N or 1 + N, C)."""

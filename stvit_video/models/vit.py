@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
@@ -321,18 +322,22 @@ class VideoViT(nn.Module):
         exits: Exits | None = None,
     ) -> Iterator[tuple[int, Tokens]]:
         exits = exits or {}
+        merged = self.superpatches is not None and self.superpatches.tokens is None
+        # only where clips may be padded: to look costs a wait; in training drop path draws for the batch
+        apart = (exits or merged) and not self.training
         for reducer, used, rest in segments:
             if reducer is not None:
                 tokens, layer = reducer(tokens, used, clip), layer + len(used)
                 if used or not rest:
                     tokens = exits[layer](tokens) if used and layer in exits else tokens
                     yield layer, tokens
-            bias = tokens.bias()
+            bias, groups = tokens.bias(), tokens.alike() if apart else []
             for block in rest:
-                tokens, layer = tokens.with_sequence(block(tokens.sequence(), bias=bias)), layer + 1
+                x, layer = in_groups(block, tokens.sequence(), bias, groups), layer + 1
+                tokens = tokens.with_sequence(x)
                 if layer in exits:
                     tokens = exits[layer](tokens)
-                    bias = tokens.bias()
+                    bias, groups = tokens.bias(), tokens.alike() if apart else []
                 yield layer, tokens
 
     def _joined_size(self, size: Size3) -> Size3:
@@ -359,6 +364,15 @@ class VideoViT(nn.Module):
             "blocks": blocks,
             "head": r"^(?:fc_norm|head)",
         }
+
+
+def in_groups(block: Block, x: Tensor, bias: Tensor | None, groups: list[tuple[Tensor, int]]) -> Tensor:
+    """`block(x, bias=bias)` by groups of clips, see `Tokens.alike`; (B, N, C), zero in padding."""
+    if len(groups) < 2:
+        return block(x, bias=bias)
+    parts = [block(x[clips, :n], bias=bias[clips, ..., :n]) for clips, n in groups]
+    parts = [F.pad(part, (0, 0, 0, x.shape[1] - part.shape[1])) for part in parts]
+    return torch.cat(parts)[torch.cat([clips for clips, _ in groups]).argsort()]
 
 
 def count_chunks(num_frames: int, patch_size: Size3, base_window: int | None) -> int:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .embed import Size3
 
-KEPT = 64  # tensors that depend on sizes alone, of each kind
+CACHED_SIZES = 64  # tensors that depend on sizes alone, of each kind
 MASKED = -100.0  # added to what must not be asked: as in every released Swin
 
 
@@ -70,7 +70,7 @@ def enlarge(x: Tensor, window: Size3, reach: tuple[int, int] = (1, 2)) -> Tensor
 def kept(build: Callable) -> Callable:
     """`build` with its tensors kept for later calls; those made while a graph is traced are not.
 
-    Of the last `KEPT` sizes: where every image has its own, tensors of all sizes would fill the memory.
+    Of the last `CACHED_SIZES`: where every image has its own, tensors of all sizes would fill the memory.
     """
     made: dict[tuple, Any] = {}
 
@@ -79,7 +79,7 @@ def kept(build: Callable) -> Callable:
         if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
             return build(*key)
         if key not in made:
-            if len(made) == KEPT:
+            if len(made) == CACHED_SIZES:
                 made.pop(next(iter(made)), None)
             with torch.inference_mode(False):  # what is kept must serve training too
                 made[key] = build(*key)

@@ -27,7 +27,7 @@ from .swin_detection import DetectionSwin
 from .vit import VideoViT, count_chunks
 
 
-class Entry(NamedTuple):
+class ModelEntry(NamedTuple):
     """How a name is built: what builds it, the sizes it takes with their defaults, frames of a clip."""
 
     build: Callable[..., nn.Module]
@@ -74,7 +74,7 @@ def reduced_vit(*, reducer: str = "semantic", base_depth: int, depth: int, **siz
     return plain_vit(depth=depth, reducers=dict.fromkeys(places, make), **sizes)
 
 
-def _vit_family() -> dict[str, Entry]:
+def _vit_family() -> dict[str, ModelEntry]:
     models = {}
     for size, embed_dim, depth, num_heads, base_depth in (
         ("tiny", 192, 12, 3, 4),
@@ -88,15 +88,15 @@ def _vit_family() -> dict[str, Entry]:
         dense = _sizes(VideoViT) | {"superpatches": None} | _sizes(Superpatches) | dense
         reduced = {"semantic_tokens": (8, 4, 4), "base_depth": base_depth}
         every = dense | _sizes(*REDUCERS.values()) | {"reducer": "semantic"} | reduced
-        models[f"vit_{size}_patch16_224"] = Entry(plain_vit, dense)
-        models[f"stvit_{size}_patch16_224"] = Entry(reduced_vit, every)
+        models[f"vit_{size}_patch16_224"] = ModelEntry(plain_vit, dense)
+        models[f"stvit_{size}_patch16_224"] = ModelEntry(reduced_vit, every)
         for name in [name for name in REDUCERS if name != "semantic"]:
             sizes = dense | _sizes(REDUCERS[name]) | reduced
-            models[f"{name}_vit_{size}_patch16_224"] = Entry(partial(reduced_vit, reducer=name), sizes)
+            models[f"{name}_vit_{size}_patch16_224"] = ModelEntry(partial(reduced_vit, reducer=name), sizes)
     return models
 
 
-def _swin_family() -> dict[str, Entry]:
+def _swin_family() -> dict[str, ModelEntry]:
     models, every = {}, _sizes(VideoSwin)
     semantic = {"semantic_tokens", "base_depth", "layer_scale", *_sizes(SemanticWindows)}
     dense = {k: v for k, v in every.items() if k not in semantic}
@@ -113,16 +113,16 @@ def _swin_family() -> dict[str, Entry]:
             (f"video_swin_{size}", "", (2, 4, 4), (8, 7, 7), (8, 3, 3), 32),
         ):
             sizes = layers | {"patch_size": patch, "window_size": window}
-            models[name + suffix] = Entry(VideoSwin, dense | sizes, frames)
+            models[name + suffix] = ModelEntry(VideoSwin, dense | sizes, frames)
             sizes["semantic_tokens"] = tokens
             depths = every | sizes | {"base_depth": base_depth}
-            models[f"stvit_{name}"] = Entry(VideoSwin, depths, frames)
+            models[f"stvit_{name}"] = ModelEntry(VideoSwin, depths, frames)
             if size != "tiny":
                 build = partial(VideoSwin, recovery=True)
                 sizes["layer_scale"] = 1e-5
-                models[f"stvit_r_{name}"] = Entry(build, units | sizes, frames)
+                models[f"stvit_r_{name}"] = ModelEntry(build, units | sizes, frames)
                 if frames == 1:
-                    models[f"stvit_r_det_{name}"] = Entry(DetectionSwin, detection | sizes, frames)
+                    models[f"stvit_r_det_{name}"] = ModelEntry(DetectionSwin, detection | sizes, frames)
     return models
 
 
@@ -137,8 +137,10 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "actions": ActionDetector,
 }
 BASELINES = (baselines.ptv_mvit_base_16x4, baselines.ptv_slowfast_r50, baselines.ptv_x3d_m)
-MODELS: dict[str, Entry] = (
-    _vit_family() | _swin_family() | {build.__name__: Entry(build, _sizes(build)) for build in BASELINES}
+MODELS: dict[str, ModelEntry] = (
+    _vit_family()
+    | _swin_family()
+    | {build.__name__: ModelEntry(build, _sizes(build)) for build in BASELINES}
 )
 
 
@@ -201,6 +203,12 @@ def create_model(
             hint = f" ({twins[0]} does)" if twins else nearest(size, defaults | of_head)
             raise TypeError(f"{name} takes no size {size!r}{hint}")
     sizes = {name: value for name, value in sizes.items() if value != "auto"}
+    for size in (
+        "exit_head",
+        "exit_threshold",
+    ):  # as `built` has them, beside no exits, they are no mistake
+        if size in sizes and "exits" not in sizes:
+            raise ValueError(f"{size}={sizes[size]}: without exits no token leaves")
     clip = {"num_classes": num_classes, "num_frames": num_frames, "image_size": image_size}
     check(create_model, clip)
     check(Sizes, sizes)

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +23,7 @@ try:
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from .gate import KEPT, MB, WAITING, Gate
+    from .gate import KEPT_SECONDS, MB, WAITING_UPLOADS, Gate
 except ImportError as error:
     raise InputError(f"the page needs gradio ({error}): pip install stvit_video[page]") from None
 
@@ -55,7 +55,7 @@ def build(
     """
     if recognizer.timeout is None:
         raise InputError("the page takes files from anyone: its Recognizer needs a timeout")
-    examples, config = [Path(path) for path in examples], recognizer.config
+    examples = [Path(path) for path in examples]
     temporary = tempfile.TemporaryDirectory(prefix="stvit_page_")  # goes with the page, or the process
     folder, largest = Path(temporary.name).resolve(), round(max_megabytes * MB)
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # gradio has no other way to say where
@@ -85,13 +85,35 @@ def build(
     def chosen(number: int, progress: gr.Progress = gr.Progress()):  # noqa: B008
         return answer(examples[number], progress)
 
+    label = f"A video, at most {max_megabytes:g} MB and {max_seconds:g} s; deleted afterwards"
+    page = _laid_out(recognizer, examples, label, uploaded, chosen)
+    page.queue(max_size=WAITING_UPLOADS)
+    page.temporary = temporary
+    gate = Middleware(Gate, folder=folder, largest=largest)
+    page.launch = functools.partial(
+        page.launch,
+        server_name="127.0.0.1",
+        max_file_size=largest,
+        app_kwargs={"middleware": [gate]},
+        css=CSS,
+        footer_links=[],
+        quiet=True,
+        **dict.fromkeys(OFF, False),
+    )
+    return page
+
+
+def _laid_out(
+    recognizer: Recognizer, examples: Sequence[Path], label: str, uploaded: Callable, chosen: Callable
+) -> gr.Blocks:
+    """A place to drop a video, by its label, and examples; beside them what comes of either."""
+    config = recognizer.config
     suffixes = VIDEO_SUFFIXES | (IMAGE_SUFFIXES if config.data.num_frames == 1 else set())
-    with gr.Blocks(title="stvit_video", analytics_enabled=False, delete_cache=(60, KEPT)) as page:
+    with gr.Blocks(title="stvit_video", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as page:
         kind = f"{config.model.name}, {len(recognizer.class_names)} classes"
         gr.Markdown(f"# What happens in a video?\n{kind}")
         with gr.Row():
             with gr.Column(scale=2):
-                label = f"A video, at most {max_megabytes:g} MB and {max_seconds:g} s; deleted afterwards"
                 drop = gr.File(label=label, file_types=sorted(suffixes), height=170)
                 names = [[f"{path.parent.name}/{path.name}"] for path in examples]
                 choice = gr.Dataset(
@@ -107,17 +129,4 @@ def build(
         how = {"concurrency_limit": 1, "concurrency_id": "model", "scroll_to_output": True}
         drop.upload(uploaded, drop, outputs, preprocess=False, api_visibility="private", **how)
         choice.click(chosen, choice, outputs, api_visibility="private", **how)
-    page.queue(max_size=WAITING)
-    page.temporary = temporary
-    gate = Middleware(Gate, folder=folder, largest=largest)
-    page.launch = functools.partial(
-        page.launch,
-        server_name="127.0.0.1",
-        max_file_size=largest,
-        app_kwargs={"middleware": [gate]},
-        css=CSS,
-        footer_links=[],
-        quiet=True,
-        **dict.fromkeys(OFF, False),
-    )
     return page

@@ -17,7 +17,7 @@ from ..timeline import Moment, segments
 MOMENTS, CLOSEST = 60, 0.25  # of a timeline: how many about, and seconds between them at least
 CLIPS, CLIP = 4, 3.0  # that are played: how many at most, one for each so many seconds
 LOWEST = 0.05  # score of a class that is drawn
-COLOURS = ("#2f7ed8", "#e4730b", "#1f9d55", "#b14fc5", "#c2a000", "#00a3ad")  # of a timeline's classes
+TIMELINE_COLOURS = ("#2f7ed8", "#e4730b", "#1f9d55", "#b14fc5", "#c2a000", "#00a3ad")  # of its classes
 
 
 def recognise(
@@ -66,9 +66,9 @@ def timeline_html(moments: Sequence[Moment], *, overlap: bool = False) -> str:
     lasting = segments(moments, names, overlap=overlap)
     scores = np.stack([moment.scores for moment in moments])
     highest = scores.max(0)
-    best = np.argsort(-highest, kind="stable")[: len(COLOURS)].tolist()
+    best = np.argsort(-highest, kind="stable")[: len(TIMELINE_COLOURS)].tolist()
     shown = [i for i in best if highest[i] >= LOWEST]
-    colours = {names[i]: colour for i, colour in zip(shown, COLOURS[: len(shown)], strict=True)}
+    colours = {names[i]: colour for i, colour in zip(shown, TIMELINE_COLOURS[: len(shown)], strict=True)}
     middles = [100 * (moment.start + moment.end) / 2 / end for moment in moments]
     lines = []
     for i in shown:

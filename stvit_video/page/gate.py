@@ -18,7 +18,7 @@ USED = {"upload", "upload_progress", "queue", "heartbeat", "startup-events", "ca
 MB = 1 << 20  # as gradio counts
 LARGEST_MESSAGE = 1 << 16  # bytes, of what is no upload
 SLOWEST = 600  # seconds, of an upload
-WAITING, KEPT = 32, 3600  # uploads at a time, and seconds until one that nobody asked about is removed
+WAITING_UPLOADS, KEPT_SECONDS = 32, 3600  # then an upload that nobody asked about is removed
 
 
 class Gate:
@@ -79,10 +79,10 @@ class Gate:
         homes = list(self.folder.iterdir())
         for home in homes:
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                if time.time() - home.stat().st_mtime > KEPT:
+                if time.time() - home.stat().st_mtime > KEPT_SECONDS:
                     shutil.rmtree(home, ignore_errors=True)
-        if len(homes) >= WAITING:
-            return PlainTextResponse(f"{WAITING} uploads are waiting, try again later", 503)
+        if len(homes) >= WAITING_UPLOADS:
+            return PlainTextResponse(f"{WAITING_UPLOADS} uploads are waiting, try again later", 503)
         home, number = self.folder / secrets.token_hex(8), request.query_params.get("upload_id")
         progress = file_upload_statuses if number else None
         try:

@@ -21,7 +21,7 @@ from .page import below, read_previews, write_page
 
 Key = tuple[str, int]  # path, and the how many-th time that it stands in the list
 SURE = 0.05
-COLUMNS = ("path", "top1_name", "top1_score", "failure")  # of predictions.csv
+NEEDED = ("path", "top1_name", "top1_score", "failure")  # of predictions.csv
 ONE, SEVERAL = ("label", "label_name", "prediction"), ("labels", "label_names")
 
 
@@ -85,7 +85,7 @@ def read_scoring(name: str, folder: Path) -> Scoring:
         with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
             lines, seen = list(csv.DictReader(file)), Counter()
         of_labels = SEVERAL if lines and "labels" in lines[0] else ONE
-        if missing := [name for line in lines for name in (*COLUMNS, *of_labels) if line.get(name) is None]:
+        if missing := [name for line in lines for name in (*NEEDED, *of_labels) if line.get(name) is None]:
             raise InputError(f"{table}: not a scoring that can be read (no {missing[0]}): score it again")
         rows = {}
         for line in lines:

@@ -47,9 +47,13 @@ class SegmentationSettings:
 
 
 @dataclass
-class SegmentationScoring:
+class WindowScoring:
     window_stride: Annotated[int, Range(1)] | None = None
     """Segmentation: pixels from window to window, of a model that takes one size only; null: 2/3 of one."""
+
+
+@dataclass
+class SegmentationScoring(WindowScoring):
     zooms: Annotated[tuple[float, ...], Range(0.01, 100)] = (1.0,)
     """Segmentation: scales of an image whose scores are averaged."""
     mirrored: bool = False
@@ -87,7 +91,7 @@ class ActionScoring:
     for Swin, which takes any; false: all of a frame is made the model's square."""
 
 
-class Entry(NamedTuple):
+class TaskEntry(NamedTuple):
     """A task before it is imported. home: its module here, and its class in that.
 
     heads: names in `models.zoo.HEADS` that give its outputs, the default first; (None,): the classifier's.
@@ -106,14 +110,14 @@ class Entry(NamedTuple):
 
 
 TASKS = {
-    "classification": Entry("classification.Classification", settings=ClassificationSettings),
-    "multilabel": Entry("multilabel.MultiLabel", settings=ClassificationSettings),
-    "segmentation": Entry(
+    "classification": TaskEntry("classification.Classification", settings=ClassificationSettings),
+    "multilabel": TaskEntry("multilabel.MultiLabel", settings=ClassificationSettings),
+    "segmentation": TaskEntry(
         "segmentation.Segmentation", ("linear", "upernet", "atm"), SegmentationSettings, SegmentationScoring
     ),
-    "policy": Entry("policy.Policy", ("policy",), PolicySettings, SegmentationScoring),
-    "detection": Entry("detection.Detection", ("mask_rcnn", "faster_rcnn"), DetectionSettings),
-    "action_detection": Entry("action_detection.ActionDetection", ("actions",), scoring=ActionScoring),
+    "policy": TaskEntry("policy.Policy", ("policy",), PolicySettings, WindowScoring),
+    "detection": TaskEntry("detection.Detection", ("mask_rcnn", "faster_rcnn"), DetectionSettings),
+    "action_detection": TaskEntry("action_detection.ActionDetection", ("actions",), scoring=ActionScoring),
 }
 
 

@@ -18,7 +18,7 @@ from ..data.views import Sampling
 from ..errors import DecodeError, InputError
 from ..figures import draw_boxes
 from . import ActionScoring, NoSettings
-from .base import Base, lines_of, mean, write_table
+from .base import Base, check_scores, lines_of, mean, write_table
 from .frame_map import Detections, average_precision, average_precisions, detections, hits
 
 PICTURED = 3  # key frames of each kind
@@ -159,10 +159,7 @@ class ActionDetection(Base):
         if record is None:
             return Detections(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
         boxes, scores = record["boxes"].numpy(), record["scores"].numpy()
-        if not np.isfinite(scores).all():
-            raise InputError(
-                "the model's scores are no numbers: it diverged, or train.precision is too low"
-            )
+        check_scores(scores)
         return detections(boxes, scores, self.counted)
 
     def _true(self, key: KeyFrame) -> tuple[np.ndarray, list[list[int]]]:

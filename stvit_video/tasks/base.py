@@ -7,8 +7,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..data.transforms import Normalise, TrainTransform
+from ..errors import InputError
 from . import NoSettings
 
 
@@ -16,7 +18,7 @@ class Base:
     """The parts of an `engine.job.Task` that most tasks have alike.
 
     class_names: by id. normalise: from uint8 to what the model takes.
-    settings, scoring: of its `Entry`; None: `defaults`.
+    settings, scoring: of its `TaskEntry`; None: `defaults`.
     view_batch: views that go through the model at a time when scoring.
     on_failure: what cannot be read counts as "wrong", or is left out ("exclude").
     twins: class id -> class id of its mirror image; None: mirroring changes no class.
@@ -65,6 +67,12 @@ class Base:
             flip=data.flip != "none",
             mirror=self.mirror,
         )
+
+
+def check_scores(scores: Tensor | np.ndarray) -> None:
+    """Raises InputError for a model's scores that are no numbers: whose best class is no answer."""
+    if not torch.as_tensor(scores).isfinite().all():
+        raise InputError("the model's scores are no numbers: it diverged, or train.precision is too low")
 
 
 def mean(values: Iterable[float | None]) -> float | None:

@@ -21,10 +21,10 @@ from ..errors import DecodeError, InputError
 from . import DetectionSettings, NoSettings, coco
 from .base import Base, lines_of
 
-LONGEST = 5 / 3  # of an image's sides, over data.image_size: as 1333 over 800
+LONGEST_SIDE = 5 / 3  # of an image's sides, over data.image_size: as 1333 over 800
 SHOWN = 0.5  # score of objects that are drawn
-PICTURES, HEIGHT = 3, 240  # first, best and worst images, so many of each; pixels of a picture
-COLOURS = ((230, 60, 60), (60, 140, 240), (60, 190, 90), (250, 170, 30), (170, 90, 220), (20, 190, 190))
+EXAMPLES, ROW_HEIGHT = 3, 240  # first, best and worst images, so many of each; pixels
+PALETTE = ((230, 60, 60), (60, 140, 240), (60, 190, 90), (250, 170, 30), (170, 90, 220), (20, 190, 190))
 
 
 class Instance(NamedTuple):
@@ -125,7 +125,7 @@ class Detection(Base):
         return WholeView(sampling, Scaled((data.image_size,), self._longest(data)))
 
     def _longest(self, data) -> int:
-        return self.settings.longest_side or int(LONGEST * data.image_size)
+        return self.settings.longest_side or int(LONGEST_SIDE * data.image_size)
 
     def _images(self, batch) -> list[Tensor]:
         """Normalised, (3, H, W)."""
@@ -239,17 +239,17 @@ class Detection(Base):
         """Truth on the left, detections on the right; -> whether there was an image to draw."""
         readable = [i for i, record in enumerate(records) if record is not None]
         order = sorted(readable, key=lambda i: -_agreement(rows[i].target, records[i]))
-        kinds = {"first": readable[:PICTURES], "best": order[:PICTURES], "worst": order[-PICTURES:]}
+        kinds = {"first": readable[:EXAMPLES], "best": order[:EXAMPLES], "worst": order[-EXAMPLES:]}
         pairs = []
         for kind, i in ((kind, i) for kind, places in kinds.items() for i in places):
             frame = rows[i].frame(0)
             pair = [self._enlarged(frame, record) for record in (_as_record(rows[i].target), records[i])]
             picture = Image.fromarray(np.concatenate(pair, 1))
-            picture = picture.resize((round(picture.width * HEIGHT / picture.height), HEIGHT))
+            picture = picture.resize((round(picture.width * ROW_HEIGHT / picture.height), ROW_HEIGHT))
             pairs.append((f"{kind}: {Path(rows[i].path).name} (left: the list, right: the model)", picture))
         if not pairs:
             return False
-        step = HEIGHT + 20
+        step = ROW_HEIGHT + 20
         sheet = Image.new("RGB", (max(pair.width for _, pair in pairs), len(pairs) * step), "white")
         for place, (title, pair) in enumerate(pairs):
             ImageDraw.Draw(sheet).text((4, place * step + 4), title, "black")
@@ -259,7 +259,7 @@ class Detection(Base):
 
     def _enlarged(self, frame: np.ndarray, record: Mapping[str, Any]) -> np.ndarray:
         """The sure objects drawn into the frame, a small one times a whole number: names would hide it."""
-        times = max(HEIGHT // frame.shape[0], 1)
+        times = max(ROW_HEIGHT // frame.shape[0], 1)
         sure = [
             one._replace(
                 box=[times * x for x in one.box],
@@ -307,12 +307,12 @@ def draw_instances(frame: np.ndarray, instances: Sequence[Instance], names: Sequ
     pixels = frame.copy()
     for one in instances:
         if one.mask is not None:
-            colour = np.array(COLOURS[names.index(one.name) % len(COLOURS)])
+            colour = np.array(PALETTE[names.index(one.name) % len(PALETTE)])
             pixels[one.mask] = (0.5 * pixels[one.mask] + 0.5 * colour).astype(np.uint8)
     picture = Image.fromarray(pixels)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(max(frame.shape[0] // 40, 9))
     for one in instances:
-        colour = COLOURS[names.index(one.name) % len(COLOURS)]
+        colour = PALETTE[names.index(one.name) % len(PALETTE)]
         x, y, width, height = one.box
         pen.rectangle((x, y, x + width, y + height), outline=colour, width=max(frame.shape[0] // 300, 1))
         text = one.name if one.score == 1 else f"{one.name} {one.score:.0%}"

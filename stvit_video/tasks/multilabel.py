@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.rows import class_ids
 from ..errors import InputError
 from . import token_counts
-from .base import lines_of, mean, write_table
+from .base import check_scores, lines_of, mean, write_table
 from .classification import Classification, mean_scores, write_views
 
 
@@ -62,10 +62,7 @@ class MultiLabel(Classification):
 
         counts = self._counted(outcome)
         scores, chosen = mean_scores(outcome.records, self.outputs)[counts], self._chosen(outcome)[counts]
-        if not np.isfinite(scores).all():
-            raise InputError(
-                "the model's scores are no numbers: it diverged, or train.precision is too low"
-            )
+        check_scores(scores)
         return [
             float(average_precision_score(chosen[:, c], scores[:, c])) if chosen[:, c].any() else None
             for c in range(self.outputs)

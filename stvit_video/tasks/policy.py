@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.mask_views import Truth, resize
 from ..data.masks import IGNORED
 from ..figures import draw_tokens, show_tokens
-from . import PolicySettings, SegmentationScoring, token_counts
+from . import PolicySettings, WindowScoring, token_counts
 from .base import lines_of
 from .segmentation import WORST, Segmentation, as_png, read_png, starts
 from .token_counts import TokenCounts
@@ -25,7 +25,7 @@ class Policy(Segmentation):
     in windows.
     """
 
-    defaults = PolicySettings, SegmentationScoring
+    defaults = PolicySettings, WindowScoring
     watched = ("f1", "precision", "recall")
     alike = "of one class"
     learnt = "which patches are of one class is to be learnt; without masks, train.teacher says which agree"

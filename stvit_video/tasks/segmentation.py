@@ -17,7 +17,7 @@ from ..data.views import Sampling
 from ..errors import InputError, cause_of
 from ..figures import BORDER, draw_scenes, draw_tokens, overlay, palette, show_tokens
 from . import SegmentationScoring, SegmentationSettings, token_counts
-from .base import Base, lines_of, mean, write_table
+from .base import Base, check_scores, lines_of, mean, write_table
 from .token_counts import TokenCounts
 
 
@@ -148,10 +148,7 @@ class Segmentation(Base):
                 if flip:
                     logits = logits.flip(-1) if self.twins is None else logits.flip(-1)[list(self.twins)]
                 total = total + (logits.softmax(0) if len(zooms) * (1 + mirrored) > 1 else logits)
-        if not total.amax(0).isfinite().all():
-            raise InputError(
-                "the model's scores are no numbers: it diverged, or train.precision is too low"
-            )
+        check_scores(total.amax(0))
         return total.argmax(0)
 
     def _windows(self, model: nn.Module, clip: Tensor, tokens: TokenCounts) -> Tensor:
