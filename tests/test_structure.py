@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stvit_video import build
-from stvit_video.bench.commands import KINDS
+from stvit_video.bench.commands import BENCHMARKS as KINDS
 from stvit_video.config import make_parser, parse, resolve
 
 ROOT = Path(__file__).parents[1]

@@ -34,13 +34,13 @@ STARTS = {
 def run(args: Sequence[str]) -> None:
     """Dispatch on the first word. Raises InputError."""
     if not args or args[0] in ("-h", "--help"):
-        print("usage: stvit-bench {" + ",".join(KINDS) + "} ...   (each has --help)\n")
-        for name, function in KINDS.items():
+        print("usage: stvit-bench {" + ",".join(BENCHMARKS) + "} ...   (each has --help)\n")
+        for name, function in BENCHMARKS.items():
             print(f"  {name:<10}{function.__doc__}")
         return
-    if args[0] not in KINDS:
-        raise InputError(f"unknown benchmark {args[0]!r}{nearest(args[0], KINDS)}: one of {list(KINDS)}")
-    KINDS[args[0]](args[1:])
+    if args[0] not in BENCHMARKS:
+        raise InputError(f"unknown benchmark {args[0]!r}{nearest(args[0], BENCHMARKS)}: one of {list(BENCHMARKS)}")
+    BENCHMARKS[args[0]](args[1:])
 
 
 def model(args: Sequence[str]) -> None:
@@ -350,7 +350,7 @@ def _size(value: str) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
-KINDS: dict[str, Callable[[Sequence[str]], None]] = {
+BENCHMARKS: dict[str, Callable[[Sequence[str]], None]] = {
     "model": model,
     "data": data,
     "accuracy": accuracy,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..files import written_whole
 from . import distributed
 
-KINDS = "step", "epoch"
+ENTRY_KINDS = "step", "epoch"
 
 
 def progress(items=None, **options) -> tqdm:
@@ -31,7 +31,7 @@ def read_log(path: Path) -> list[dict]:
     for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            if entry["kind"] not in KINDS or not isinstance(entry[entry["kind"]], int):
+            if entry["kind"] not in ENTRY_KINDS or not isinstance(entry[entry["kind"]], int):
                 break
         except (ValueError, TypeError, LookupError, RecursionError):
             break

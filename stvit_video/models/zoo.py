@@ -203,10 +203,7 @@ def create_model(
             hint = f" ({twins[0]} does)" if twins else nearest(size, defaults | of_head)
             raise TypeError(f"{name} takes no size {size!r}{hint}")
     sizes = {name: value for name, value in sizes.items() if value != "auto"}
-    for size in (
-        "exit_head",
-        "exit_threshold",
-    ):  # as `built` has them, beside no exits, they are no mistake
+    for size in ("exit_head", "exit_threshold"):  # no mistake beside `exits=()`, as `built` has them
         if size in sizes and "exits" not in sizes:
             raise ValueError(f"{size}={sizes[size]}: without exits no token leaves")
     clip = {"num_classes": num_classes, "num_frames": num_frames, "image_size": image_size}
