@@ -2,11 +2,14 @@
 
 import http.server
 import itertools
+import re
+import socket
 import threading
 import time
 import warnings
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -302,6 +305,36 @@ def test_no_error_of_the_thread_that_reads_is_waited_for_in_vain(monkeypatch):
     monkeypatch.setattr(read, "_read", fail)
     with pytest.raises(MemoryError, match="too large"):
         read()
+
+
+def test_an_address_that_does_not_answer_and_one_that_ends_are_named_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "PATIENCE", 0.3)
+    with av.open(str(tmp_path / "cut.ts"), "w", format="mpegts") as out:
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.height, stream.width = 32, 48
+        for pixels in video(8):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        out.mux(stream.encode())
+
+    def serve(content):
+        link, _ = server.accept()
+        with link:
+            link.sendall(content)
+            if not content:
+                link.recv(10_000)
+                time.sleep(1)
+
+    http = b"HTTP/1.1 200 OK\r\nContent-Type: video/mp2t\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/camera"
+        for content, message in (
+            (b"", "no answer in 0.3 s"),
+            (http + (tmp_path / "cut.ts").read_bytes(), "after 0.80 s: "),
+        ):
+            threading.Thread(target=serve, args=(content,), daemon=True).start()
+            read = reader(address, Sampling("dense", 8))
+            with pytest.raises(DecodeError, match=f"^{re.escape(address)}: {message}"):
+                list(iter(read, None))
 
 
 def test_an_image_that_is_being_written_has_time_however_late_it_comes(tmp_path, monkeypatch):

@@ -162,8 +162,10 @@ def _opened(source: str) -> Iterator[tuple[float, Iterator[Picture | None]]]:
             with av.open(source, format=form, options=options, timeout=PATIENCE) as container:
                 if not container.streams.video:
                     raise DecodeError(f"{source}: no video stream")
-                stream = VideoStream(Path(source), container, container.streams.video[0])
+                stream = VideoStream(source, container, container.streams.video[0])
                 yield stream.fps, _pictures(stream)
+        except av.ExitError as error:
+            raise DecodeError(f"{source}: no answer in {PATIENCE:g} s") from error
         except (av.FFmpegError, OSError) as error:
             raise DecodeError(f"{source}: {error.strerror or error}") from error
     elif Path(source).is_dir():
