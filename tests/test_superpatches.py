@@ -306,6 +306,12 @@ def test_pixels_that_are_not_finite_stay_the_losss_business(decider, budget):
         torch.testing.assert_close(logits[1], clean[1])
 
 
+def test_a_budget_is_met_however_large_the_pixels():
+    model = vit(superpatches="contrast", superpatch_tokens=4)
+    tokens = model.embed(1e6 * torch.randn(2, 3, 4, 32, 32))
+    assert tokens.count().tolist() == [4, 4]
+
+
 def test_a_budget_takes_the_groups_of_the_highest_scores():
     chosen = Superpatches(
         (1, 64, 64),
