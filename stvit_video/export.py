@@ -252,6 +252,11 @@ def _adaptive_avg_pool3d(x: Tensor, output_size: Sequence[int]) -> Tensor:
     return x
 
 
+def _stable_argsort(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Tensor:
+    """A plain sort, which becomes ONNX's TopK: of equal values it takes the first first."""
+    return torch.ops.aten.sort.default(x, dim, descending)[1]
+
+
 def _view(x: Tensor, size: Sequence[int]) -> Tensor:
     """Of a copy: what was traced, fused attention, has another layout than ONNX's plain attention."""
     return torch.ops.aten._unsafe_view(x.clone(memory_format=torch.contiguous_format), size)
@@ -259,6 +264,7 @@ def _view(x: Tensor, size: Sequence[int]) -> Tensor:
 
 DECOMPOSITIONS = {
     torch.ops.aten.view.default: _view,
+    torch.ops.aten.argsort.stable: _stable_argsort,
     torch.ops.aten.adaptive_max_pool3d.default: _adaptive_max_pool3d,
     torch.ops.aten._adaptive_avg_pool3d.default: _adaptive_avg_pool3d,
     torch.ops.aten.adaptive_avg_pool3d.default: _adaptive_avg_pool3d,

@@ -202,7 +202,7 @@ class Recognizer:
 
     def _live_moments(self, reader: LiveReader, each: int) -> Iterator[Moment]:
         kept: deque[tuple[Chunk, Tensor]] = deque(maxlen=self.model.chunks)
-        dropped, since = 0, 0
+        dropped, since = 0, each  # the first moment waits for no more than a clip
         with contextlib.closing(read_ahead(reader, reader.source, self.timeout)) as calls:
             for chunks in calls:
                 for chunk in chunks:

@@ -13,7 +13,7 @@ class Moment(NamedTuple):
     """A window of a video, from `start` to `end` (seconds), and its scores by class: float32 (K,).
 
     Of a stream, latency: seconds from the arrival of the window's last frame to its scores; dropped: frames
-    of the source that came since the moment before and were not looked at.
+    that the sampling took since the moment before, and that were not looked at.
     """
 
     start: float

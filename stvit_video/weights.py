@@ -25,6 +25,7 @@ from .hub import WeightsError, first_line, from_hub, from_timm, pixels_by_name, 
 from .models.embed import Size3, resize_grid, sincos_table
 from .models.heads import WithHead
 from .models.sizes import Inflate
+from .models.superpatches import Superpatches
 from .models.windows import table_rows
 from .models.zoo import MODELS, create_model
 from .pixels import Pixels
@@ -166,6 +167,7 @@ def _fit_into(
     if CLASS_TOKEN[0] not in targets and state.keys() >= set(CLASS_TOKEN):
         state = {name: tensor for name, tensor in state.items() if name not in CLASS_TOKEN}
     report.dropped = _dropped(contents.state, state)
+    state = _with_our_shapes(state, contents.shapes, _shapes(model), report)
     _fold_layer_scale(state, targets, report)
     other_classes = _choose_classes(state, contents, class_names, report)
     of_images = _of_images(state, contents.adapter.convert is dict)
@@ -310,6 +312,7 @@ class _Contents:
 
     class_names, by_class, heads, built: of a checkpoint of this toolbox, its classes, the tensors with a
         row for each, the attention heads of its layers, which no shape shows, what it was built with.
+    shapes: of its superpatches.
     pixels, notes: as in `LoadReport`.
     """
 
@@ -320,6 +323,7 @@ class _Contents:
     by_class: frozenset[str] = frozenset()
     heads: dict[str, int] = field(default_factory=dict)
     built: dict[str, Any] = field(default_factory=dict)
+    shapes: Sequence[Size3] = ()
     pixels: Pixels | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -362,7 +366,7 @@ def _read_toolbox(values: Mapping[str, Any], name: str) -> _Contents:
     adapter = ADAPTERS[-1]._replace(fixed_positions=built.get("pos_embed") == "sincos")
     names = None if _only_numbers(classes) or len(classes) != built["num_classes"] else classes
     pixels = pixels_of_toolbox(values)
-    return _Contents(name, state, adapter, names, by_class, _heads(donor), built, pixels)
+    return _Contents(name, state, adapter, names, by_class, _heads(donor), built, _shapes(donor), pixels)
 
 
 def pixels_of_toolbox(values: Mapping[str, Any]) -> Pixels | None:
@@ -445,6 +449,28 @@ def _heads(model: nn.Module) -> dict[str, int]:
     """The attention heads of each layer, which no tensor's shape shows."""
     heads = {name: getattr(module, "num_heads", None) for name, module in model.named_modules()}
     return {name: count for name, count in heads.items() if isinstance(count, int)}
+
+
+def _shapes(model: nn.Module) -> Sequence[Size3]:
+    """The groups of its superpatches, in the order of what is learnt for each."""
+    return next((module.shapes for module in model.modules() if isinstance(module, Superpatches)), ())
+
+
+def _with_our_shapes(
+    state: State, theirs: Sequence[Size3], ours: Sequence[Size3], report: LoadReport
+) -> State:
+    """What was learnt for a group of superpatches goes to ours of this shape, if there is one."""
+    if not theirs or not ours or theirs == ours:
+        return state
+    renamed = {}
+    for name, tensor in state.items():
+        learnt = re.fullmatch(r"(.*superpatches\.(?:vectors|policy\.heads)\.)(\d+)(.*)", name)
+        shape = theirs[int(learnt[2])] if learnt else None
+        if shape is None or shape in ours:
+            renamed[f"{learnt[1]}{ours.index(shape)}{learnt[3]}" if learnt else name] = tensor
+        else:
+            report.dropped[name] = f"{_shape(tensor)}: of groups of {shape}, which the model has not"
+    return renamed
 
 
 def _of_images(state: State, ours: bool) -> bool:

@@ -2,10 +2,14 @@
 
 import http.server
 import itertools
+import re
+import socket
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -19,6 +23,8 @@ from stvit_video.data import live
 from stvit_video.data.decode import open_video
 from stvit_video.data.demo import write_mp4
 from stvit_video.data.stream import open_stream
+from stvit_video.data.transforms import TestTransform as CropTransform
+from stvit_video.data.views import Sampling
 from stvit_video.errors import DecodeError
 from stvit_video.weights import load_weights
 
@@ -236,6 +242,119 @@ def test_an_address_is_read_at_its_own_pace(recognize, tmp_path, monkeypatch):
     with pytest.raises(DecodeError, match=r"http://127.0.0.1:\d+/none.mp4: "):
         list(recognize.stream(address.replace("a.mp4", "none.mp4")))
     server.shutdown()
+
+
+def reader(source, sampling, frames=4):
+    return live.LiveReader(source, sampling, CropTransform(16), frames)
+
+
+@pytest.mark.parametrize("fps", [5, 12, 15])
+def test_a_source_slower_than_the_sampling_repeats_frames_as_a_clip_does(fps, tmp_path):
+    path, sampling = tmp_path / "slow.mp4", Sampling("dense", 8, 1, target_fps=15.0)
+    write_mp4(path, video(20), fps=fps)
+    read = reader(path, sampling)
+    pixels = np.concatenate([chunk.pixels for _ in range(2) for chunk in read()], 1)
+    with open_video(path) as frames:
+        (clip,) = CropTransform(16)(frames.read(sampling.test(frames, 0.0)))
+    assert np.array_equal(pixels, clip.transpose(0, 1))
+
+
+def test_a_folder_has_no_rate_that_the_sampling_could_count_at(tmp_path):
+    for i, pixels in enumerate(video(8)):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    sampling = Sampling("dense", 8, 2, target_fps=10.0)
+    with warnings.catch_warnings(action="error"):
+        (chunk,) = reader(tmp_path, sampling)()
+    with open_video(tmp_path) as frames:
+        (clip,) = CropTransform(16)(frames.read(sampling.test(frames, 0.0)[:4]))
+    assert np.array_equal(chunk.pixels, clip.transpose(0, 1))
+
+
+def test_the_first_moment_waits_for_a_clip_and_no_longer(recognize, tmp_path):
+    write_mp4(tmp_path / "long.mp4", video(50), fps=10)
+    moments = list(recognize.stream(tmp_path / "long.mp4", every=12))
+    assert [m.start for m in moments] == pytest.approx([0.0, 2.4])
+
+
+def test_what_was_dropped_is_said_with_the_chunk_behind_it(monkeypatch):
+    """Chunks 1 to 3 are lost, between 0 and 4."""
+    read, go, done = reader("udp://camera", Sampling("dense", 8)), threading.Event(), threading.Event()
+
+    def chunks():
+        for i in range(6):
+            yield live.Chunk(i, i + 1, np.zeros(1), 0.0, 0)
+            go.wait(10)
+        done.set()
+
+    monkeypatch.setattr(read, "_read", chunks)
+    first = read()
+    go.set()
+    assert done.wait(10)
+    chunks = [chunk for chunks in (first, read(), read()) for chunk in chunks]
+    assert [(chunk.start, chunk.dropped) for chunk in chunks] == [(0, 0), (4, 12), (5, 0)]
+    assert read() is None
+
+
+def test_no_error_of_the_thread_that_reads_is_waited_for_in_vain(monkeypatch):
+    read = reader("udp://camera", Sampling("dense", 8))
+
+    def fail():
+        raise MemoryError("too large")
+        yield
+
+    monkeypatch.setattr(read, "_read", fail)
+    with pytest.raises(MemoryError, match="too large"):
+        read()
+
+
+def test_an_address_that_does_not_answer_and_one_that_ends_are_named_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "PATIENCE", 0.3)
+    with av.open(str(tmp_path / "cut.ts"), "w", format="mpegts") as out:
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.height, stream.width = 32, 48
+        for pixels in video(8):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        out.mux(stream.encode())
+
+    def serve(content):
+        link, _ = server.accept()
+        with link:
+            link.sendall(content)
+            if not content:
+                link.recv(10_000)
+                time.sleep(1)
+
+    http = b"HTTP/1.1 200 OK\r\nContent-Type: video/mp2t\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/camera"
+        for content, message in (
+            (b"", "no answer in 0.3 s"),
+            (http + (tmp_path / "cut.ts").read_bytes(), "after 0.80 s: "),
+        ):
+            threading.Thread(target=serve, args=(content,), daemon=True).start()
+            read = reader(address, Sampling("dense", 8))
+            with pytest.raises(DecodeError, match=f"^{re.escape(address)}: {message}"):
+                list(iter(read, None))
+
+
+def test_an_image_that_is_being_written_has_time_however_late_it_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "IDLE", 0.6)
+    monkeypatch.setattr(live, "LOOK", 0.01)
+    pictures, begun = live._growing(tmp_path), time.monotonic()
+    while time.monotonic() - begun < 0.45:
+        assert next(pictures) is None
+    image = tmp_path / "1.png"
+    Image.fromarray(video(1)[0]).save(image)
+    content = image.read_bytes()
+    image.write_bytes(content[:-40])
+    begun = time.monotonic()
+    while time.monotonic() - begun < 0.25:
+        assert next(pictures) is None
+    image.write_bytes(content)
+    assert np.array_equal(next(filter(None, pictures)).pixels, video(1)[0])
+    image.with_name("2.png").write_bytes(content[:-40])
+    with pytest.raises(DecodeError, match=r"2\.png"):
+        list(pictures)
 
 
 def test_what_cannot_be_streamed(recognize, tmp_path):

@@ -13,6 +13,7 @@ from torch import nn
 from stvit_video import create_model, multiply_adds
 from stvit_video.build import build_model
 from stvit_video.config import make_parser, parse, resolve
+from stvit_video.engine.checkpoint import FORMAT
 from stvit_video.models import superpatches
 from stvit_video.models.superpatches import (
     PolicyNet,
@@ -327,6 +328,12 @@ def test_pixels_that_are_not_finite_stay_the_losss_business(decider, budget):
         torch.testing.assert_close(logits[1], clean[1])
 
 
+def test_a_budget_is_met_however_large_the_pixels():
+    model = vit(superpatches="contrast", superpatch_tokens=4)
+    tokens = model.embed(1e6 * torch.randn(2, 3, 4, 32, 32))
+    assert tokens.count().tolist() == [4, 4]
+
+
 def test_a_budget_takes_the_groups_of_the_highest_scores():
     chosen = Superpatches(
         (1, 64, 64),
@@ -519,6 +526,35 @@ def test_a_dense_checkpoint_loads_and_a_policy_is_never_left_out_unsaid():
     load_weights(copy, model.state_dict(), fresh=())
     clip = half_even()
     assert copy.eval()(clip).equal(model(clip))
+
+
+def test_what_a_group_has_learnt_goes_to_the_group_of_its_shape():
+    """An image's groups into a video's, and a policy into a model with fewer shapes."""
+
+    def saved(model):
+        values = {"format": FORMAT, "model": model.state_dict(), "ema": None, "built": model.built}
+        return values | {"class_names": ["a", "b", "c", "d", "e"]}
+
+    image = vit(superpatches="contrast", num_frames=1, patch_size=(1, 8, 8))
+    video = vit(superpatches="contrast")
+    before = [vector.clone() for vector in video.superpatches.vectors]
+    report = load_weights(video, saved(image))
+    assert (image.superpatches.shapes, video.superpatches.shapes) == (
+        [(1, 4, 4), (1, 2, 2)],
+        [(2, 2, 2), (1, 2, 2), (2, 1, 1)],
+    )
+    expected = [before[0], image.superpatches.vectors[1], before[2]]
+    assert all(map(torch.equal, video.superpatches.vectors, expected))
+    assert "of groups of (1, 4, 4), which the model has not" in report.dropped["superpatches.vectors.0"]
+
+    every, few = (
+        vit(**DECIDERS["dcts"], superpatch_shapes=shapes) for shapes in (None, [(2, 1, 1), (1, 2, 2)])
+    )
+    load_weights(few, saved(every))
+    assert few.superpatches.shapes == [(1, 2, 2), (2, 1, 1)]
+    clip = half_even()
+    of_every, of_few = (model.superpatches.scores(clip) for model in (every, few))
+    assert all(map(torch.equal, of_few, of_every[1:]))
 
 
 def test_where_nothing_is_merged_it_is_the_plain_model_and_every_parameter_is_used():

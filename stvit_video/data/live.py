@@ -23,6 +23,7 @@ from .views import Sampling
 WAITING = 2  # chunks of a live source that wait for a slow model; older ones are dropped
 IDLE = 10.0  # seconds without a new image after which a folder has ended
 LOOK = 0.05  # seconds between looks at a folder
+UNKNOWN_RATE = 25.0  # frames/s of a folder, where the sampling needs some
 PATIENCE = 10.0  # seconds for a camera or an address to answer
 DEVICES = {"/dev/video": "v4l2"}  # how a name begins, and FFmpeg's word for what is there
 
@@ -30,7 +31,8 @@ DEVICES = {"/dev/video": "v4l2"}  # how a name begins, and FFmpeg's word for wha
 class Chunk(NamedTuple):
     """Consecutive frames that a model takes, shown from `start` to `end` (seconds): uint8 (3, F, S, S).
 
-    arrived: when the last of them came (time.monotonic). dropped: frames before it that nobody saw.
+    arrived: when the last of them came (time.monotonic). dropped: frames directly before it that the
+    sampling took and nobody saw.
     """
 
     start: float
@@ -85,35 +87,35 @@ class LiveReader:
 
     def _queued(self) -> Iterator[Chunk | None]:
         """`_read` by a thread of its own, so that the source is never kept waiting."""
-        waiting: queue.Queue[Chunk | DecodeError | None] = queue.Queue(WAITING)
+        waiting: queue.Queue[tuple[int, Chunk | Exception | None]] = queue.Queue(WAITING)
         threading.Thread(target=self._fill, args=(waiting,), daemon=True).start()
+        after = 0
         while True:
             try:
-                item = waiting.get(timeout=LOOK)
+                number, item = waiting.get(timeout=LOOK)
             except queue.Empty:
                 yield None
                 continue
-            if isinstance(item, DecodeError):
+            if isinstance(item, Exception):
                 raise item
             if item is None:
                 return
-            yield item
+            yield item._replace(dropped=self.frames * (number - after))
+            after = number + 1
 
     def _fill(self, waiting: queue.Queue) -> None:
-        dropped, end = 0, None
+        """Puts (number, chunk), in place of the oldest where there is no room; last an error, or None."""
+        number, end = 0, None
         try:
-            for chunk in self._read():
-                if chunk is None:
-                    continue
+            for chunk in filter(None, self._read()):
                 while waiting.full():
                     with contextlib.suppress(queue.Empty):
-                        old = waiting.get_nowait()
-                        dropped += self.frames + old.dropped
-                waiting.put(chunk._replace(dropped=dropped))
-                dropped = 0
-        except DecodeError as error:
+                        waiting.get_nowait()
+                waiting.put((number, chunk))
+                number += 1
+        except Exception as error:  # whatever it is: who reads would wait for ever
             end = error
-        waiting.put(end)
+        waiting.put((number, end))
 
     def _read(self) -> Iterator[Chunk | None]:
         """Chunks as they are whole; None after every other frame."""
@@ -121,24 +123,25 @@ class LiveReader:
             step = self._step(fps)
             seen, taken, kept, start = 0, 0, [], 0.0
             for picture in pictures:
-                seen += picture is not None
-                if picture is not None and seen > round(taken * step):
-                    taken += 1
-                    start = start if kept else picture.time
-                    kept.append(self._cut(picture.pixels))
-                    if len(kept) == self.frames:
-                        end, now = picture.time + picture.lasts, time.monotonic()
-                        yield Chunk(start, end, np.stack(kept, 1), now, 0)
-                        kept = []
-                        continue
+                if picture is not None:
+                    seen, frame = seen + 1, None
+                    while seen > round(taken * step):  # again where the source is slower than the sampling
+                        taken += 1
+                        start = start if kept else picture.time
+                        frame = self._cut(picture.pixels) if frame is None else frame
+                        kept.append(frame)
+                        if len(kept) == self.frames:
+                            end, now = picture.time + picture.lasts, time.monotonic()
+                            yield Chunk(start, end, np.stack(kept, 1), now, 0)
+                            kept = []
                 yield None
 
     def _step(self, fps: float) -> float:
-        """Frames of the source from one that is taken to the next."""
+        """Of a source of `fps` frames/s (0.0: not known), frames from one that is taken to the next."""
         sampling = self.sampling
         if sampling.kind == "uniform":
-            return max(UNIFORM_WINDOW * fps / sampling.num_frames, 1.0)
-        return sampling.stride * (fps / sampling.target_fps if sampling.target_fps else 1.0)
+            return max(UNIFORM_WINDOW * (fps or UNKNOWN_RATE) / sampling.num_frames, 1.0)
+        return sampling.stride * (fps / sampling.target_fps if fps and sampling.target_fps else 1.0)
 
     def _cut(self, pixels: np.ndarray) -> np.ndarray:
         (crop,) = self.transform(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None])
@@ -151,7 +154,7 @@ def is_address(source: str) -> bool:
 
 @contextlib.contextmanager
 def _opened(source: str) -> Iterator[tuple[float, Iterator[Picture | None]]]:
-    """-> frames/s, and the pictures of a source. Raises DecodeError."""
+    """-> frames/s (0.0: not known), and the pictures of a source. Raises DecodeError."""
     if is_address(source):
         form = next((kind for name, kind in DEVICES.items() if source.startswith(name)), None)
         options = {"rtsp_transport": "tcp"} if source.startswith("rtsp://") else {}
@@ -159,12 +162,14 @@ def _opened(source: str) -> Iterator[tuple[float, Iterator[Picture | None]]]:
             with av.open(source, format=form, options=options, timeout=PATIENCE) as container:
                 if not container.streams.video:
                     raise DecodeError(f"{source}: no video stream")
-                stream = VideoStream(Path(source), container, container.streams.video[0])
+                stream = VideoStream(source, container, container.streams.video[0])
                 yield stream.fps, _pictures(stream)
+        except av.ExitError as error:
+            raise DecodeError(f"{source}: no answer in {PATIENCE:g} s") from error
         except (av.FFmpegError, OSError) as error:
             raise DecodeError(f"{source}: {error.strerror or error}") from error
     elif Path(source).is_dir():
-        yield 25.0, _growing(Path(source))
+        yield 0.0, _growing(Path(source))
     else:
         with open_stream(source) as stream:
             yield stream.fps, _pictures(stream)
@@ -178,10 +183,10 @@ def _pictures(stream: VideoStream) -> Iterator[Picture]:
 def _growing(folder: Path) -> Iterator[Picture | None]:
     """Images of a folder in natural order, as they come; their time is when they came. None: no new one.
 
-    An image that cannot be read is one that is being written; after `IDLE` seconds it is a DecodeError, and
-    so is a folder that has gone, at once.
+    An image that cannot be read is one that is being written; `IDLE` seconds after it came it is a
+    DecodeError, and so is a folder that has gone, at once.
     """
-    begun, seen, last = time.monotonic(), set(), time.monotonic()
+    begun, seen, last, unread = time.monotonic(), set(), time.monotonic(), None
     while time.monotonic() - last < IDLE:
         try:
             files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
@@ -189,18 +194,21 @@ def _growing(folder: Path) -> Iterator[Picture | None]:
             raise DecodeError(f"{folder}: {error.strerror}") from error
         new = sorted((f for f in files if f.name not in seen and not f.name.startswith(".")), key=natural)
         if not new:
+            unread = None
             time.sleep(LOOK)
             yield None
         for file in new:
             try:
                 (_, pixels), *_ = FrameFolder(folder, [file]).decode([0])
-            except DecodeError:
-                if time.monotonic() - last > IDLE / 2:
-                    raise
+            except DecodeError as error:
+                last, unread = last if unread else time.monotonic(), error
                 time.sleep(LOOK)
+                yield None
                 break
             seen.add(file.name)
-            last = time.monotonic()
-            yield Picture(last - begun, 0.0, pixels)
+            last, unread = time.monotonic(), None
+            yield Picture(last - begun, 0.0, np.array(pixels))  # PIL's own may not be written to
+    if unread is not None:
+        raise unread
     if not seen:
         raise DecodeError(f"{folder}: no image came in {IDLE:g} s")

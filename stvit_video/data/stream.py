@@ -46,7 +46,7 @@ class VideoStream:
     fps: frames/s. seconds: how long it lasts, by its header; 0.0: unknown.
     """
 
-    def __init__(self, path: Path, container: av.container.InputContainer, stream: av.VideoStream):
+    def __init__(self, path: Path | str, container: av.container.InputContainer, stream: av.VideoStream):
         self.path, self._container, self._stream = path, container, stream
         rates = (float(rate or 0) for rate in (stream.average_rate, stream.guessed_rate))
         self.fps = next((rate for rate in rates if 0 < rate <= HIGHEST_RATE), 25.0)
@@ -83,6 +83,8 @@ class VideoStream:
                     end, begun = time + lasts, True
             if lost is not None and not begun:
                 raise lost
+        except av.ExitError:  # what was opened with a time limit has not answered
+            raise
         except av.FFmpegError as error:
             raise DecodeError(f"{self.path}: after {end:.2f} s: {error.strerror or error}") from error
         if not begun:

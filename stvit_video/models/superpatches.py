@@ -29,6 +29,7 @@ from .tokens import Tokens, highest_first, select
 IMAGE_SHAPES = ((1, 16, 16), (1, 8, 8), (1, 4, 4), (1, 2, 2))
 VIDEO_SHAPES = ((8, 2, 2), (4, 2, 2), (8, 1, 1), (2, 2, 2), (4, 1, 1), (1, 2, 2), (2, 1, 1))
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LARGEST = 1e3  # contrast that is told from more
 HALVINGS = 12  # of the range of scores, in search of the limit that a budget needs
 
 
@@ -147,8 +148,9 @@ class Superpatches(nn.Module):
     def choose(self, scores: Sequence[Tensor]) -> Tensor:
         """Scores (B, n) of each shape -> what stands for each patch, (B, P): less than P: a patch, itself;
         from P on: groups, numbered through all shapes in their order."""
-        # pixels that are not finite are for the loss to tell: here they are the last to be merged
-        scores = [score.nan_to_num(-9.0, neginf=-9.0) for score in scores]
+        # pixels that are not finite are for the loss to tell: here they are the last to be merged; and of
+        # huge ones a budget needs scores that a limit can lie below
+        scores = [score.nan_to_num(-9.0, neginf=-9.0).clamp(min=-LARGEST) for score in scores]
         if self.tokens is None:
             limit = -self.threshold if self.policy is None else self.threshold
             accepted = self._accept(scores, torch.full_like(scores[0][:, :1], limit))

@@ -195,9 +195,8 @@ def select(x: Tensor, places: Tensor) -> Tensor:
 
 
 def highest_first(x: Tensor) -> Tensor:
-    """(B, n) -> the order of the values, the highest first: (B, n). Equal ones keep theirs; in exported
-    files that is the runtime's affair, as ONNX knows no stable order."""
-    return x.argsort(dim=1, descending=True, **({} if torch.compiler.is_compiling() else {"stable": True}))
+    """(B, n) -> the order of the values, the highest first: (B, n). Equal ones keep theirs."""
+    return x.argsort(dim=1, descending=True, stable=True)
 
 
 def in_float32(x: Tensor) -> AbstractContextManager:
