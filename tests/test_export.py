@@ -138,7 +138,7 @@ def test_pooling_for_onnx_is_torchs(size, cells):
     torch.testing.assert_close(export._adaptive_avg_pool3d(x, cells), averages)
 
 
-@pytest.mark.parametrize("kind", export.FORMATS)
+@pytest.mark.parametrize("kind", export.EXPORT_SUFFIXES)
 def test_equal_values_keep_their_order(kind, tmp_path):
     """Of a still clip, or one with black bars, groups and tokens are alike to the last bit."""
 

@@ -39,7 +39,9 @@ def run(args: Sequence[str]) -> None:
             print(f"  {name:<10}{function.__doc__}")
         return
     if args[0] not in BENCHMARKS:
-        raise InputError(f"unknown benchmark {args[0]!r}{nearest(args[0], BENCHMARKS)}: one of {list(BENCHMARKS)}")
+        raise InputError(
+            f"unknown benchmark {args[0]!r}{nearest(args[0], BENCHMARKS)}: one of {list(BENCHMARKS)}"
+        )
     BENCHMARKS[args[0]](args[1:])
 
 
