@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.mask_views import Truth, resize
+from ..data.mask_views import Truth
 from ..data.masks import IGNORED
 from ..figures import draw_tokens, show_tokens
 from . import PolicySettings, WindowScoring, token_counts
@@ -27,6 +27,7 @@ class Policy(Segmentation):
 
     defaults = PolicySettings, WindowScoring
     watched = ("f1", "precision", "recall")
+    zoomed = False
     alike = "of one class"
     learnt = "which patches are of one class is to be learnt; without masks, train.teacher says which agree"
 
@@ -53,8 +54,6 @@ class Policy(Segmentation):
         return record
 
     def _count(self, model: nn.Module, clip: Tensor, truth: Truth, tokens: TokenCounts) -> Tensor:
-        frames = clip.transpose(0, 1)
-        clip = resize(frames, truth.short_side or min(frames.shape[2:])).transpose(0, 1)
         (height, width), size = model.size, clip.shape[2:]
         pixels, masks = self.normalise(clip), truth.masks.to(clip.device)
         masks = F.interpolate(masks[None], size, mode="nearest-exact")[0]

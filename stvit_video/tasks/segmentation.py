@@ -72,8 +72,11 @@ class Segmentation(Base):
         self, sampling: Sampling, data, *, clips: int, crops: int, crop_ratio: float
     ) -> MaskTestViews:
         """Every frame with all its pixels, however many views of a video other tasks are asked for."""
-        zoomed = set(self.scoring.zooms) != {1.0}
-        return MaskTestViews(sampling, self._reader(data), data.short_side, zoomed)
+        return MaskTestViews(sampling, self._reader(data), data.short_side, self.zoomed)
+
+    @property
+    def zoomed(self) -> bool:
+        return set(self.scoring.zooms) != {1.0}
 
     def _reader(self, data) -> MaskReader:
         return MaskReader(self.outputs, data.ignore_label)
