@@ -1,5 +1,9 @@
+import errno
+import multiprocessing
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +216,22 @@ def test_any_target_comes_through_workers_and_guard(demo_root, workers, timeout)
     for came, sent in zip(batch.targets["boxes"][0], expected, strict=True):
         assert torch.equal(came, sent["boxes"])
         assert (came.canvas_size, came.format) == ((32, 32), sent["boxes"].format)
+
+
+def test_workers_hand_over_batches_on_a_full_disk(demo_root, monkeypatch):
+    """They need a folder for it, and to wait for a batch that could not be sent has no end."""
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+    make = views.TrainViews(Sampling("dense", 4, 2), TrainTransform(32, flip=True), 2)
+    data = VideoDataset(Rows(_rows(demo_root)[:1]), make)
+    loader = make_loader(data, EverySampler(1), batch_size=1, workers=1, pin_memory=False, persistent=False)
+    loader.timeout = 20  # seconds
+
+    def mkdtemp(*args, **how):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    (batch,) = loader
+    assert batch.indices.tolist() == [0]
 
 
 @pytest.mark.parametrize(("workers", "timeout"), [(0, None), (0, 30), (1, None), (1, 30)])

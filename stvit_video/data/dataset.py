@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -230,9 +231,14 @@ def make_loader(
     """Batches by `workers` processes, each `prefetch` batches ahead.
 
     persistent: they stay from pass to pass (training); else they end with each, and free their memory.
+    Raises OSError where no temporary folder can be made.
     """
     # torch warns of more workers than cores, each time; how many is the caller's choice
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+    if workers:
+        # else each worker makes this folder as it hands over its first batch: if the disk is full by then,
+        # the batch is lost, and who waits for it waits for ever
+        multiprocessing.util.get_temp_dir()
     return DataLoader(
         dataset,
         batch_size=batch_size,
