@@ -16,7 +16,7 @@ import torch
 
 from stvit_video.bench import report
 from stvit_video.bench.model import measure_memory, measure_models
-from stvit_video.engine.device import DTYPES, pick_device
+from stvit_video.engine.device import DTYPE_NAMES, pick_device
 from stvit_video.models.zoo import create_model
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def _add_speeds(
     device: torch.device,
     compiled: str | None = None,
 ) -> None:
-    clip, dtype = sizes["clip"], getattr(torch, DTYPES[precision])
+    clip, dtype = sizes["clip"], getattr(torch, DTYPE_NAMES[precision])
     rows = measure_models(
         {name: create_model(name, num_classes=CLASSES, **clip) for name in family},
         **clip,
@@ -134,12 +134,12 @@ def _add_speeds(
     gc.collect()
     command = (
         f"python tools/benchmark.py model --models {','.join(family)} "
-        f"--batch {','.join(map(str, sizes['batches']))} --dtype {DTYPES[precision]} "
+        f"--batch {','.join(map(str, sizes['batches']))} --dtype {DTYPE_NAMES[precision]} "
         f"--num-frames {clip['num_frames']} --image-size {clip['image_size']} "
         f"--rounds {sizes['rounds']} --device {device.type}"
     )
     command += f" --compile {compiled}" if compiled else ""
-    title = f"{', '.join(family)}: {DTYPES[precision]}, {'compiled' if compiled else 'eager'}"
+    title = f"{', '.join(family)}: {DTYPE_NAMES[precision]}, {'compiled' if compiled else 'eager'}"
     page.add(title, report.markdown(rows), command)
 
 
