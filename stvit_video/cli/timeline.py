@@ -223,7 +223,10 @@ class Files:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """While this process alone writes; raises InputError where another one does."""
+    """While this process alone writes; raises InputError where another one does.
+
+    Not `files.alone`: this file is read while it is held, and to close it there would end a record lock.
+    """
     import fcntl  # not on every system
 
     with open(path, "ab") as file:
